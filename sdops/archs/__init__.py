@@ -1,0 +1,1 @@
+"""SHELF: model families as data. One TOML file is one family."""

@@ -1,0 +1,45 @@
+"""A lazy checkpoint: specs and metadata from headers alone, tensor bytes on demand. No torch.
+
+Everything that has tensors is a Source: a file, a folder, a view of another Source, a merge that has not
+run yet. Verbs compose Sources and hand the last one to a sink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from sdops.core.spec import Spec
+
+
+class Source(Protocol):
+    """What every lazy checkpoint offers.
+
+    Attributes:
+        name: How the user calls it, for messages (usually the file's name).
+        specs: Tensor name -> Spec, in the order in which the tensors lie in the file.
+        metadata: Text that came along with the tensors.
+    """
+
+    name: str
+    specs: Mapping[str, Spec]
+    metadata: Mapping[str, str]
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes `[start, start + len(buffer))`.
+
+        Bytes are those of the contiguous, little-endian tensor. Safe to call from several threads.
+
+        Raises:
+            ChangedError: the file was cut short or replaced since it was opened.
+        """
+
+    def close(self) -> None:
+        """Release file handles."""
+
+
+def read(source: Source, key: str) -> bytearray:
+    """The whole tensor's bytes."""
+    data = bytearray(source.specs[key].nbytes)
+    source.read_into(key, 0, memoryview(data))
+    return data

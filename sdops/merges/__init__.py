@@ -1,0 +1,31 @@
+"""SHELF: merge methods. One file is one method: one pure function of the file's name.
+
+The module docstring is a one-line summary. The function's docstring gives the formula, the source (paper or
+project) and, under `Args:`, every knob. Inputs are positional tensors: `a, b, c` for methods of exactly that many
+models, `*models` for any number; a first parameter called `base` is the common ancestor and is given by `--base`.
+Knobs are keyword-only with literal defaults and annotated `float`, `int`, `bool`, `str`, `Literal[...]` or
+`tuple[float, ...]` (one number per model, empty = all equal). Any float knob may vary per block (see core.dial).
+
+`EXECUTION` (a string literal at module level) tells the engine how much of a tensor the function must see:
+
+    "linear"       only `+ - *` of inputs and numbers. The engine calls it with symbols, learns the coefficients
+                   and evaluates them exactly, rounding once. Works on tensors of any shape as well.
+    "elementwise"  each output element depends on the same element of the inputs. Called on flat chunks.
+    "gram"         f(gram: Tensor, *, knobs) -> Tensor: takes the N x N matrix of inner products of the inputs (float64)
+                   and returns the N coefficients of the output as a linear combination of the inputs.
+    "ranked"       like "elementwise", with a keyword `kept`: a bool tensor (S, chunk) telling which elements fall into
+                   a window of the order statistics of each score. The module also defines
+                       scores(*inputs) -> Tensor        (S, chunk), non-negative float32; elementwise
+                       window(numel: int, *, knobs) -> tuple[int, int]     ranks [first, last) kept, 0 = largest score
+                   Equal scores at the border are kept in order of increasing flat index.
+    "rows"         each output row (index of dim 0) depends only on the same row of the inputs.
+                   Called on blocks of rows (r, ...); 0-d and 1-d tensors arrive as one row.
+    "tensor"       needs the whole tensor in its real shape.
+    "model"        as "tensor", with a keyword `state` made once by the module's
+                       prepare(keys, read, *, knobs) -> state
+                   where `read(key)` gives the list of float32 inputs of a key, and a keyword `key`.
+
+Functions receive float32 tensors (float64 if an input is) and return the same. Further optional keywords:
+    gram           the float64 Gram matrix of the inputs, for elementwise methods that need whole-tensor norms
+    noise          a counter-based random source (core.noise), for random methods; the seed is `--seed`
+"""
