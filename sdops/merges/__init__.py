@@ -13,11 +13,15 @@ Knobs are keyword-only with literal defaults and annotated `float`, `int`, `bool
     "elementwise"  each output element depends on the same element of the inputs. Called on flat chunks.
     "gram"         f(gram: Tensor, *, knobs) -> Tensor: takes the N x N matrix of inner products of the inputs (float64)
                    and returns the N coefficients of the output as a linear combination of the inputs.
+                   The module names the inputs in a string literal, written like a parameter list:
+                       INPUTS = "a, b"  |  "a, b, c"  |  "*models"  |  "base, a, b"  |  "base, *models"
     "ranked"       like "elementwise", with a keyword `kept`: a bool tensor (S, chunk) telling which elements fall into
                    a window of the order statistics of each score. The module also defines
                        scores(*inputs) -> Tensor        (S, chunk), non-negative float32; elementwise
                        window(numel: int, *, knobs) -> tuple[int, int]     ranks [first, last) kept, 0 = largest score
-                   Equal scores at the border are kept in order of increasing flat index.
+                   Equal scores at the border are kept in order of increasing flat index (core.select does it).
+                   The method's knobs are those of the function and of `window` together: each declares and documents
+                   (`Args:`) the ones that it uses, and is called with those alone.
     "rows"         each output row (index of dim 0) depends only on the same row of the inputs.
                    Called on blocks of rows (r, ...); 0-d and 1-d tensors arrive as one row.
     "tensor"       needs the whole tensor in its real shape.
