@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdops.core.noise import Noise, philox
@@ -32,14 +32,14 @@ def test_philox_gives_the_published_answers(counter: str, key: str, expected: st
 
 
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
+@settings(deadline=None)
 @given(total=st.integers(1, 300), cuts=st.lists(st.integers(0, 300), max_size=5), start=st.integers(0, 2**36))
 def test_chunks_do_not_matter(kind: str, total: int, cuts: list[int], start: int) -> None:
     noise = Noise(7, "model.weight")
     whole = getattr(noise.at(start), kind)(1, torch.empty(total))
     edges = sorted({0, total, *(cut for cut in cuts if cut < total)})
     parts = [
-        getattr(noise.at(start + low), kind)(1, torch.empty(high - low))
-        for low, high in itertools.pairwise(edges)
+        getattr(noise.at(start + low), kind)(1, torch.empty(high - low)) for low, high in itertools.pairwise(edges)
     ]
     assert torch.equal(torch.cat(parts), whole)
 
