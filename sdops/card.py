@@ -98,9 +98,7 @@ def find(name: str) -> Card:
 
     close = get_close_matches(wanted, names(), n=1)
     guess = f"; did you mean `{close[0].replace('_', '-')}`?" if close else ""
-    raise UsageError(
-        f"there is no merge method `{name}`{guess}", hint="`sdops methods` lists them", method=name
-    )
+    raise UsageError(f"there is no merge method `{name}`{guess}", hint="`sdops methods` lists them", method=name)
 
 
 @cache
@@ -116,11 +114,7 @@ def card(path: Path) -> Card:
         raise ValueError(f"{path.name} defines no function `{path.stem}`")
     function = functions[path.stem]
     literals = _literals(module)
-    inputs = (
-        [name.strip() for name in literals["INPUTS"].split(",")]
-        if "INPUTS" in literals
-        else _inputs(function)
-    )
+    inputs = [name.strip() for name in literals["INPUTS"].split(",")] if "INPUTS" in literals else _inputs(function)
     base = inputs[:1] == ["base"]
     knobs: dict[str, Knob] = {}
     for name in (path.stem, "window", "prepare"):  # window and prepare may have knobs of their own
@@ -143,9 +137,7 @@ def _literals(module: ast.Module) -> dict[str, str]:
     return {
         target.id: node.value.value
         for node in module.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         for target in node.targets
         if isinstance(target, ast.Name)
     }

@@ -122,7 +122,5 @@ def _seconds() -> float:
 
 
 def test_no_torch_and_no_numpy() -> None:
-    code = (
-        "import sys, sdops.card as c; c.cards(); sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
-    )
+    code = "import sys, sdops.card as c; c.cards(); sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
     subprocess.run([sys.executable, "-c", code], check=True)
