@@ -1,1 +1,1 @@
-"""SHELF: the command line. One file is one command: parse, call the verb of the same name, show its report."""
+"""SHELF: the command line. One file is one command: parse, call the verb, show its report."""

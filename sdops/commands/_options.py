@@ -1,0 +1,62 @@
+"""Options that mean the same in every command, as decorators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
+
+import click
+
+from sdops.commands._console import Console
+
+Function = Callable[..., Any]
+
+_GENERAL: tuple[Callable[[Function], Function], ...] = (
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout"),
+    click.option("-q", "--quiet", is_flag=True, help="Only the result, one a line"),
+    click.option("-v", "--verbose", is_flag=True, help="More detail"),
+    click.option(
+        "--color",
+        type=click.Choice(["auto", "always", "never"]),
+        default="auto",
+        show_default=True,
+        help="When to use colour; NO_COLOR is honoured",
+    ),
+    click.option("--no-progress", is_flag=True, help="No progress bar"),
+)
+
+
+def general_options(function: Function) -> Function:
+    """Give a command the options of all commands and, as its first argument, the console."""
+
+    @click.pass_obj
+    def command(
+        console: Console,
+        /,
+        *args: Any,
+        as_json: bool,
+        quiet: bool,
+        verbose: bool,
+        color: str,
+        no_progress: bool,
+        **kwargs: Any,
+    ) -> Any:
+        console.json, console.quiet, console.verbose = as_json, quiet, verbose
+        console.color, console.bars = color, not no_progress
+        return function(console, *args, **kwargs)
+
+    wrapped: Function = update_wrapper(command, function)
+    for option in reversed(_GENERAL):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+files_argument = click.argument(
+    "files",
+    metavar="FILE...",
+    nargs=-1,
+    required=True,
+    type=click.Path(),
+    help="Model files or diffusers folders",
+)

@@ -1,0 +1,131 @@
+"""The entry point: runs the group and turns every way of ending into a message and an exit code.
+
+0 done · 1 refused or failed with a message · 2 wrong usage · 70 a bug · 130 Ctrl-C · 128+N ended by signal N
+141 the reader of our output went away
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from sdops import settings
+from sdops.errors import SdopsError
+
+if TYPE_CHECKING:
+    import click
+
+    from sdops.commands._console import Console
+
+
+class _Ended(BaseException):
+    """SIGTERM or SIGHUP arrived; unwinds the stack so that temporary files are removed."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        _catch_signals()
+        from sdops.commands._console import Console
+
+        return _run(Console(), list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        return 130
+    except _Ended as ended:
+        return 128 + ended.number
+    except BrokenPipeError:
+        _forget_output()
+        return 141
+
+
+def _run(console: Console, arguments: list[str]) -> int:
+    import click
+
+    from sdops.commands._app import app
+
+    try:
+        if request := settings.completion_request():
+            from click.shell_completion import shell_complete
+
+            return shell_complete(app, {}, "sdops", "_SDOPS_COMPLETE", request)
+        with app.make_context("sdops", arguments, obj=console) as context:
+            code = app.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as done:  # --help, --version
+        sys.stdout.flush()
+        return done.exit_code
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # noqa: BLE001  the last resort: whatever it is, it ends in one line
+        if settings.debug():
+            import traceback
+
+            traceback.print_exc()
+        return _explain(console, error)
+    return int(code or 0)
+
+
+def _explain(console: Console, error: Exception) -> int:
+    """Write what went wrong; returns the exit code."""
+    import click
+
+    if isinstance(error, SdopsError):
+        console.error(error.message, error.hint)
+        return error.exit_code
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        console.result(error.ctx.get_help() if error.ctx else "")
+        return 2
+    if isinstance(error, click.ClickException):
+        console.error(*_usage(error))
+        return error.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        where = f": `{os.fsdecode(error.filename)}`" if isinstance(error.filename, (str, bytes)) else ""
+        console.error(f"{error.strerror.lower()}{where}")
+        return 1
+    console.error(
+        f"unexpected {type(error).__name__}: {error}",
+        "this is a bug; `SDOPS_DEBUG=1` shows the traceback, `sdops env` what else belongs into a report",
+    )
+    return 70
+
+
+def _usage(error: click.ClickException) -> tuple[str, str | None]:
+    """Click's usage errors in the words of this house: message and hint."""
+    import click
+
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    path = context.command_path if context else "sdops"
+    guess = getattr(error, "possibilities", None)
+    start = f"did you mean `{guess[0]}`? " if guess else ""
+    if isinstance(error, click.NoSuchCommand):
+        return f"no command `{error.command_name}`", f"{start}`{path} --help` lists the commands"
+    if isinstance(error, click.NoSuchOption):
+        return f"`{path}` has no option `{error.option_name}`", f"{start}`{path} --help` lists the options"
+    message = error.format_message().rstrip(".")
+    return message[:1].lower() + message[1:], f"`{path} --help` explains the command"
+
+
+def _catch_signals() -> None:
+    """End on SIGTERM and SIGHUP by unwinding. What the parent chose to ignore (nohup) stays ignored."""
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        raise _Ended(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
+
+
+def _forget_output() -> None:
+    """Let the interpreter's last flush of stdout go nowhere instead of failing."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

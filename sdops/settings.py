@@ -1,0 +1,57 @@
+"""What the environment says. Only this module reads `os.environ` (click reads `SDOPS_<COMMAND>_<OPTION>`).
+
+SDOPS_CACHE        folder of the cache; default: the platform's cache folder + `sdops`
+SDOPS_DEBUG        1 shows the traceback behind an error
+NO_COLOR, FORCE_COLOR, TERM=dumb        as elsewhere
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """Where sdops keeps what it can compute again. The folder need not exist."""
+    if own := os.environ.get("SDOPS_CACHE"):
+        return Path(own).expanduser()
+    home = Path.home()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "sdops" / "cache"
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "sdops"
+    xdg = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return (xdg if xdg.is_absolute() else home / ".cache") / "sdops"  # the XDG text says: ignore relative paths
+
+
+def hub_cache_directory() -> Path:
+    """Where huggingface_hub keeps downloads, by its own rules and without importing it."""
+    if own := os.environ.get("HF_HUB_CACHE"):
+        return Path(own).expanduser()
+    home = os.environ.get("HF_HOME")
+    xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home or Path(xdg) / "huggingface").expanduser() / "hub"
+
+
+def debug() -> bool:
+    """Whether errors show their traceback."""
+    return os.environ.get("SDOPS_DEBUG", "") not in ("", "0")
+
+
+def colour_wish() -> bool | None:
+    """What the environment asks for: True = colour even in a pipe, False = none, None = no opinion."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR", "") not in ("", "0"):
+        return True
+    if os.environ.get("TERM") == "dumb":
+        return False
+    if sys.platform == "win32" and not ("WT_SESSION" in os.environ or "TERM" in os.environ):
+        return False  # the old Windows console shows escape sequences as text
+    return None
+
+
+def completion_request() -> str | None:
+    """What the shell's completion script asks for (`bash_complete`, ...), or None."""
+    return os.environ.get("_SDOPS_COMPLETE") or None
