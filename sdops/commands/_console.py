@@ -151,7 +151,7 @@ class _Lines:
                 self._due = self._done + _STEP * self._total
 
     def _line(self, seconds: float) -> str:
-        speed = self._done / seconds
+        speed = max(1.0, self._done / seconds)
         left = duration(max(0, self._total - self._done) / speed)
         share = self._done / self._total if self._total else 1.0
         return (

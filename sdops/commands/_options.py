@@ -13,7 +13,7 @@ from sdops.commands._console import Console
 Function = Callable[..., Any]
 
 _GENERAL: tuple[Callable[[Function], Function], ...] = (
-    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout"),
+    click.option("--json", is_flag=True, help="One JSON object on stdout"),
     click.option("-q", "--quiet", is_flag=True, help="Only the result, one a line"),
     click.option("-v", "--verbose", is_flag=True, help="More detail"),
     click.option(
@@ -35,14 +35,14 @@ def general_options(function: Function) -> Function:
         console: Console,
         /,
         *args: Any,
-        as_json: bool,
+        json: bool,
         quiet: bool,
         verbose: bool,
         color: str,
         no_progress: bool,
         **kwargs: Any,
     ) -> Any:
-        console.json, console.quiet, console.verbose = as_json, quiet, verbose
+        console.json, console.quiet, console.verbose = json, quiet, verbose
         console.color, console.bars = color, not no_progress
         return function(console, *args, **kwargs)
 

@@ -1,0 +1,52 @@
+"""What a command must not import, because people wait for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "safetensors"}
+_WATCH = """
+import sys
+from sdops.commands.main import main
+code = main(sys.argv[1:])
+print("MODULES", *sorted({name for name in sys.modules}), file=sys.stderr)
+"""
+
+
+def modules(*arguments: str) -> set[str]:
+    command = [sys.executable, "-c", _WATCH, *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return set(done.stderr.rpartition("MODULES")[2].split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["inpsect"],
+        ["inspect", "--jsno", "x"],
+        ["inspect", "absent.safetensors"],
+        ["merge", "--help"],
+        ["methods"],
+        ["methods", "weighted-sum"],
+        ["methods", "wieghted-sum"],
+        ["hash", "absent.safetensors"],
+        ["completion", "bash"],
+    ],
+)
+def test_nothing_heavy(arguments):
+    loaded = modules(*arguments)
+    assert "sdops.commands._app" in loaded
+    assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["inpsect"], ["--version"]])
+def test_help_imports_no_command(arguments):
+    loaded = {name for name in modules(*arguments) if name.startswith("sdops.")}
+    assert not [name for name in loaded if name.startswith(("sdops.verbs", "sdops.formats", "sdops.archs"))]
+    commands = {name.rpartition(".")[2] for name in loaded if name.startswith("sdops.commands.")}
+    assert commands == {"main", "_app", "_console"}
