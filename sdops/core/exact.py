@@ -18,6 +18,7 @@ field equal that of the target, so subnormal results need no special case.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import product
@@ -44,7 +45,17 @@ class NonFiniteError(ArithmeticError):
 
 
 class Scratch:
-    """One worker's buffers, reused for every piece."""
+    """One thread's buffers, reused for every piece."""
+
+    _local = threading.local()
+
+    @classmethod
+    def of_thread(cls) -> Scratch:
+        """The calling thread's buffers, made at its first call."""
+        if not hasattr(cls._local, "scratch"):
+            cls._local.scratch = cls()
+        scratch: Scratch = cls._local.scratch
+        return scratch
 
     def __init__(self) -> None:
         self.words = np.empty(PIECE, np.int32)

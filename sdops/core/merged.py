@@ -1,0 +1,161 @@
+"""A merge in progress as a Source: tensors are computed when they are read.
+
+Linear methods are evaluated exactly in numpy (core.exact). The others run as torch functions on portions as small as
+their execution class allows (core.stream). Copies and casts need neither.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdops.core.exact import PIECE, ExactSum, NonFiniteError, Scratch
+from sdops.core.inputs import nonfinite
+from sdops.core.linear import coefficients
+from sdops.core.method import Method
+from sdops.core.plan import Plan, Step
+from sdops.core.precision import FORMATS, Raw, count_nonfinite, decode, encode
+from sdops.core.retained import Retained
+from sdops.core.run import PIECE_BYTES
+from sdops.core.spec import Spec
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+    from sdops.core.stream import Stream
+
+
+class Merged:
+    """The Source that a Plan describes.
+
+    Args:
+        plan: What to compute.
+        method: How.
+        seed: For random methods.
+        memory: Bytes that whole-tensor methods may hold at the same time.
+
+    Attributes:
+        overflows: Tensor -> number of elements that were too large for the output dtype and were clamped.
+        retained: How much of each model's contribution survived rounding, measured on samples.
+    """
+
+    def __init__(self, plan: Plan, method: Method, *, seed: int = 0, memory: int = 1 << 30) -> None:
+        self.name = plan.name
+        self.specs: Mapping[str, Spec] = plan.specs
+        self.metadata: Mapping[str, str] = plan.metadata
+        self.plan = plan
+        self.method = method
+        self.overflows: dict[str, int] = {}
+        self.retained = Retained()
+        self._seed = seed
+        self._memory = memory
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._sums: dict[Any, tuple[list[int], ExactSum]] = {}
+        self._stream: Stream | None = None
+
+    def close(self) -> None:
+        """Nothing to release: the inputs belong to whoever opened them."""
+
+    def piece_bytes(self, key: str) -> int:
+        """Portions in which `key` is computed."""
+        step = self.plan.steps[key]
+        if step.action == "merge" and self.method.execution != "linear":
+            return self.stream().piece_bytes(step)
+        if step.action in ("cast", "merge"):
+            return PIECE * (step.spec.nbytes // max(step.spec.numel, 1) or 1)
+        return PIECE_BYTES
+
+    def splits(self, key: str) -> bool:
+        """Whether threads may share the tensor."""
+        step = self.plan.steps[key]
+        if step.action != "merge" or self.method.execution == "linear":
+            return True
+        return self.stream().splits()
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """Compute bytes `[start, start + len(buffer))` of a tensor.
+
+        Raises:
+            FormatError: an input holds NaN or infinity.
+        """
+        step = self.plan.steps[key]
+        if step.action == "copy":
+            step.inputs[0].source.read_into(step.inputs[0].key, start, buffer)
+        elif step.action == "value":
+            buffer[:] = step.value[start : start + len(buffer)]
+        elif step.action == "merge" and self.method.execution != "linear":
+            self._count(key, self.stream().read_into(key, step, start, buffer))
+        else:
+            self._read_numpy(key, step, start, buffer)
+
+    def stream(self) -> Stream:
+        """The torch side, made when first needed: importing torch costs more than many a merge."""
+        with self._lock:
+            if self._stream is None:
+                from sdops.core.stream import Stream
+
+                self._stream = Stream(self.plan, self.method, self.retained, seed=self._seed, memory=self._memory)
+        return self._stream
+
+    def _read_numpy(self, key: str, step: Step, start: int, buffer: memoryview) -> None:
+        """Casts and linear merges, in portions of at most PIECE elements."""
+        out = np.frombuffer(buffer, FORMATS[step.spec.dtype].raw)
+        first = start // out.itemsize
+        for begin in range(0, len(out), PIECE):
+            part = out[begin : begin + PIECE]
+            raws = self._read_inputs(step, first + begin, len(part))
+            if step.action == "cast":
+                self._cast(key, step, raws[0], part)
+            else:
+                self._sum(key, step, raws, part, sample=first + begin == 0)
+
+    def _read_inputs(self, step: Step, first: int, count: int) -> list[Raw]:
+        """Elements `[first, first + count)` of each input, in this thread's buffers."""
+        buffers: list[bytearray] = self._local.__dict__.setdefault("buffers", [])
+        raws = []
+        for index, item in enumerate(step.inputs):
+            raw = FORMATS[item.spec.dtype].raw
+            size = np.dtype(raw).itemsize
+            if index == len(buffers):
+                buffers.append(bytearray(PIECE * 8))
+            view = memoryview(buffers[index])[: count * size]
+            item.source.read_into(item.key, first * size, view)
+            raws.append(np.frombuffer(view, raw))
+        return raws
+
+    def _cast(self, key: str, step: Step, raw: Raw, out: Raw) -> None:
+        nan, infinite = count_nonfinite(raw, step.inputs[0].spec.dtype)
+        if nan + infinite:
+            raise nonfinite(step.inputs[0], nan, infinite)
+        out[:], overflow = encode(decode(raw, step.inputs[0].spec.dtype), step.spec.dtype)
+        self._count(key, overflow)
+
+    def _sum(self, key: str, step: Step, raws: list[Raw], out: Raw, *, sample: bool) -> None:
+        used, combine = self._combination(step)
+        try:
+            self._count(key, combine([raws[i] for i in used], out, Scratch.of_thread()))
+        except NonFiniteError as error:
+            item = step.inputs[used[error.index]]
+            raise nonfinite(item, *count_nonfinite(raws[used[error.index]], item.spec.dtype)) from None
+        if sample:
+            self.retained.sample_linear(step, raws, dict(zip(used, combine.coefficients, strict=True)), out)
+
+    def _combination(self, step: Step) -> tuple[list[int], ExactSum]:
+        """The exact sum for a step's knobs and dtypes, and which inputs have a coefficient other than zero."""
+        dtypes = tuple(item.spec.dtype for item in step.inputs)
+        identity = (tuple(sorted(step.knobs.items())), dtypes, step.spec.dtype)
+        if identity not in self._sums:
+            exact: tuple[Fraction, ...] = coefficients(self.method.function, len(dtypes), step.knobs)
+            used = [i for i, c in enumerate(exact) if c]
+            combine = ExactSum([exact[i] for i in used], [dtypes[i] for i in used], step.spec.dtype)
+            self._sums[identity] = used, combine
+        return self._sums[identity]
+
+    def _count(self, key: str, overflow: int) -> None:
+        if overflow:
+            with self._lock:
+                self.overflows[key] = self.overflows.get(key, 0) + overflow

@@ -1,0 +1,316 @@
+"""Run merge methods that need torch on portions as small as their execution class allows.
+
+    elementwise   flat pieces of PIECE elements
+    gram          one pass for the inner products, then an exact linear combination with the resulting coefficients
+    ranked        two passes for the order statistics, then pieces with masks
+    rows          blocks of whole rows of about PIECE elements
+    tensor, model the whole tensor, under a common memory budget
+
+A tensor whose pieces depend on a pass over all of it (gram, ranked) is read by one thread from start to end; what the
+pass found is kept until the last piece is read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdops.core.exact import PIECE, ExactSum, Scratch
+from sdops.core.inputs import nonfinite, read_raw
+from sdops.core.linear import to_single
+from sdops.core.method import Method
+from sdops.core.noise import Noise
+from sdops.core.plan import Input, Plan, Step
+from sdops.core.precision import FORMATS
+from sdops.core.retained import SAMPLE, Retained
+from sdops.core.select import RadixSelect
+from sdops.errors import FormatError
+
+TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+class Stream:
+    """Evaluates steps of one plan with one method. Safe to use from several threads.
+
+    Args:
+        plan: The steps; "model" methods prepare on all of its merged tensors.
+        method: Anything but a linear one.
+        retained: Receives samples.
+        seed: For methods that take noise.
+        memory: Bytes that whole tensors may take at the same time.
+    """
+
+    def __init__(self, plan: Plan, method: Method, retained: Retained, *, seed: int, memory: int) -> None:
+        torch.set_num_threads(1)  # our own threads share the cores
+        self.plan = plan
+        self.method = method
+        self.retained = retained
+        self.seed = seed
+        self.budget = Budget(memory)
+        self._lock = threading.Lock()
+        self._state: Any = None
+        self._prepared = method.prepare is None
+        self._passes: dict[str, Any] = {}  # what a first pass over a tensor found, until its last piece is read
+
+    def splits(self) -> bool:
+        """Whether threads may share a tensor."""
+        return self.method.execution == "elementwise" and not self.method.needs_gram
+
+    def piece_bytes(self, step: Step) -> int:
+        """Portions in which a step is computed."""
+        size = max(step.spec.nbytes // max(step.spec.numel, 1), 1)
+        if self.method.execution in ("tensor", "model"):
+            return max(step.spec.nbytes, 1)
+        if self.method.execution == "rows":
+            row = _row_size(step.spec.shape)
+            return max(PIECE // row, 1) * row * size
+        return PIECE * size
+
+    def read_into(self, key: str, step: Step, start: int, buffer: memoryview) -> int:
+        """Compute bytes of a merged tensor; return how many elements overflowed and were clamped.
+
+        Raises:
+            FormatError: an input holds NaN or infinity, or the method made one.
+        """
+        size = FORMATS[step.spec.dtype].raw(0).itemsize
+        overflow = 0
+        portion = self.piece_bytes(step)
+        for begin in range(0, len(buffer), portion):
+            view = buffer[begin : begin + portion]
+            overflow += self._piece(key, step, (start + begin) // size, len(view) // size, view)
+        if start + len(buffer) >= step.spec.nbytes:
+            with self._lock:
+                self._passes.pop(key, None)
+        return overflow
+
+    def _piece(self, key: str, step: Step, first: int, count: int, view: memoryview) -> int:
+        if self.method.execution == "gram":
+            return self._combine(key, step, first, count, view)
+        whole = self.method.execution in ("tensor", "model")
+        with self.budget.hold(_held_bytes(step) if whole else 0):
+            inputs = [_read(item, first, count) for item in step.inputs]
+            result = self._call(key, step, first, inputs)
+            return self._write(key, step, first, inputs[0], result, view)
+
+    def _call(self, key: str, step: Step, first: int, inputs: list[Tensor]) -> Tensor:
+        """The method on one portion: elements [first, first + n) of each input, flat; the result likewise."""
+        supplied: dict[str, Any] = {"key": key}
+        if "noise" in self.method.needs:
+            supplied["noise"] = Noise(self.seed, key, first)
+        if self.method.needs_gram:
+            supplied["gram"] = self._once(key, lambda: _gram(step))
+        if self.method.execution == "ranked":
+            supplied["kept"] = self._kept(key, step, first, inputs)
+        if self.method.prepare is not None:
+            supplied["state"] = self._prepare()
+        shaped = [
+            _shape(x, item.spec.shape, self.method.execution) for x, item in zip(inputs, step.inputs, strict=True)
+        ]
+        result: Tensor = self.method.call(self.method.function, *shaped, knobs=step.knobs, **supplied)
+        return result.reshape(-1)
+
+    def _combine(self, key: str, step: Step, first: int, count: int, view: memoryview) -> int:
+        """Gram class: the coefficients once per tensor, then their exact linear combination."""
+        combine, used = self._once(key, lambda: self._combination(step))
+        raws = [read_raw(step.inputs[i], first, count) for i in used]
+        out = np.frombuffer(view, FORMATS[step.spec.dtype].raw)
+        overflow: int = combine(raws, out, Scratch.of_thread())
+        if first == 0:
+            weights = dict(zip(used, combine.coefficients, strict=True))
+            everything = [read_raw(item, 0, min(count, SAMPLE)) for item in step.inputs]
+            self.retained.sample_linear(step, everything, weights, out)
+        return overflow
+
+    def _combination(self, step: Step) -> tuple[ExactSum, list[int]]:
+        gram = _gram(step)
+        coefficients = self.method.call(self.method.function, gram, knobs=step.knobs).tolist()
+        exact = [to_single(c) for c in coefficients]
+        if abs(sum(coefficients) - 1) < 1e-12:  # an average stays one after rounding: equal models give themselves
+            exact[0] = Fraction(1) - sum(exact[1:])
+        used = [i for i, c in enumerate(exact) if c]
+        dtypes = [step.inputs[i].spec.dtype for i in used]
+        return ExactSum([exact[i] for i in used], dtypes, step.spec.dtype), used
+
+    def _kept(self, key: str, step: Step, first: int, inputs: list[Tensor]) -> Tensor:
+        """Ranked class: which of the portion's elements fall into the window of the order statistics."""
+        ranking: Ranking = self._once(key, lambda: self._rank(step))
+        if first != ranking.position:  # only when a tensor is not read from its start to its end
+            ranking.rewind()
+            for portion, position in _portions(step):
+                if position < first:
+                    ranking.advance(self._scores(step, portion))
+        return ranking.advance(self._scores(step, inputs))
+
+    def _rank(self, step: Step) -> Ranking:
+        """Two passes over a tensor's scores."""
+        window = self.method.call(self.method.window, step.spec.numel, knobs=step.knobs)
+        rows = len(self._scores(step, [torch.zeros(1)] * len(step.inputs)))
+        select = RadixSelect(rows, *window)
+        for portion, _ in _portions(step):
+            select.count_high(self._scores(step, portion))
+        for portion, _ in _portions(step):
+            select.count_low(self._scores(step, portion))
+        return Ranking(select)
+
+    def _scores(self, step: Step, inputs: list[Tensor]) -> Tensor:
+        scores: Tensor = self.method.call(self.method.scores, *inputs, knobs=step.knobs)
+        return scores
+
+    def _prepare(self) -> Any:
+        """The pass over the whole model, made once."""
+        with self._lock:
+            if not self._prepared and self.method.prepare is not None:
+                steps = {k: s for k, s in self.plan.steps.items() if s.action == "merge"}
+
+                def read(key: str) -> list[Tensor]:
+                    step = steps[key]
+                    inputs = [_read(item, 0, item.spec.numel) for item in step.inputs]
+                    return [x.reshape(item.spec.shape) for x, item in zip(inputs, step.inputs, strict=True)]
+
+                knobs = next(iter(steps.values())).knobs if steps else {}
+                self._state = self.method.call(self.method.prepare, list(steps), read, knobs=knobs)
+                self._prepared = True
+            return self._state
+
+    def _once(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Result of a pass over a tensor, kept until its last piece is read."""
+        with self._lock:
+            found = self._passes.get(key)
+        if found is None:
+            found = compute()
+            with self._lock:
+                self._passes[key] = found
+        return found
+
+    def _write(self, key: str, step: Step, first: int, before: Tensor, result: Tensor, view: memoryview) -> int:
+        """Round the result into the output dtype; clamp and count what does not fit."""
+        if not bool(torch.isfinite(result).all()):
+            raise FormatError(
+                f"`{self.method.name}` made values of `{key}` that are not finite",
+                hint=f"`--exclude '{key}'` copies the first model's, or change the knobs",
+                key=key,
+            )
+        target = FORMATS[step.spec.dtype]
+        out = torch.frombuffer(view, dtype=TORCH_DTYPES[step.spec.dtype]) if len(view) else torch.empty(0)
+        out.copy_(result)
+        over = torch.isinf(out)
+        overflow = int(over.sum())
+        if overflow:
+            out.copy_(torch.where(over, torch.sign(result) * target.largest, result))
+        if first == 0:
+            start, wanted, written = (x[:SAMPLE].double().numpy() for x in (before, result, out))
+            self.retained.sample(start, wanted, written)
+        return overflow
+
+
+class Ranking:
+    """Hands out the masks of a finished selection, portion by portion in flat order."""
+
+    def __init__(self, select: RadixSelect) -> None:
+        self._select = select
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Start again from the first element."""
+        self.position = 0
+        self._ties = self._select.no_ties()
+
+    def advance(self, scores: Tensor) -> Tensor:
+        """The mask (S, n) of the next n elements."""
+        mask, self._ties = self._select.mask(scores, self._ties)
+        self.position += scores.shape[1]
+        return mask
+
+
+class Budget:
+    """Lets threads hold whole tensors only as long as their sum stays below a limit; one is always let in."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._held = 0
+        self._changed = threading.Condition()
+
+    def hold(self, nbytes: int) -> _Hold:
+        """A context manager that waits for room."""
+        return _Hold(self, nbytes)
+
+    def take(self, nbytes: int) -> None:
+        """Wait until `nbytes` fit, or nothing else is held."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + nbytes <= self.limit)
+            self._held += nbytes
+
+    def give(self, nbytes: int) -> None:
+        """Return what was taken."""
+        with self._changed:
+            self._held -= nbytes
+            self._changed.notify_all()
+
+
+class _Hold:
+    def __init__(self, budget: Budget, nbytes: int) -> None:
+        self.budget, self.nbytes = budget, nbytes
+
+    def __enter__(self) -> None:
+        if self.nbytes:
+            self.budget.take(self.nbytes)
+
+    def __exit__(self, *_: object) -> None:
+        if self.nbytes:
+            self.budget.give(self.nbytes)
+
+
+def _held_bytes(step: Step) -> int:
+    """What a whole-tensor step holds: inputs as float32, the result, and about as much again in between."""
+    return step.spec.numel * 4 * (2 * len(step.inputs) + 3)
+
+
+def _row_size(shape: tuple[int, ...]) -> int:
+    """Elements of one row; 0-d and 1-d tensors are one row."""
+    return max(prod(shape[1:]) if len(shape) > 1 else prod(shape), 1)
+
+
+def _shape(flat: Tensor, shape: tuple[int, ...], execution: str) -> Tensor:
+    if execution in ("tensor", "model"):
+        return flat.reshape(shape)
+    if execution == "rows":
+        return flat.reshape(-1, *shape[1:]) if len(shape) > 1 else flat.reshape(1, -1)
+    return flat
+
+
+def _read(item: Input, first: int, count: int) -> Tensor:
+    """Elements [first, first + count) as float32, or float64 if that is what they are.
+
+    Raises:
+        FormatError: NaN or infinity among them.
+    """
+    if not count:
+        return torch.zeros(0)
+    stored = torch.from_numpy(read_raw(item, first, count)).view(TORCH_DTYPES[item.spec.dtype])
+    values = stored if stored.dtype == torch.float64 else stored.float()
+    if not bool(torch.isfinite(values).all()):
+        raise nonfinite(item, int(values.isnan().sum()), int(values.isinf().sum()))
+    return values
+
+
+def _portions(step: Step) -> Iterator[tuple[list[Tensor], int]]:
+    """The inputs of a step in flat portions, with the index of their first element."""
+    for first in range(0, step.spec.numel, PIECE):
+        count = min(PIECE, step.spec.numel - first)
+        yield [_read(item, first, count) for item in step.inputs], first
+
+
+def _gram(step: Step) -> Tensor:
+    """Inner products of the inputs in float64, (N, N)."""
+    gram = torch.zeros(len(step.inputs), len(step.inputs), dtype=torch.float64)
+    for portion, _ in _portions(step):
+        stacked = torch.stack(portion).double()  # (N, n)
+        gram += stacked @ stacked.T
+    return gram
