@@ -11,7 +11,7 @@ EXECUTION = "linear"
 
 
 def scale(a: Tensor, *, alpha: float = 1.0) -> Tensor:
-    """alpha a.
+    """out = alpha a.
 
     Useful with alpha per block; "self" in supermerger, which leaves out tensors with `to_out`, `proj_out` or `norm`
     in their names. Here every tensor is scaled; exclude those by pattern to get the same.
