@@ -1,0 +1,178 @@
+"""Sources made of other Sources: renamed, with other channels, dequantised. Nothing is read until it is asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+
+from sdops.core.precision import FORMATS, Doubles, decode, encode
+from sdops.core.source import Source, read
+from sdops.core.spec import FP8, Spec
+from sdops.errors import FormatError
+
+
+class View:
+    """A Source that looks like another one; subclasses change what they name.
+
+    Args:
+        source: What is looked at.
+        specs: The tensors that the view offers.
+    """
+
+    def __init__(self, source: Source, specs: Mapping[str, Spec]) -> None:
+        self.source = source
+        self.name = source.name
+        self.specs = specs
+        self.metadata = source.metadata
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """As the source's."""
+        self.source.read_into(key, start, buffer)
+
+    def close(self) -> None:
+        """Close the source."""
+        self.source.close()
+
+
+class Renamed(View):
+    """Tensors under other names; those that `names` leaves out are hidden.
+
+    Args:
+        source: What is looked at.
+        names: New name -> name in the source.
+    """
+
+    def __init__(self, source: Source, names: Mapping[str, str]) -> None:
+        super().__init__(source, {new: source.specs[old] for new, old in names.items()})
+        self.names = names
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """Read the tensor under its name in the source."""
+        self.source.read_into(self.names[key], start, buffer)
+
+
+class WithChannels(View):
+    """A first convolution [out, in, ...] with the number of input channels that another model's has.
+
+    Channels too many are cut off; missing ones are taken from the other model, so that a difference of two models
+    that both lack them is zero there and an average leaves them as they are.
+
+    Args:
+        source: What is looked at.
+        key: The convolution's weight.
+        donor: The other model, whose tensor of that name has the wanted shape.
+    """
+
+    def __init__(self, source: Source, key: str, donor: Source) -> None:
+        wanted = Spec(source.specs[key].dtype, donor.specs[key].shape)
+        super().__init__(source, {**source.specs, key: wanted})
+        self.key = key
+        self.donor = donor
+        self._bytes: bytes | None = None
+        self._lock = threading.Lock()
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """As the source's, but for the one tensor, which is small and made at once."""
+        if key != self.key:
+            self.source.read_into(key, start, buffer)
+            return
+        with self._lock:
+            if self._bytes is None:
+                self._bytes = self._make()
+        buffer[:] = self._bytes[start : start + len(buffer)]
+
+    def _make(self) -> bytes:
+        own, other = _values(self.source, self.key), _values(self.donor, self.key)
+        channels = own.shape[1]
+        widened = np.concatenate([own[:, : other.shape[1]], other[:, channels:]], axis=1)
+        bits, _ = encode(np.ascontiguousarray(widened).reshape(-1), self.specs[self.key].dtype)
+        return bits.tobytes()
+
+
+class Dequantised(View):
+    """fp8 weights as float32, multiplied by the scale stored beside them; scales and markers are hidden.
+
+    ComfyUI writes `X.scale_weight` (old) or `X.weight_scale` (new) beside `X.weight`, one number per tensor or per
+    output row; a weight without one is plain fp8.
+
+    Raises:
+        FormatError: a scale has a shape that is neither.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.scales = {key: scale for key in source.specs if (scale := _scale_of(key, source)) is not None}
+        hidden = {*self.scales.values(), *(key for key in source.specs if _is_quantisation_marker(key))}
+        specs = {
+            key: Spec("F32", spec.shape) if spec.dtype in FP8 else spec
+            for key, spec in source.specs.items()
+            if key not in hidden
+        }
+        super().__init__(source, specs)
+        self._tables: dict[str, np.ndarray] = {}
+        for key, scale in self.scales.items():
+            self._check(key, scale)
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """As the source's, dequantised."""
+        spec = self.source.specs[key]
+        if spec.dtype not in FP8:
+            self.source.read_into(key, start, buffer)
+            return
+        count, first = len(buffer) // 4, start // 4
+        codes = bytearray(count)
+        self.source.read_into(key, first, memoryview(codes))
+        values = _fp8_table(spec.dtype)[np.frombuffer(codes, np.uint8)]
+        if key in self.scales:
+            scale = _values(self.source, self.scales[key]).astype(np.float32).reshape(-1)
+            rows = np.arange(first, first + count) // (spec.numel // spec.shape[0]) if scale.size > 1 else 0
+            values = values * scale[rows]
+        buffer[:] = values.astype("<f4").tobytes()
+
+    def _check(self, key: str, scale: str) -> None:
+        shape, rows = self.source.specs[scale].shape, self.source.specs[key].shape[0]
+        if self.source.specs[scale].numel not in (1, rows) or not self.source.specs[scale].is_float:
+            raise FormatError(
+                f"`{scale}` of `{self.source.name}` has shape {list(shape)}: not a scale for the tensor or its rows",
+                hint="convert the file to fp16 with the program that made it",
+                key=scale,
+            )
+
+
+def _scale_of(key: str, source: Source) -> str | None:
+    if source.specs[key].dtype not in FP8 or not key.endswith(".weight"):
+        return None
+    stem = key.removesuffix("weight")
+    return next((name for name in (f"{stem}scale_weight", f"{stem}weight_scale") if name in source.specs), None)
+
+
+def _is_quantisation_marker(key: str) -> bool:
+    name = key.rpartition(".")[2]
+    return name in ("scaled_fp8", "comfy_quant", "scale_input", "input_scale")
+
+
+def _fp8_table(dtype: str) -> np.ndarray:
+    """Values of all 256 codes, float32."""
+    exponent_bits, bias = {"F8_E4M3": (4, 7), "F8_E5M2": (5, 15), "F8_E4M3FNUZ": (4, 8), "F8_E5M2FNUZ": (5, 16)}[dtype]
+    mantissa_bits = 7 - exponent_bits
+    codes = np.arange(256)
+    exponent, mantissa = codes >> mantissa_bits & ((1 << exponent_bits) - 1), codes & ((1 << mantissa_bits) - 1)
+    fraction = mantissa / 2.0**mantissa_bits + (exponent > 0)
+    values = np.ldexp(fraction, np.maximum(exponent, 1) - bias) * np.where(codes & 0x80, -1.0, 1.0)
+    if dtype.endswith("FNUZ"):
+        values[0x80] = np.nan
+    elif dtype == "F8_E4M3":
+        values[[0x7F, 0xFF]] = np.nan
+    else:
+        values[exponent == 31] = np.where(mantissa[exponent == 31], np.nan, np.inf)
+        values[0xFC] = -np.inf
+    return values.astype(np.float32)
+
+
+def _values(source: Source, key: str) -> Doubles:
+    """A small tensor's values as float64 in its shape."""
+    spec = source.specs[key]
+    raw = np.frombuffer(read(source, key), FORMATS[spec.dtype].raw)
+    values: Doubles = decode(raw, spec.dtype).reshape(spec.shape)
+    return values
