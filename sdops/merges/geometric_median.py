@@ -12,17 +12,17 @@ from sdops.merges._geometry import NEGLIGIBLE, normalized
 EXECUTION = "gram"
 INPUTS = "*models"
 
-MAX_STEPS = 500
-TOLERANCE = 1e-10  # of the last change of a coefficient
-ON_TOP = 1e-7  # y is on top of a model that is nearer than this share of the largest distance
+MAX_STEPS = 100
+TOLERANCE = 1e-12  # of the last step, relative to the largest distance
 
 
 def geometric_median(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor:
     """y = argmin sum_i w_i |x_i - y|,   whole tensors as vectors.
 
-    A model that is the minimum itself is returned as it is: |sum_{j != i} w_j (x_j - x_i) / |x_j - x_i|| <= w_i.
-    Otherwise Weiszfeld's steps y <- sum_i v_i x_i / sum_i v_i, v_i = w_i / |x_i - y|, from the weighted mean, until
-    the coefficients change by less than 1e-10. One model far away from the others has little influence.
+    The model x_k with the least sum is the median if the others pull no harder than it weighs,
+    |sum_i w_i (x_i - x_k) / |x_i - x_k|| <= w_k. Otherwise go on from it by Weiszfeld's steps
+    y <- sum_i v_i x_i / sum_i v_i, v_i = w_i / |x_i - y|, or by Newton's where they lead further down. A model far away
+    from the others has little influence.
 
     Source: Weiszfeld, Tohoku Math. J. 43, 1937; Vardi and Zhang, PNAS 97, 2000; ljleb/sd-mecha, `geometric_median`.
 
@@ -35,50 +35,54 @@ def geometric_median(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor
     if min(weights, default=0) < 0:
         raise UsageError(f"the weights {weights} are not all positive", hint="change a weight", weights=weights)
     pull = normalized(weights, len(gram)).numpy()
-    squares = _squared_distances(gram.cpu().numpy())
-    for index in range(len(pull)):
-        force, own = _forces_on(index, squares, pull)
-        if force <= own * (1 + 1e-12):
-            return torch.eye(len(pull), dtype=torch.float64)[index]
-    share = pull
-    for _ in range(MAX_STEPS):
-        following = _step(share, squares, pull)
-        change = np.abs(following - share).max()
-        share = following
-        if change < TOLERANCE:
-            break
-    return torch.from_numpy(share)
+    points = _coordinates(gram.cpu().numpy())
+    best = int(np.argmin([_sum_of_distances(point, points, pull) for point in points]))
+    here = _distances(points[best], points) == 0
+    others = np.where(here, 0.0, pull / np.where(here, 1.0, _distances(points[best], points)))
+    force, own = np.linalg.norm(others @ (points - points[best])), pull[here].sum()
+    if force <= own * (1 + 1e-12):
+        return torch.eye(len(pull), dtype=torch.float64)[best]
+    # Vardi and Zhang's first step leaves x_k downwards, so that no later one meets a model again.
+    away = others @ points / others.sum()
+    return torch.from_numpy(_descend(away + own / force * (points[best] - away), points, pull))
 
 
-def _squared_distances(gram: np.ndarray) -> np.ndarray:
-    """|x_i - x_j|^2, rounding residue set to zero."""
+def _coordinates(gram: np.ndarray) -> np.ndarray:
+    """N points in N dimensions with the distances of the models (classical scaling)."""
     diagonal = np.diagonal(gram)
     sums = diagonal[:, None] + diagonal[None, :]
-    squares: np.ndarray = sums - 2 * gram
+    squares = sums - 2 * gram
     squares[squares <= NEGLIGIBLE * sums] = 0.0
-    return squares
+    centre = np.eye(len(gram)) - 1 / len(gram)
+    values, directions = np.linalg.eigh(-0.5 * centre @ squares @ centre)
+    points: np.ndarray = directions * np.sqrt(np.maximum(values, 0.0))
+    for index in range(len(points)):  # equal models stay exactly equal
+        points[squares[index] == 0] = points[index]
+    return points
 
 
-def _forces_on(index: int, squares: np.ndarray, pull: np.ndarray) -> tuple[float, float]:
-    """|sum_j w_j (x_j - x_i) / |x_j - x_i|| over the models elsewhere, and the weight of the ones at x_i."""
-    distances = np.sqrt(squares[index])
-    here = distances == 0
-    force = np.where(here, 0.0, pull / np.where(here, 1.0, distances))
-    # <x_j - x_i, x_k - x_i> = (d_ij + d_ik - d_jk) / 2 for squared distances d.
-    products = (squares[index][:, None] + squares[index][None, :] - squares) / 2
-    return float(np.sqrt(max(force @ products @ force, 0.0))), float(pull[here].sum())
+def _distances(y: np.ndarray, points: np.ndarray) -> np.ndarray:
+    distances: np.ndarray = np.linalg.norm(points - y, axis=1)
+    return distances
 
 
-def _step(share: np.ndarray, squares: np.ndarray, pull: np.ndarray) -> np.ndarray:
-    """One step from y = sum_i share_i x_i; sum_i share_i = 1."""
-    # |x_i - y|^2 = sum_j share_j d_ij - 1/2 sum_jk share_j share_k d_jk
-    towards = squares @ share
-    distances = np.sqrt(np.maximum(towards - 0.5 * share @ towards, 0.0))
-    here = distances <= ON_TOP * distances.max()
-    force = np.where(here, 0.0, pull / np.where(here, 1.0, distances))
-    following: np.ndarray = force / force.sum()
-    if here.any():  # Vardi and Zhang: a model under y holds it back, by its own weight
-        index = int(here.argmax())
-        others, own = _forces_on(index, squares, pull)
-        following = following + own / others * (share - following)
-    return following
+def _sum_of_distances(y: np.ndarray, points: np.ndarray, pull: np.ndarray) -> float:
+    return float(pull @ _distances(y, points))
+
+
+def _descend(y: np.ndarray, points: np.ndarray, pull: np.ndarray) -> np.ndarray:
+    """The median's coefficients, from a point y below all models."""
+    for _ in range(MAX_STEPS):
+        distances = _distances(y, points)
+        force = pull / distances
+        units = (points - y) / distances[:, None]
+        hessian = force.sum() * np.eye(len(y)) - (units.T * force) @ units
+        steps = np.linalg.lstsq(hessian, pull @ units, rcond=None)[0], force @ points / force.sum() - y
+        sums = [_sum_of_distances(y + step, points, pull) for step in steps]
+        step = steps[0] if sums[0] <= sums[1] else steps[1]
+        y = y + step
+        if np.linalg.norm(step) <= TOLERANCE * distances.max():
+            break
+    force = pull / _distances(y, points)
+    coefficients: np.ndarray = force / force.sum()
+    return coefficients
