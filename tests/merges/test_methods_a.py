@@ -251,7 +251,8 @@ def test_weighted_subtraction_undoes_weighted_sum(inputs: list[Tensor], alpha: f
     check(weighted_subtraction(merged, b, alpha=alpha), a.double().numpy(), inputs, ulps=8 / (1 - alpha) + 8)
 
 
-@given(inputs=tensors(2), alpha=ALPHAS)
+# 1 - alpha is exact; 0^0 = 1 makes the ends special.
+@given(inputs=tensors(2), alpha=st.integers(1, 15).map(lambda sixteenths: sixteenths / 16))
 @settings(max_examples=50, deadline=None)
 def test_geometric_sum_is_symmetric(inputs: list[Tensor], alpha: float) -> None:
     card = find("geometric_sum")
