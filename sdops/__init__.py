@@ -1,3 +1,41 @@
-"""sdops: operations on Stable Diffusion model files."""
+"""sdops: operations on Stable Diffusion model files.
+
+Every command is a function of the same name, with the same parameters, that returns a Report:
+
+    import sdops
+    print(sdops.inspect("model.safetensors"))
+
+Names are resolved when they are used, so `import sdops` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+# public name -> module and name that it stands for
+_PUBLIC = {
+    "Report": ("sdops.report", "Report"),
+    "SdopsError": ("sdops.errors", "SdopsError"),
+    "env": ("sdops.verbs.env", "env"),
+    "hash": ("sdops.verbs.hash", "hash_files"),
+    "inspect": ("sdops.verbs.inspect", "inspect"),
+    "merge": ("sdops.verbs.merge", "merge"),
+    "methods": ("sdops.verbs.methods", "methods"),
+    "open": ("sdops.formats", "open_source"),
+    "verify": ("sdops.verbs.verify", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'sdops' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _PUBLIC[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(["__version__", *_PUBLIC])

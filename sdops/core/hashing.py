@@ -1,7 +1,7 @@
 """SHA-256 of model files: of the file and of its tensor data, in one pass, remembered between runs.
 
 The cache holds one small JSON file per model file, replaced by rename, so any number of processes may use
-it. An entry counts only while the model file has the size, times and inode that it had when it was read.
+it. An entry counts only while the model file has the size, time and inode that it had when it was read.
 A cache that is missing, damaged or read-only costs time, never a command.
 """
 
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +21,14 @@ from io import FileIO
 from pathlib import Path
 
 from sdops import settings
-from sdops.errors import ChangedError
+from sdops.errors import ChangedError, SdopsError
 from sdops.report import Progress, silent
 
 _BUFFER = 4 << 20
 _LEGACY = slice(0x100000, 0x110000)  # the bytes of the first web UI's "model hash"
-_SETTLE_NS = 50_000_000  # a younger file may change again without a visible change of its times
+_SETTLE_NS = 50_000_000  # a younger file may change again without a visible change of its time
 
-Fingerprint = tuple[int, int, int, int]
+Fingerprint = tuple[int, int, int]  # size, modification time in ns, inode; as a file's Source has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Digests:
 
 
 def fingerprint(path: str | os.PathLike[str]) -> Fingerprint:
-    """What changes when a file's content does: size, modification and change time in ns, inode."""
+    """What changes when a file's content does: size, modification time in ns, inode."""
     return _mark(os.stat(path))
 
 
@@ -55,7 +56,8 @@ def sha256(path: str | os.PathLike[str], progress: Progress = silent) -> str:
     """SHA-256 of a file, from the cache if the file has not changed since.
 
     Raises:
-        ChangedError: the file changed while it was read.
+        SdopsError: the file cannot be read.
+        ChangedError: it changed meanwhile.
     """
     return cached_sha256(path) or digests(path, progress).sha256
 
@@ -74,20 +76,32 @@ def digests(path: str | os.PathLike[str], progress: Progress = silent, *, fresh:
     """All digests of a file in one pass; `fresh` reads the file even if the cache knows them.
 
     Raises:
-        ChangedError: the file changed while it was read.
+        SdopsError: the file cannot be read.
+        ChangedError: it changed meanwhile.
     """
     known = None if fresh else _recall(path)
     if known and "legacy" in known:
         return Digests(known["sha256"], known.get("tensors"), known["legacy"])
-    name = Path(path).name
-    with open(path, "rb", buffering=0) as file:
-        before, begin = _mark(os.fstat(file.fileno())), time.time_ns()
-        found = _read(file, before[0], name, progress)
-        if fingerprint(path) != before:
-            raise ChangedError(f"`{name}` changed while it was read", path=str(path))
-    if begin - max(before[1], before[2]) > _SETTLE_NS:
-        _keep(path, before, {key: value for key, value in asdict(found).items() if value})
+    begin = time.time_ns()
+    try:
+        found, mark = _read_file(path, progress)
+    except OSError as error:
+        raise SdopsError(f"`{path}` cannot be read: {error.strerror}", path=path) from error
+    if begin - mark[1] > _SETTLE_NS:
+        _keep(path, mark, {key: value for key, value in asdict(found).items() if value})
     return found
+
+
+def _read_file(path: str | os.PathLike[str], progress: Progress) -> tuple[Digests, Fingerprint]:
+    """Digests of a file that stays as it is meanwhile, and its fingerprint."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for a writer
+        raise SdopsError(f"`{path}` is not a file", path=path)
+    with open(path, "rb", buffering=0) as file:
+        before = _mark(os.fstat(file.fileno()))
+        found = _read(file, before[0], Path(path).name, progress)
+    if fingerprint(path) != before:
+        raise ChangedError(f"`{path}` changed while it was read", hint="run the command again", path=path)
+    return found, before
 
 
 def _read(file: FileIO, nbytes: int, name: str, progress: Progress) -> Digests:
@@ -116,7 +130,7 @@ def _data_start(file: FileIO, nbytes: int) -> int | None:
 
 
 def _mark(status: os.stat_result) -> Fingerprint:
-    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return (status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def _entry(path: str | os.PathLike[str]) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import sqrt
+
 from sdops.core.source import Source
 from sdops.core.spec import FP8
 from sdops.text import count
@@ -50,7 +52,7 @@ def prediction(source: Source, *, sd2: bool) -> list[str]:
 def _spread(numbers: list[float]) -> float:
     """Population standard deviation."""
     mean = sum(numbers) / len(numbers)
-    return (sum((x - mean) ** 2 for x in numbers) / len(numbers)) ** 0.5  # NaN if one is NaN
+    return sqrt(sum((x - mean) ** 2 for x in numbers) / len(numbers))  # NaN if one is NaN
 
 
 def quantisation(source: Source) -> list[str]:

@@ -123,8 +123,7 @@ def _training_legacy(path: Path, header: dict[str, Any]) -> str | None:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    with open_source(path):  # refuses what is damaged or hostile
-        pass
+    open_source(path).close()  # refuses what is damaged or hostile
     with open(path, "rb") as file:
         header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return header
