@@ -225,10 +225,8 @@ def _entry(path: Path, key: str, info: Any) -> tuple[str, Spec, int, int]:
         _refuse(path, f"`{shorten(key)}` needs dtype, shape and data_offsets")
     if type(dtype) is not str or dtype not in DTYPE_BITS:
         _refuse(path, f"`{shorten(key)}` has the unknown dtype {shorten(repr(dtype), 40)}")
-    if not _sizes(shape) or len(shape) > RANK_LIMIT:
-        _refuse(path, f"`{shorten(key)}` has the impossible shape {shorten(repr(shape), 80)}")
-    if not _sizes(offsets) or len(offsets) != 2:
-        _refuse(path, f"`{shorten(key)}` has the impossible offsets {shorten(repr(offsets), 80)}")
+    _check_sizes(path, key, "shape", shape)
+    _check_sizes(path, key, "offsets", offsets, count=2)
     begin, end = offsets
     if (end - begin) * 8 != prod(shape) * DTYPE_BITS[dtype]:
         _refuse(
@@ -237,14 +235,14 @@ def _entry(path: Path, key: str, info: Any) -> tuple[str, Spec, int, int]:
     return key, Spec(dtype, tuple(shape)), begin, end
 
 
-def _sizes(numbers: Any) -> bool:
-    """Whether this is a list of integers that fit into 63 bits. A bool is an int elsewhere, not here."""
-    return (
-        type(numbers) is list
-        and {*map(type, numbers)} <= {int}
-        and min(numbers, default=0) >= 0
-        and max(numbers, default=0) < _TOO_LARGE
-    )
+def _check_sizes(path: Path, key: str, what: str, numbers: Any, *, count: int | None = None) -> None:
+    """A list of integers that fit into 63 bits. A bool is an int elsewhere, not here."""
+    sound = type(numbers) is list and (len(numbers) <= RANK_LIMIT if count is None else len(numbers) == count)
+    for n in numbers if sound else ():
+        if type(n) is not int or not 0 <= n < _TOO_LARGE:
+            sound = False
+    if not sound:
+        _refuse(path, f"`{shorten(key)}` has the impossible {what} {shorten(repr(numbers), 80)}")
 
 
 def _check_layout(path: Path, entries: Iterable[tuple[str, Spec, int, int]]) -> int:
