@@ -21,8 +21,8 @@ def geometric_median(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor
 
     The model x_k with the least sum is the median if the others pull no harder than it weighs,
     |sum_i w_i (x_i - x_k) / |x_i - x_k|| <= w_k. Otherwise go on from it by Weiszfeld's steps
-    y <- sum_i v_i x_i / sum_i v_i, v_i = w_i / |x_i - y|, or by Newton's where they lead further down. A model far away
-    from the others has little influence.
+    y <- sum_i v_i x_i / sum_i v_i, v_i = w_i / |x_i - y|, or by Newton's, shortened if need be, where they lead
+    further down. A model far away from the others has little influence.
 
     Source: Weiszfeld, Tohoku Math. J. 43, 1937; Vardi and Zhang, PNAS 97, 2000; ljleb/sd-mecha, `geometric_median`.
 
@@ -77,9 +77,10 @@ def _descend(y: np.ndarray, points: np.ndarray, pull: np.ndarray) -> np.ndarray:
         force = pull / distances
         units = (points - y) / distances[:, None]
         hessian = force.sum() * np.eye(len(y)) - (units.T * force) @ units
-        steps = np.linalg.lstsq(hessian, pull @ units, rcond=None)[0], force @ points / force.sum() - y
-        sums = [_sum_of_distances(y + step, points, pull) for step in steps]
-        step = steps[0] if sums[0] <= sums[1] else steps[1]
+        newton = np.linalg.lstsq(hessian, pull @ units, rcond=None)[0]
+        steps = [newton * 0.5**halvings for halvings in range(10)]
+        steps.append(force @ points / force.sum() - y)  # Weiszfeld's, which never leads up
+        step = steps[int(np.argmin([_sum_of_distances(y + step, points, pull) for step in steps]))]
         y = y + step
         if np.linalg.norm(step) <= TOLERANCE * distances.max():
             break
