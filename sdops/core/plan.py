@@ -84,6 +84,11 @@ class Plan:
         """Bytes of all inputs of all steps, read once."""
         return sum(item.spec.nbytes for step in self.steps.values() for item in step.inputs)
 
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(step.spec.nbytes for step in self.steps.values())
+
     def count(self, action: Action) -> int:
         """Number of tensors made by an action."""
         return sum(step.action == action for step in self.steps.values())

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdops.core.precision import FORMATS, Doubles, decode, encode
 from sdops.core.source import Source, read
@@ -110,7 +111,7 @@ class Dequantised(View):
             if key not in hidden
         }
         super().__init__(source, specs)
-        self._tables: dict[str, np.ndarray] = {}
+
         for key, scale in self.scales.items():
             self._check(key, scale)
 
@@ -152,14 +153,14 @@ def _is_quantisation_marker(key: str) -> bool:
     return name in ("scaled_fp8", "comfy_quant", "scale_input", "input_scale")
 
 
-def _fp8_table(dtype: str) -> np.ndarray:
+def _fp8_table(dtype: str) -> NDArray[np.float32]:
     """Values of all 256 codes, float32."""
     exponent_bits, bias = {"F8_E4M3": (4, 7), "F8_E5M2": (5, 15), "F8_E4M3FNUZ": (4, 8), "F8_E5M2FNUZ": (5, 16)}[dtype]
     mantissa_bits = 7 - exponent_bits
     codes = np.arange(256)
     exponent, mantissa = codes >> mantissa_bits & ((1 << exponent_bits) - 1), codes & ((1 << mantissa_bits) - 1)
     fraction = mantissa / 2.0**mantissa_bits + (exponent > 0)
-    values = np.ldexp(fraction, np.maximum(exponent, 1) - bias) * np.where(codes & 0x80, -1.0, 1.0)
+    values: Doubles = np.ldexp(fraction, np.maximum(exponent, 1) - bias) * np.where(codes & 0x80, -1.0, 1.0)
     if dtype.endswith("FNUZ"):
         values[0x80] = np.nan
     elif dtype == "F8_E4M3":

@@ -1,0 +1,158 @@
+"""`sdops merge A B [C ...]`: the options are those below and the knobs of the chosen method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from sdops.card import Card, Knob, find
+from sdops.commands._console import Console
+from sdops.commands._options import general_options
+from sdops.errors import UsageError
+
+DEFAULT_METHOD = "weighted-sum"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+class MergeCommand(click.Command):
+    """Looks for `--method` before parsing and parses with that method's knobs as options."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The context of a command with all options."""
+        card = find(_method_in(args))
+        known = {name for option in self.params for name in option.opts}
+        knobs = [_option(knob) for knob in card.knobs if f"--{knob.name.replace('_', '-')}" not in known]
+        full = click.Command(
+            self.name, params=[*self.params, *knobs], callback=self.callback, help=_help(card), epilog=self.epilog
+        )
+        return full.make_context(info_name, args, parent, **extra)
+
+
+def _method_in(args: Sequence[str]) -> str:
+    """The value of the last `-m`, as click would find it."""
+    method = DEFAULT_METHOD
+    for index, word in enumerate(args):
+        if word == "--":
+            break
+        if word in ("-m", "--method") and index + 1 < len(args):
+            method = args[index + 1]
+        elif found := re.fullmatch(r"(?:-m|--method=)(.+)", word):
+            method = found[1]
+    return method
+
+
+def _help(card: Card) -> str:
+    formula = card.doc.partition("\n")[0]
+    method = card.name.replace("_", "-")
+    return f"Merge checkpoints into one.\n\nWith --method {method}: {formula}\n\n`sdops methods` lists all methods."
+
+
+def _option(knob: Knob) -> click.Option:
+    """A knob as an option."""
+    name = f"--{knob.name.replace('_', '-')}"
+    if knob.type == "bool":
+        return click.Option([f"{name}/--no-{name[2:]}"], default=knob.default, help=knob.help)
+    if knob.choices:
+        return click.Option([name], type=click.Choice(knob.choices), default=knob.default, help=knob.help)
+    if knob.type == "float":  # may be a dial, see core.dial
+        return click.Option(
+            [name], metavar="NUMBER|RULES", default=str(knob.default), show_default=True, help=knob.help
+        )
+    if knob.type == "floats":
+        return click.Option([name], metavar="W1,W2,...", callback=_numbers, help=knob.help)
+    return click.Option([name], type={"int": int, "str": str}[knob.type], default=knob.default, help=knob.help)
+
+
+def _numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in re.split(r"[,\s]+", value.strip())) if value else ()
+    except ValueError:
+        raise click.BadParameter(f"`{value}` is not a list of numbers such as 0.5,0.3,0.2") from None
+
+
+def _bytes(_ctx: click.Context, _option: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)(i?)b?\s*", value, re.IGNORECASE)
+    if not found:
+        raise click.BadParameter(f"`{value}` is not an amount of memory such as 300MB or 2G")
+    unit = _UNITS[found[2].lower()]
+    return int(float(found[1]) * (1024 ** list(_UNITS.values()).index(unit) if found[3] else unit))
+
+
+_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.argument("models", metavar="A B [C ...]", nargs=-1, required=True, type=click.Path(), help="Model files"),
+    click.option("-m", "--method", default=DEFAULT_METHOD, show_default=True, allow_from_autoenv=False, help="How"),
+    click.option("--base", type=click.Path(), help="The models' common ancestor, for methods that have one"),
+    click.option("-o", "--output", type=click.Path(), help="Where to write; default: a derived name, in this folder"),
+    click.option("-f", "--force", is_flag=True, help="Replace an existing output"),
+    click.option("-n", "--dry-run", is_flag=True, help="Check everything, show the plan, write nothing"),
+    click.option(
+        "--dtype",
+        default="keep",
+        type=click.Choice(["keep", "fp32", "fp16", "bf16"]),
+        show_default=True,
+        help="Of the result; keep = as the first model's, per tensor",
+    ),
+    click.option("--include", multiple=True, metavar="PATTERN", help="Merge only these tensors, copy A's others"),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="Copy A's tensors of these names"),
+    click.option(
+        "--missing",
+        default="error",
+        type=click.Choice(["error", "keep", "drop"]),
+        show_default=True,
+        help="What to do with tensors that not all models have",
+    ),
+    click.option("--vae", type=click.Path(), help="Take the VAE from this file"),
+    click.option("--text-encoder", type=click.Path(), help="Take the text encoders from this file"),
+    click.option("--prune", is_flag=True, help="Leave out EMA weights, noise schedules and other ballast"),
+    click.option("--seed", type=int, default=0, show_default=True, help="For random methods"),
+    click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),
+    click.option("--memory", metavar="SIZE", callback=_bytes, help="Stay below this, e.g. 300MB"),
+    click.option("--no-hash", is_flag=True, help="Do not record the inputs' SHA-256"),
+)
+
+
+def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+@click.command(
+    cls=MergeCommand,
+    epilog="""\b
+    Examples:
+      sdops merge a.safetensors b.safetensors --alpha 0.3
+      sdops merge a.safetensors b.safetensors --alpha "0.3, IN00-IN05=0.1, vae=0"
+      sdops merge tuned.safetensors inpaint.safetensors -m add-difference ... --dry-run
+      sdops merge a.safetensors b.safetensors c.safetensors -m ties --base base.safetensors --density 0.3
+    """,
+)
+@_with_options
+@general_options
+def command(
+    console: Console,
+    models: tuple[str, ...],
+    output: str | None,
+    force: bool,
+    dry_run: bool,
+    jobs: int | None,
+    no_hash: bool,
+    **options: Any,
+) -> int:
+    """Merge checkpoints into one."""
+    from sdops.verbs.merge import Merge, merge
+
+    made = merge(*models, **options)
+    if not isinstance(made, Merge):
+        raise UsageError("a merge without output is lazy")
+    target = output or made.derived_name()
+    if dry_run:
+        return console.show(made.dry_run(target, force=force, jobs=jobs))
+    return console.show(made.save(target, jobs=jobs, force=force, hash_inputs=not no_hash, progress=console.progress))

@@ -1,0 +1,83 @@
+"""What a merged file says about itself, and what it is called when nobody names it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdops import __version__
+from sdops.card import Card
+from sdops.core.dial import Dial
+
+RECIPE = "sdops"  # metadata key of the recipe
+UNKNOWN_HASH = "0" * 64  # stands in the header until the input has been read
+LONGEST_STEM = 120  # characters of a derived name's first part
+
+# ModelSpec keys that stay true when models of one kind are merged (https://github.com/Stability-AI/ModelSpec).
+INHERITED = (
+    "architecture",
+    "implementation",
+    "resolution",
+    "prediction_type",
+    "license",
+    "usage_hint",
+    "encoder_layer",
+    "timestep_range",
+)
+
+
+def recipe(card: Card, settings: Mapping[str, Any], inputs: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
+    """Everything needed to make the file again.
+
+    Args:
+        card: The method.
+        settings: Knobs and policies that the user gave or that differ from the default.
+        inputs: For each input its role (a, b, base, vae ...), file name and SHA-256.
+        seed: Recorded if the method is random.
+    """
+    made = {"version": __version__, "verb": "merge", "method": card.name.replace("_", "-")}
+    random = {"seed": seed} if "noise" in card.needs else {}
+    return {**made, **settings, **random, "inputs": [dict(i) for i in inputs]}
+
+
+def metadata(first: Mapping[str, str], title: str, names: Sequence[str], made: Mapping[str, Any]) -> dict[str, str]:
+    """Header metadata of a merge: ModelSpec keys and the recipe."""
+    inherited = {f"modelspec.{k}": first[f"modelspec.{k}"] for k in INHERITED if f"modelspec.{k}" in first}
+    return {
+        "format": "pt",  # some loaders refuse files without it
+        "modelspec.sai_model_spec": "1.0.1",
+        **inherited,
+        "modelspec.title": title,
+        "modelspec.merged_from": ", ".join(names),
+        RECIPE: json.dumps(made, ensure_ascii=False, separators=(",", ":")),
+    }
+
+
+def with_hashes(text: str, hashes: Sequence[str]) -> str:
+    """The recipe with the inputs' SHA-256 in place; its length does not change."""
+    made = json.loads(text)
+    for item, digest in zip(made["inputs"], hashes, strict=True):
+        item["sha256"] = digest
+    return json.dumps(made, ensure_ascii=False, separators=(",", ":"))
+
+
+def derived_name(card: Card, models: Sequence[str], knobs: Mapping[str, Any], dtype: str) -> str:
+    """`a+b.weighted-sum.alpha0.3.safetensors`: inputs, method, and the knobs that differ from their defaults."""
+    stem = "+".join(Path(model).stem for model in models)
+    if len(stem) > LONGEST_STEM:
+        stem = stem[: LONGEST_STEM - 1] + "…"
+    defaults = {knob.name: knob.default for knob in card.knobs}
+    changed = [f"{name}{_short(value)}" for name, value in knobs.items() if value != defaults[name]]
+    parts = [stem, card.name.replace("_", "-"), *changed, *([dtype] if dtype else []), "safetensors"]
+    return ".".join(parts)
+
+
+def _short(value: Any) -> str:
+    """A knob's value in a file name."""
+    if isinstance(value, Dial):
+        return f"{value.default:g}" if value.is_constant else "-blocks"
+    if isinstance(value, tuple):
+        return "_".join(f"{v:g}" for v in value)
+    return f"{value:g}" if isinstance(value, float) else f"-{value}"

@@ -1,0 +1,308 @@
+"""Merge checkpoints.
+
+sdops.merge("a.safetensors", "b.safetensors", alpha=0.3, output="c.safetensors")     writes a file
+lazy = sdops.merge("a.safetensors", "b.safetensors", alpha=0.3)                      a Source, nothing read yet
+sdops.merge(lazy, "c.safetensors", alpha=0.1).save("d.safetensors")                  one pass, no file between
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdops.archs.blocks import block_slots
+from sdops.card import Card, find
+from sdops.core.dial import Dial, parse_dial
+from sdops.core.method import load
+from sdops.core.run import default_jobs, run
+from sdops.core.sink import SafetensorsSink, check_inputs, check_space, check_target
+from sdops.errors import UsageError
+from sdops.report import Progress, Report, silent
+from sdops.text import suggest
+from sdops.verbs._hashes import Hashes, part_record
+from sdops.verbs._inputs import Model, Opened, alike, check_families, open_model, same_names
+from sdops.verbs._memory import whole_tensor_memory
+from sdops.verbs._merge_report import done_report, dry_report
+from sdops.verbs._pairing import Pairing, Policy
+from sdops.verbs._provenance import RECIPE, derived_name, metadata, recipe, with_hashes
+from sdops.verbs._swap import swap
+
+if TYPE_CHECKING:
+    from sdops.core.merged import Merged
+
+DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+MISSING = ("error", "keep", "drop")
+PASSES = {"gram": 2, "ranked": 3, "model": 2}  # over the inputs; one for all others
+SWAPS = {"vae": "vae", "text_encoder": "text_encoder"}  # role -> kind of component that the file replaces
+
+
+def merge(
+    *models: Model,
+    method: str = "weighted-sum",
+    base: Model | None = None,
+    output: str | os.PathLike[str] | None = None,
+    dtype: str = "keep",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    missing: str = "error",
+    vae: Model | None = None,
+    text_encoder: Model | None = None,
+    prune: bool = False,
+    seed: int = 0,
+    jobs: int | None = None,
+    memory: int | None = None,
+    force: bool = False,
+    hash_inputs: bool = True,
+    progress: Progress = silent,
+    **knobs: Any,
+) -> Merge | Report:
+    """Merge models into one.
+
+    Args:
+        models: Paths or Sources, in the order of the method's inputs.
+        method: Name of a merge method; `sdops methods` lists them.
+        base: The common ancestor, for methods that have one.
+        output: Where to write; None returns the merge as a Source without writing anything.
+        dtype: Of the result: keep (as the first model's, per tensor), fp32, fp16 or bf16.
+        include: Merge only tensors that match one of these patterns, copy the first model's others.
+        exclude: Copy the first model's tensors that match one of these patterns.
+        missing: Tensors that not all models have: error, keep (copy) or drop.
+        vae: A file whose VAE replaces the result's.
+        text_encoder: A file whose text encoders replace the result's.
+        prune: Leave out EMA weights, noise schedules and other ballast.
+        seed: For random methods.
+        jobs: Threads; default: one per core.
+        memory: Bytes to stay below.
+        force: Replace an existing output.
+        hash_inputs: Record the inputs' SHA-256 (remembered between runs).
+        progress: Called as `progress(label, total_bytes)`.
+        knobs: The method's knobs. A float knob may be a number, a mapping of blocks, components or patterns to
+            numbers, a list of block weights, or the text form of these (see core.dial).
+
+    Returns:
+        A report if `output` is given, else a lazy `Merge`.
+
+    Raises:
+        UsageError: unknown method, knob or pattern, or a wrong number of models.
+        MismatchError: the models do not fit each other.
+        FormatError: an input is damaged.
+        OutputError: the output exists, is an input, or does not fit on the disk.
+    """
+    card = find(method)
+    check_knobs(card, knobs)
+    _check_request(card, len(models), base is not None, dtype, missing)
+    parts = _open_parts(models, base, {"vae": vae, "text_encoder": text_encoder})
+    policy = Policy(DTYPES[dtype], tuple(include), tuple(exclude), missing, prune)
+    made = Merge(card, parts, _parsed_knobs(card, knobs, parts["a"]), policy, seed=seed, memory=memory)
+    if output is None:
+        return made
+    return made.save(output, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
+
+
+class Merge:
+    """A planned merge: a Source of its result, which `save` writes to a file. Made by `merge`.
+
+    Attributes:
+        card: The method.
+        parts: The inputs by role: a, b, c ..., base, vae, text_encoder.
+        knobs: The method's knobs as given; float ones as dials.
+        plan: What will be written and how each tensor comes about.
+        made: The recipe, with placeholders for hashes.
+    """
+
+    def __init__(
+        self,
+        card: Card,
+        parts: Mapping[str, Opened],
+        knobs: Mapping[str, Any],
+        policy: Policy,
+        *,
+        seed: int = 0,
+        memory: int | None = None,
+    ) -> None:
+        self.card = card
+        self.parts = parts
+        self.knobs = knobs
+        self.policy = policy
+        self.memory = memory
+        self._seed = seed
+        self._computed: Merged | None = None
+        inputs = [model for role, model in parts.items() if role not in SWAPS]
+        linear = load(f"sdops.merges.{card.name}", card.execution, card.needs) if card.execution == "linear" else None
+        self.plan = Pairing(inputs, parts["a"], card, linear, knobs, policy).build(self.derived_name())
+        for role, kinds in SWAPS.items():
+            if role in parts:
+                swap(self.plan, parts["a"], parts[role], kinds, policy)
+        self.plan.passes = PASSES.get(card.execution, 2 if "gram" in card.needs else 1)
+        self.made = recipe(card, self._settings(), [part_record(role, model) for role, model in parts.items()], seed)
+        names = [part.name for part in inputs]
+        self.plan.metadata = metadata(parts["a"].source.metadata, Path(self.plan.name).stem, names, self.made)
+        self.name = self.plan.name
+        self.specs = self.plan.specs
+        self.metadata = self.plan.metadata
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """Compute bytes of a tensor."""
+        self.computed.read_into(key, start, buffer)
+
+    def piece_bytes(self, key: str) -> int:
+        """Portions in which `key` is computed."""
+        return self.computed.piece_bytes(key)
+
+    def splits(self, key: str) -> bool:
+        """Whether threads may share the tensor."""
+        return self.computed.splits(key)
+
+    def close(self) -> None:
+        """Close the inputs."""
+        for part in self.parts.values():
+            part.source.close()
+
+    @property
+    def computed(self) -> Merged:
+        """The Source that does the work, made when something is read: it needs numpy, or torch."""
+        if self._computed is None:
+            from sdops.core.merged import Merged
+
+            method = load(f"sdops.merges.{self.card.name}", self.card.execution, self.card.needs)
+            self._computed = Merged(self.plan, method, seed=self._seed, memory=whole_tensor_memory(self))
+        return self._computed
+
+    def derived_name(self) -> str:
+        """What the file is called when nobody names it."""
+        models = [model.name for role, model in self.parts.items() if role not in (*SWAPS, "base")]
+        dtype = next(name for name, spelled in DTYPES.items() if spelled == self.policy.dtype)
+        return derived_name(self.card, models, self.knobs, "" if dtype == "keep" else dtype)
+
+    def check(self, output: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Everything that can be known to go wrong before a tensor is read.
+
+        Raises:
+            OutputError: the output exists, is an input, cannot be written or does not fit.
+        """
+        path = Path(output)
+        check_inputs(path, [file for part in self.parts.values() for file in part.files])
+        check_space(check_target(path, force=force), self.plan.write_bytes)
+
+    def save(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        jobs: int | None = None,
+        force: bool = False,
+        hash_inputs: bool = True,
+        progress: Progress = silent,
+    ) -> Report:
+        """Write the result to a file.
+
+        Args:
+            output: The file; its folder must exist.
+            jobs: Threads; default: one per core.
+            force: Replace an existing file.
+            hash_inputs: Record the inputs' SHA-256, computed beside the merge if they are not remembered.
+            progress: Called as `progress(label, total_bytes)`.
+
+        Raises:
+            OutputError, FormatError, ChangedError: as `merge`.
+        """
+        self.check(output, force=force)
+        begin = time.monotonic()
+        jobs = jobs or default_jobs()
+        with SafetensorsSink(Path(output), self.specs, self.metadata, force=force) as sink:
+            with Hashes(self.parts.values(), enabled=hash_inputs) as hashes:
+                with progress("merging", sink.nbytes) as advance:
+                    run(self.computed, sink, jobs=jobs, progress=advance)
+                digests = hashes.wait(progress)
+            for part in self.parts.values():
+                part.check_unchanged()
+            sink.commit({RECIPE: with_hashes(self.metadata[RECIPE], digests)})
+        return done_report(self, Path(output), time.monotonic() - begin)
+
+    def dry_run(self, output: str | os.PathLike[str], *, force: bool = False, jobs: int | None = None) -> Report:
+        """What `save` would do, after the same checks."""
+        self.check(output, force=force)
+        return dry_report(self, Path(output), jobs or default_jobs())
+
+    def _settings(self) -> dict[str, Any]:
+        """Knobs and policies for the recipe; defaults of policies are left out."""
+        knobs = {name: value.to_json() if isinstance(value, Dial) else value for name, value in self.knobs.items()}
+        policy = {
+            "dtype": next(name for name, spelled in DTYPES.items() if spelled == self.policy.dtype),
+            "include": list(self.policy.include),
+            "exclude": list(self.policy.exclude),
+            "missing": self.policy.missing,
+            "prune": self.policy.prune,
+        }
+        default = {"dtype": "keep", "include": [], "exclude": [], "missing": "error", "prune": False}
+        return {"knobs": knobs, **{name: value for name, value in policy.items() if value != default[name]}}
+
+
+def check_knobs(card: Card, knobs: Mapping[str, Any]) -> None:
+    """Refuse knobs that the method does not have.
+
+    Raises:
+        UsageError: with a suggestion.
+    """
+    known = {knob.name for knob in card.knobs}
+    for name in knobs:
+        if name not in known:
+            guess = suggest(name, known)
+            raise UsageError(
+                f"`{card.name.replace('_', '-')}` has no knob `{name}`"
+                + (f"; did you mean `{guess}`?" if guess else ""),
+                hint=f"`sdops methods {card.name.replace('_', '-')}` explains its knobs",
+                method=card.name,
+                knob=name,
+            )
+
+
+def _check_request(card: Card, count: int, base: bool, dtype: str, missing: str) -> None:
+    """Refuse a wrong number of models and unknown words, before any file is opened."""
+    method = card.name.replace("_", "-")
+    hint = f"`sdops methods {method}` explains the method"
+    many = any(name.startswith("*") for name in card.inputs)
+    if base and not card.base:
+        raise UsageError(f"`{method}` takes no base model", hint=hint)
+    if card.base and not base:
+        raise UsageError(f"`{method}` needs the models' common ancestor", hint="name it with `--base FILE`")
+    if count != len(card.inputs) and not (many and count):
+        wanted = "at least 1 model" if many else f"{len(card.inputs)} models ({', '.join(card.inputs)})"
+        raise UsageError(f"`{method}` merges {wanted}, {count} given", hint=hint)
+    for option, value, allowed in (("dtype", dtype, DTYPES), ("missing", missing, MISSING)):
+        if value not in allowed:
+            raise UsageError(f"`{option}` cannot be `{value}`", hint=f"choose one of {', '.join(allowed)}")
+
+
+def _open_parts(models: Sequence[Model], base: Model | None, swaps: Mapping[str, Model | None]) -> dict[str, Opened]:
+    """Open all inputs, in the order of the method's parameters, and make them comparable with the first model."""
+    roles = [chr(ord("a") + i) if i < 26 else f"model{i + 1}" for i in range(len(models))]
+    opened = {role: open_model(model) for role, model in zip(roles, models, strict=True)}
+    if base is not None:
+        opened = {"base": open_model(base), **opened}
+    first = opened["a"]
+    check_families(first, [part for part in opened.values() if part is not first])
+    opened = {role: part if part is first else alike(part, first) for role, part in opened.items()}
+    for role, model in swaps.items():
+        if model is not None:
+            opened[role] = same_names(open_model(model), first)
+    return opened
+
+
+def _parsed_knobs(card: Card, knobs: Mapping[str, Any], first: Opened) -> dict[str, Any]:
+    """All knobs of the method with defaults filled in; float ones as dials."""
+    slots = block_slots(first.detection)
+    components = [component.name for component in first.detection.components]
+    parsed: dict[str, Any] = {}
+    for knob in card.knobs:
+        value = knobs.get(knob.name, knob.default)
+        if knob.type == "float":
+            value = parse_dial(value, knob=knob.name, default=knob.default, slots=slots, components=components)
+        elif knob.type == "floats":
+            value = tuple(float(v) for v in value)
+        elif knob.choices and value not in knob.choices:
+            raise UsageError(f"`{knob.name}` cannot be `{value}`", hint=f"choose one of {', '.join(knob.choices)}")
+        parsed[knob.name] = value
+    return parsed
