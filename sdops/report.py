@@ -17,7 +17,7 @@ from unicodedata import east_asian_width
 
 SCHEMA = 1  # of as_dict(); raised when a field changes its meaning or goes away
 
-Style = Callable[[str, str], str]  # (kind, text) -> text; kinds: title, heading, name, dim
+Style = Callable[[str, str], str]  # (kind, text) -> text; kinds: heading, dim
 
 # progress(label, total_bytes) is a context that gives `advance(nbytes)`, to be called from any thread.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -114,7 +114,7 @@ def printable(text: str) -> str:
 
 def _lines(section: Section, style: Style) -> Iterator[str]:
     if section.heading:
-        yield style("heading" if section.columns else "title", printable(section.heading))
+        yield style("heading", printable(section.heading))
     rows = [[printable(cell) for cell in row] for row in section.rows]
     titles = [title.rstrip(">") for title in section.columns]
     right = [title.endswith(">") for title in section.columns]

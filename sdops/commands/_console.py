@@ -19,11 +19,9 @@ from sdops.report import Report, plain, printable, silent
 from sdops.text import duration, size
 
 _CODES = {
-    "title": "1;36",
     "heading": "1",
     "name": "36",
     "dim": "2",
-    "good": "32",
     "warning": "33",
     "error": "1;31",
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from sdops.verbs._traits import _SD2_PROBE, prediction, quantisation
+from sdops.verbs._traits import prediction, quantisation
 from sdops.verbs._values import position_ids, values
 
 KEY = "cond_stage_model.transformer.text_model.embeddings.position_ids"
@@ -56,8 +58,13 @@ RIGHT = np.arange(77)
     ],
 )
 def test_position_ids(dtype, array, state, wrong, memory):
-    (found,) = position_ids(memory({KEY: (dtype, array), "weight": ("F16", np.zeros(3, np.float16))}))
-    assert (found.key, found.state, found.wrong, found.total) == (KEY, state, wrong, 77)
+    (entry,) = position_ids(memory({KEY: (dtype, array), "weight": ("F16", np.zeros(3, np.float16))}))
+    assert (entry.key, entry.state, entry.wrong, entry.total) == (KEY, state, wrong, 77)
+
+
+def found(needs_values=(), quantised=()):
+    """As much of a Detection as is looked at."""
+    return SimpleNamespace(needs_values=dict(needs_values), quantised=dict(quantised))
 
 
 @pytest.mark.parametrize(
@@ -71,25 +78,26 @@ def test_position_ids(dtype, array, state, wrong, memory):
 )
 def test_prediction_markers(keys, metadata, expected, memory):
     source = memory({key: ("F32", np.zeros(0, np.float32)) for key in keys}, metadata)
-    assert prediction(source, sd2=False) == expected
+    assert prediction(source, found()) == expected
 
 
-@pytest.mark.parametrize(("spread", "kind"), [(0.2, "v"), (0.05, "epsilon")])
+@pytest.mark.parametrize(("spread", "kind"), [(0.2, "v"), (0.05, "epsilon"), (np.nan, "epsilon")])
 def test_sd2_tells_v_from_epsilon_by_the_spread_of_a_bias(spread, kind, memory):
     bias = (np.where(np.arange(320) % 2, spread, -spread)).astype(np.float16)
-    source = memory({_SD2_PROBE: ("F16", bias)})
-    assert prediction(source, sd2=True) == [f"likely {kind} (spread of a bias)"]
-    assert prediction(source, sd2=False) == []
+    source = memory({"b": ("F16", bias)})
+    assert prediction(source, found({"prediction": "b"})) == [f"likely {kind} (spread of a bias)"]
+    assert prediction(source, found()) == []
 
 
-@pytest.mark.parametrize(("last", "found"), [(0.0, ["zero terminal SNR (`alphas_cumprod` ends in 0)"]), (0.005, [])])
-def test_the_noise_schedule_tells_zero_terminal_snr(last, found, memory):
+@pytest.mark.parametrize(("last", "lines"), [(0.0, ["zero terminal SNR (`s` ends in 0)"]), (0.005, [])])
+def test_the_noise_schedule_tells_zero_terminal_snr(last, lines, memory):
     schedule = np.linspace(1, last, 1000).astype(np.float32)
-    assert prediction(memory({"alphas_cumprod": ("F32", schedule)}), sd2=False) == found
+    assert prediction(memory({"s": ("F32", schedule)}), found({"zero_terminal_snr": "s"})) == lines
 
 
 def test_quantisation(memory):
-    byte, scale = np.zeros(4, np.uint8), np.ones(1, np.float32)
-    source = memory({"a.weight": ("F8_E4M3", byte), "a.scale_weight": ("F32", scale), "b.weight": ("F16", scale)})
-    assert quantisation(source) == ["F8_E4M3: 1 tensor", "fp8 with scales (`scale_weight`): 1 tensor"]
-    assert quantisation(memory({"b.weight": ("F16", scale)})) == []
+    source = memory({}, {"_quantization_metadata": "{}"})
+    packed = {"a": SimpleNamespace(kind="fp8"), "b": SimpleNamespace(kind="nf4"), "c": SimpleNamespace(kind="fp8")}
+    lines = ["fp8: 2 tensors", "nf4: 1 tensor", "described in metadata (`_quantization_metadata`)"]
+    assert quantisation(source, found(quantised=packed.items())) == lines
+    assert quantisation(memory({}), found()) == []

@@ -1,0 +1,193 @@
+"""What a model file is and what is in it, from its header and a few small tensors. No torch, no numpy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sdops.archs.detect import Component, Detection, component_of, detect
+from sdops.core.source import Source
+from sdops.formats import FileSource, open_source
+from sdops.report import Progress, Report, Section, silent
+from sdops.text import count, shorten, size
+from sdops.verbs._each import FilePath, each_file
+from sdops.verbs._traits import is_detail, metadata_order, prediction, quantisation
+from sdops.verbs._values import PositionIds, position_ids
+
+_NAME = 120  # characters of a tensor's name or a metadata value that are shown
+_LISTED = 50  # missing, extra or unclaimed keys that are listed with `-v`; the JSON has all
+
+
+def inspect(*files: FilePath, keys: bool = False, hashes: bool = False, progress: Progress = silent) -> Report:
+    """Architecture, components and their completeness, dtypes, junk, metadata and oddities of model files.
+
+    Args:
+        files: Paths of files or folders.
+        keys: List every tensor.
+        hashes: Add the hashes, for which the whole file is read once.
+        progress: Called as `progress(label, total_bytes)` while hashing.
+
+    Raises:
+        SdopsError: the only file cannot be read.
+    """
+    return each_file("inspect", files, lambda file: _one(Path(file), keys, hashes, progress))
+
+
+def _one(path: Path, keys: bool, hashes: bool, progress: Progress) -> Report:
+    source = open_source(path)
+    try:
+        detection = detect(source.specs)
+        report = _report(source, detection, position_ids(source))
+    finally:
+        source.close()
+    if keys:
+        report.data["keys"] = _key_facts(source, detection)
+        report.sections.append(_key_table(source, detection))
+    if hashes:
+        from sdops.verbs.hash import hash_files
+
+        hashed = hash_files(path, progress=progress)
+        report.data["hashes"] = hashed.data["files"]
+        report.sections += hashed.sections
+    return report
+
+
+def _report(source: FileSource, detection: Detection, ids: list[PositionIds]) -> Report:
+    data: dict[str, Any] = {
+        "file": str(source.path),
+        "bytes": sum(os.path.getsize(file) for file in source.files),
+        "parts": len(source.files),
+        "tensors": len(source.specs),
+        "architecture": detection.family,
+        "title": detection.title,
+        "layout": detection.layout,
+        "variants": list(detection.variants),
+        "prediction": prediction(source, detection),
+        "quantised": quantisation(source, detection),
+        "components": [_component(part) for part in detection.components],
+        "junk": {kind: {"keys": len(keys), "bytes": _nbytes(source, keys)} for kind, keys in detection.junk.items()},
+        "markers": list(detection.markers),
+        "unclaimed": list(detection.unclaimed),
+        "position_ids": {
+            found.key: {"state": found.state, "dtype": found.dtype, "wrong": found.wrong} for found in ids
+        },
+        "metadata": dict(source.metadata),
+    }
+    report = Report("inspect", data=data, warnings=_warnings(source, detection, ids))
+    report.result = [f"{source.path}: {'/'.join([detection.family, *detection.variants])}"]
+    report.sections = [
+        Section(str(source.path), _summary(data, ids)),
+        _component_table(detection.components),
+        *_metadata(source),
+        *_details(detection),
+    ]
+    return report
+
+
+def _component(part: Component) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "kind": part.kind,
+        "architecture": part.family,
+        "layout": part.layout,
+        "prefix": part.prefix,
+        "variants": list(part.variants),
+        "keys": len(part.keys),
+        "expected": part.expected,
+        "missing": list(part.missing),
+        "extra": list(part.extra),
+        "dtypes": part.dtypes,
+        "bytes": part.nbytes,
+        "evidence": list(part.evidence),
+    }
+
+
+def _summary(data: dict[str, Any], ids: list[PositionIds]) -> list[list[str]]:
+    """The name-value pairs at the top; only what there is."""
+    parts = f" in {count(data['parts'], 'file')}" if data["parts"] > 1 else ""
+    junk = ", ".join(f"{kind} {found['keys']:,} ({size(found['bytes'])})" for kind, found in data["junk"].items())
+    rows = [
+        ["architecture", f"{data['title']} ({data['architecture']})"],
+        ["variants", ", ".join(data["variants"])],
+        ["layout", data["layout"]],
+        ["size", f"{size(data['bytes'])}{parts}, {count(data['tensors'], 'tensor')}"],
+        ["prediction", "; ".join(data["prediction"])],
+        ["quantised", "; ".join(data["quantised"])],
+        *(["position ids", f"{found} ({shorten(found.key, _NAME)})"] for found in ids),
+        ["markers", ", ".join(shorten(key, _NAME) for key in data["markers"][:8])],
+        ["junk", junk],
+        ["unclaimed", count(len(data["unclaimed"]), "key") if data["unclaimed"] else ""],
+    ]
+    return [row for row in rows if row[1]]
+
+
+def _component_table(parts: Iterable[Component]) -> Section:
+    rows = []
+    for part in parts:
+        keys = f"{part.found:,} of {part.expected:,}" if part.expected else f"{len(part.keys):,}"
+        missing = f"{len(part.missing):,}" if part.missing else ""
+        extra = f"{len(part.extra):,}" if part.extra else ""
+        rows.append([part.name, part.layout, keys, missing, extra, _dtypes(part), size(part.nbytes)])
+    return Section("Components", rows, ("component", "layout", "keys>", "missing>", "extra>", "dtypes", "size>"))
+
+
+def _dtypes(part: Component) -> str:
+    """`F16`, or with several the number of tensors of each."""
+    if len(part.dtypes) == 1:
+        return next(iter(part.dtypes))
+    ordered = sorted(part.dtypes.items(), key=lambda item: -item[1])
+    return ", ".join(f"{dtype} {number:,}" for dtype, number in ordered)
+
+
+def _metadata(source: Source) -> list[Section]:
+    """Metadata in two sections: what people look for, and the many details of trainers."""
+    rows = [[key, shorten(source.metadata[key], _NAME)] for key in sorted(source.metadata, key=metadata_order)]
+    plain = [[shorten(key, _NAME), text] for key, text in rows if not is_detail(key)]
+    detail = [row for row in rows if is_detail(row[0])]
+    if detail:
+        plain.append(["ss_*", f"{count(len(detail), 'more entry')}, shown with `-v`"])
+    return [Section("Metadata", plain), Section("Training metadata", detail, detail=True)]
+
+
+def _details(detection: Detection) -> list[Section]:
+    """Shown with `-v`: how the components were recognised and which keys are odd."""
+    evidence = [[part.name, line] for part in detection.components for line in part.evidence]
+    lists = {"Unclaimed keys": detection.unclaimed}
+    for part in detection.components:
+        lists[f"Missing keys of {part.name}"] = part.missing
+        lists[f"Extra keys of {part.name}"] = part.extra
+    sections = [Section("Evidence", evidence, detail=True)]
+    for heading, keys in lists.items():
+        rows = [[shorten(key, _NAME)] for key in keys[:_LISTED]]
+        if len(keys) > _LISTED:
+            rows.append([f"... and {len(keys) - _LISTED:,} more"])
+        sections.append(Section(heading, rows, detail=True))
+    return sections
+
+
+def _warnings(source: FileSource, detection: Detection, ids: list[PositionIds]) -> list[str]:
+    name = source.path.name
+    found = [f"`{entry.key}` in `{name}` is {entry}" for entry in ids if entry.state != "ok"]
+    lacking = [part for part in detection.components if part.missing]
+    return found + [f"`{name}` lacks {count(len(part.missing), 'key')} of its {part.name}" for part in lacking]
+
+
+def _key_facts(source: Source, detection: Detection) -> dict[str, Any]:
+    return {
+        key: {"dtype": spec.dtype, "shape": list(spec.shape), "component": component_of(detection, key)}
+        for key, spec in source.specs.items()
+    }
+
+
+def _key_table(source: Source, detection: Detection) -> Section:
+    rows = [
+        [shorten(key), spec.dtype, "x".join(map(str, spec.shape)), size(spec.nbytes), component_of(detection, key)]
+        for key, spec in source.specs.items()
+    ]
+    return Section("Keys", rows, ("key", "dtype", "shape", "size>", "component"))
+
+
+def _nbytes(source: Source, keys: Iterable[str]) -> int:
+    return sum(source.specs[key].nbytes for key in keys)
