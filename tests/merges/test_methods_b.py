@@ -206,6 +206,11 @@ def test_geometric_median_on_a_line_is_the_median(values: list[int]) -> None:
     close(run("geometric_median", *models), vectors([base + float(np.median(values)) * direction]), 1e-6)
 
 
+def test_geometric_median_of_one_model_is_the_model() -> None:
+    (a,) = tensors(1)
+    assert torch.equal(run("geometric_median", a), a)
+
+
 def test_geometric_median_ignores_an_outlier_and_leaves_a_start_on_a_model() -> None:
     a, far = tensors(2)
     assert torch.equal(run("geometric_median", a, a, a, a + 1e6 * far), a)
