@@ -18,7 +18,7 @@ from sdops.formats._file import read_head, unreadable
 from sdops.formats._guess import unknown
 
 # Asked in this order, because a shard is a safetensors file as well.
-ORDER = ("safetensors",)
+ORDER = ("safetensors", "torch_zip", "torch_legacy")
 
 
 class FileSource(Source, Protocol):
