@@ -19,12 +19,13 @@ from sdops.formats import open_source
 from sdops.report import Progress, Report, Section, silent
 from sdops.verbs._each import FilePath, each_file
 
-STORED = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+OF_TENSORS = ("modelspec.hash_sha256", "sshs_model_hash")
+STORED = (*OF_TENSORS, "sshs_legacy_hash")
 _NOTHING = sha256(b"").hexdigest()  # e3b0c442...: what some trainers stored instead of a hash
 _STATES = {
     "ok": "is right",
     "empty": "is the hash of nothing, a fault of the program that wrote it",
-    "differs": "does not match the tensors: the file was edited after the hash was written, or is damaged",
+    "differs": "does not match: the file was edited after the hash was written, or is damaged",
     "unknown": "cannot be recomputed",
 }
 
@@ -90,7 +91,7 @@ def stored_hashes(path: Path, found: Digests) -> dict[str, dict[str, Any]]:
     stored = {}
     for key in STORED:
         if key in metadata:
-            true = _training_legacy(path, header) if key == "sshs_legacy_hash" else found.tensors
+            true = found.tensors if key in OF_TENSORS else _training_legacy(path, header)
             stored[key] = {"value": metadata[key], "state": _state(metadata[key], true)}
     return stored
 

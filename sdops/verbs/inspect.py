@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sdops.archs.detect import Component, Detection, component_of, detect
+from sdops.archs.detect import UNKNOWN, Component, Detection, component_of, detect
 from sdops.core.source import Source
 from sdops.formats import FileSource, open_source
 from sdops.report import Progress, Report, Section, silent
@@ -17,6 +17,7 @@ from sdops.verbs._traits import is_detail, metadata_order, prediction, quantisat
 from sdops.verbs._values import PositionIds, position_ids
 
 _NAME = 120  # characters of a tensor's name or a metadata value that are shown
+_METADATA = 30  # entries that are shown without `-v`
 _LISTED = 50  # missing, extra or unclaimed keys that are listed with `-v`; the JSON has all
 
 
@@ -109,9 +110,9 @@ def _summary(data: dict[str, Any], ids: list[PositionIds]) -> list[list[str]]:
     parts = f" in {count(data['parts'], 'file')}" if data["parts"] > 1 else ""
     junk = ", ".join(f"{kind} {found['keys']:,} ({size(found['bytes'])})" for kind, found in data["junk"].items())
     rows = [
-        ["architecture", f"{data['title']} ({data['architecture']})"],
+        ["architecture", UNKNOWN if data["architecture"] == UNKNOWN else f"{data['title']} ({data['architecture']})"],
         ["variants", ", ".join(data["variants"])],
-        ["layout", data["layout"]],
+        ["layout", "" if data["layout"] in ("any", UNKNOWN) else data["layout"]],
         ["size", f"{size(data['bytes'])}{parts}, {count(data['tensors'], 'tensor')}"],
         ["prediction", "; ".join(data["prediction"])],
         ["quantised", "; ".join(data["quantised"])],
@@ -142,13 +143,16 @@ def _dtypes(part: Component) -> str:
 
 
 def _metadata(source: Source) -> list[Section]:
-    """Metadata in two sections: what people look for, and the many details of trainers."""
-    rows = [[key, shorten(source.metadata[key], _NAME)] for key in sorted(source.metadata, key=metadata_order)]
-    plain = [[shorten(key, _NAME), text] for key, text in rows if not is_detail(key)]
-    detail = [row for row in rows if is_detail(row[0])]
-    if detail:
-        plain.append(["ss_*", f"{count(len(detail), 'more entry')}, shown with `-v`"])
-    return [Section("Metadata", plain), Section("Training metadata", detail, detail=True)]
+    """Metadata in two sections: what people look for, and the many details that programs write."""
+    order = sorted(source.metadata, key=metadata_order)
+    first = [key for key in order if not is_detail(key)][:_METADATA]
+    plain, more = (
+        [[shorten(key, _NAME), shorten(source.metadata[key], _NAME)] for key in keys]
+        for keys in (first, [key for key in order if key not in first])
+    )
+    if more:
+        plain.append([f"{count(len(more), 'more entry')}, shown with `-v`"])
+    return [Section("Metadata", plain), Section("More metadata", more, detail=True)]
 
 
 def _details(detection: Detection) -> list[Section]:

@@ -12,7 +12,7 @@ from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, shorten, size
 from sdops.verbs._each import FilePath, each_file
 from sdops.verbs._values import PositionIds, position_ids
-from sdops.verbs.hash import stored_hashes
+from sdops.verbs.hash import OF_TENSORS, stored_hashes
 
 if TYPE_CHECKING:
     from sdops.verbs._scan import Tally
@@ -51,10 +51,14 @@ def _one(path: Path, progress: Progress) -> Report:
 
 
 def _stored(path: Path, source: Source, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Stored hashes and their state; the file is hashed only if it holds any."""
-    if not any("hash" in key for key in source.metadata):
+    """Stored hashes of the tensors and their state; the file is hashed only if it holds any.
+
+    The third, `sshs_legacy_hash`, depends on metadata that people edit: no sign of damage.
+    """
+    if not any(key in source.metadata for key in OF_TENSORS):
         return {}
-    return stored_hashes(path, digests(path, progress, fresh=True))
+    found = stored_hashes(path, digests(path, progress, fresh=True))
+    return {key: entry for key, entry in found.items() if key in OF_TENSORS}
 
 
 def _report(

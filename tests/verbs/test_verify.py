@@ -64,7 +64,7 @@ def test_a_flipped_bit_is_found_by_the_stored_hash(write):
     plain = write("plain.safetensors", tensors)
     raw = plain.read_bytes()
     true = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
-    path = write("m.safetensors", tensors, {"modelspec.hash_sha256": f"0x{true}"})
+    path = write("m.safetensors", tensors, {"modelspec.hash_sha256": f"0x{true}", "sshs_legacy_hash": "12345678"})
     assert not verify(path).failed
     content = bytearray(path.read_bytes())
     content[-700] ^= 1
