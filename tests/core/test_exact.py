@@ -138,10 +138,13 @@ def test_fast_and_compensated_sums_agree_bit_for_bit(dtype: str, alpha: float, m
     with_ties = np.empty_like(fast)
     monkeypatch.setattr(ExactSum, "_ties_impossible", lambda *_: False)
     combine(raws, with_ties, SCRATCH)
+    inexact = np.empty_like(fast)
+    combine.short_coefficients = combine.all_halves = False
+    combine(raws, inexact, SCRATCH)
     compensated = np.empty_like(fast)
-    monkeypatch.setattr(ExactSum, "_is_exact", lambda *_: False)
-    combine(raws, compensated, SCRATCH)
+    combine._compensated(raws, compensated, SCRATCH)
     assert np.array_equal(fast, with_ties)
+    assert np.array_equal(fast, inexact)
     assert np.array_equal(fast, compensated)
 
 
@@ -190,11 +193,12 @@ def test_empty_piece() -> None:
     assert ExactSum(weights(0.5), ["F16", "F16"], "F16")([empty, empty], empty.copy(), SCRATCH) == 0
 
 
-def test_negative_zero_survives_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.0005])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_negative_zero_survives_every_path(dtype: str, alpha: float) -> None:
     zeros = np.array([0x8000, 0x0000], np.uint16)
-    for exact in (True, False):
-        if not exact:
-            monkeypatch.setattr(ExactSum, "_is_exact", lambda *_: False)
+    combine = ExactSum(weights(alpha), [dtype, dtype], dtype)
+    for path in (combine, combine._compensated):
         out = np.empty(2, np.uint16)
-        ExactSum(weights(0.3), ["F16", "F16"], "F16")([zeros, zeros], out, SCRATCH)
+        path([zeros, zeros], out, SCRATCH)
         assert out.tolist() == zeros.tolist()
