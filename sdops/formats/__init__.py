@@ -11,14 +11,15 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sdops.core.source import Source
 from sdops.formats._file import read_head, unreadable
 from sdops.formats._guess import unknown
 
 # Asked in this order, because a shard is a safetensors file as well.
-ORDER = ("safetensors", "torch_zip", "torch_legacy")
+_FILES = ("safetensors", "torch_zip", "torch_legacy")
+ORDER = ("sharded", *_FILES, "diffusers")
 
 
 class FileSource(Source, Protocol):
@@ -27,10 +28,12 @@ class FileSource(Source, Protocol):
     Attributes:
         path: As the user gave it.
         files: Every file that holds tensors.
+        warnings: What the user should know, one sentence each, without a full stop.
     """
 
     path: Path
     files: list[Path]
+    warnings: list[str]
 
     def check_unchanged(self) -> None:
         """Raises ChangedError if a file was written to, replaced or removed since it was opened."""
@@ -46,11 +49,49 @@ def open_source(path: str | os.PathLike[str]) -> FileSource:
     path = Path(path)
     try:
         head = b"" if path.is_dir() else read_head(path)
-    except (OSError, ValueError) as error:
+        return _first_match(path, head, ORDER)
+    except OSError as error:  # e.g. a folder that may not be listed
         raise unreadable(path, error) from None
-    for name in ORDER:
+
+
+def open_file(path: Path) -> FileSource:
+    """Open a model that is one file, whatever its name says about others.
+
+    Raises:
+        SdopsError: as `open_source`.
+    """
+    return _first_match(path, read_head(path), _FILES)
+
+
+def load_object(path: str | os.PathLike[str]) -> Any:
+    """What a torch file holds besides named tensors: lists, dicts with numbers for names, a bare tensor.
+
+    The values are plain Python ones, `_torch.Tensor` for tensors and `_pickle.Opaque` for what is not rebuilt.
+
+    Raises:
+        SdopsError: as `open_source`.
+    """
+    path = Path(path)
+    head = read_head(path)
+    for name in ("torch_zip", "torch_legacy"):
+        module = import_module(f"{__name__}.{name}")
+        if module.sniff(path, head):
+            return module.load(path)
+    raise unknown(path, head)
+
+
+def _first_match(path: Path, head: bytes, names: tuple[str, ...]) -> FileSource:
+    for name in names:
         module = import_module(f"{__name__}.{name}")
         if module.sniff(path, head):
             source: FileSource = module.open(path)
             return source
+    if path.is_dir():
+        from sdops.formats.diffusers import no_model
+
+        raise no_model(path)
+    if path.suffix.lower() == ".safetensors":
+        from sdops.formats.safetensors import open as open_safetensors
+
+        return open_safetensors(path)  # says what is wrong with it
     raise unknown(path, head)

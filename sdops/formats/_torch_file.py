@@ -33,6 +33,7 @@ class TorchFile:
         name: The file's name.
         path: As it was given.
         files: The path alone.
+        warnings: None.
         fd: The open file.
         fingerprint: (size, mtime in ns, inode) when it was opened.
         specs: Tensor name -> Spec in the order of the data.
@@ -54,6 +55,7 @@ class TorchFile:
         self.name = file.path.name
         self.path: Path = file.path
         self.files = [file.path]
+        self.warnings: list[str] = []
         self.fd = file.fd
         self.fingerprint = file.fingerprint
         self.specs: Mapping[str, Spec] = {key: tensor.spec for key, tensor in self._tensors.items()}

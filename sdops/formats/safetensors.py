@@ -10,8 +10,7 @@ does not name are ignored, as the reference does.
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +22,7 @@ from sdops.core.spec import DTYPE_BITS, Spec
 from sdops.errors import FormatError
 from sdops.formats._file import HEAD, InputFile
 from sdops.formats._guess import is_foreign, unknown
+from sdops.formats._json import parse
 from sdops.text import shorten, size
 
 HEADER_LIMIT = 100_000_000
@@ -57,6 +57,7 @@ class SafetensorsFile:
         fd: The open file.
         fingerprint: (size, mtime in ns, inode) when it was opened.
         files: The path alone.
+        warnings: None.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,10 +70,11 @@ class SafetensorsFile:
         self.name = path.name
         self.path = path
         self.files = [path]
+        self.warnings: list[str] = []
         self.fd = self._file.fd
         self.fingerprint = self._file.fingerprint
-        self.specs = header.specs
-        self.metadata = header.metadata
+        self.specs: Mapping[str, Spec] = header.specs
+        self.metadata: Mapping[str, str] = header.metadata
         self.offsets = header.offsets
         self.data_start = header.data_start
 
@@ -157,35 +159,10 @@ def _refuse(path: Path, what: str) -> NoReturn:
 
 
 def _parse(path: Path, raw: bytes | bytearray) -> dict[str, Any]:
-    """JSON, with the freedoms of Python's parser taken back."""
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-        if b"\\ud" in raw or b"\\uD" in raw:  # an escape may stand for half a character, which no text can hold
-            _check_text(header)
-    except RecursionError:
-        _refuse(path, "its JSON is nested too deeply")
-    except ValueError as error:  # also Unicode errors and numbers of more than 4300 digits
+        return parse(raw)
+    except ValueError as error:
         _refuse(path, shorten(str(error)))
-    if type(header) is not dict:
-        _refuse(path, "its JSON is not an object")
-    return header
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"`{shorten(twice)}` stands there twice")
-    return found
-
-
-def _no_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")
-
-
-def _check_text(header: Any) -> None:
-    json.dumps(header, ensure_ascii=False).encode("utf-8")
 
 
 def _interpret(file: InputFile, header: dict[str, Any], data_start: int) -> Header:
