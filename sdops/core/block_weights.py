@@ -65,9 +65,9 @@ def from_numbers(numbers: Sequence[float], slots: Sequence[str]) -> BlockWeights
     """Weights from a list, told apart by its length.
 
     With n slots of the family, VAE not counted: n numbers are for the slots in order; n - 1 leave out BASE, which gets
-    0; n + 1 add the VAE of a UNet family. A family with the input and output blocks 0 to 8 also takes the 26 or 25
-    numbers of SD1: those of the blocks it lacks are left out. The 17 (SD1) or 12 (SDXL) numbers of LoRA block weights
-    name the blocks that hold transformers; the others get 0.
+    0; as many as there are numbered blocks leave out all others; n + 1 add the VAE of a UNet family. A family with the
+    input and output blocks 0 to 8 also takes the 26 or 25 numbers of SD1: those of the blocks it lacks are left out.
+    The 17 (SD1) or 12 (SDXL) numbers of LoRA block weights name the blocks that hold transformers; the others get 0.
 
     Raises:
         UsageError: no layout of the family has that many slots.
@@ -91,9 +91,9 @@ def _layouts(own: Sequence[str]) -> list[tuple[str, ...]]:
     if not own:
         return []
     blocks = tuple(slot for slot in own if slot != "BASE")
-    layouts = [tuple(own), blocks]
+    layouts = [tuple(own), blocks, tuple(slot for slot in blocks if slot[-1].isdigit() and slot not in OUTSIDE)]
     numbered = {_plain(slot) for slot in own}
-    if "M0" in numbered:
+    if "OUT0" in numbered:
         layouts.append((*own, "VAE"))
     if numbered == {_plain(slot) for slot in SD1_SLOTS}:
         layouts.append(LORA_SD1_SLOTS)

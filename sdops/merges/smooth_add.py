@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 EXECUTION = "tensor"
 
 RADIUS = 4  # where the Gaussian is cut: four standard deviations
-BLOCK = 1 << 22  # neighbours gathered at once
+BLOCK = 1 << 20  # neighbours gathered at once
 
 
 def smooth_add(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0) -> Tensor:
@@ -42,8 +43,9 @@ def median(x: Tensor) -> Tensor:
         windows = padded[start : start + rows + 2]
         for dim in range(x.ndim):
             windows = windows.unfold(dim, 3, 1)  # adds a last dimension of 3
-        blocks.append(windows.flatten(x.ndim).median(-1).values)
-    return torch.cat(blocks).reshape(shape)
+        neighbours = windows.flatten(x.ndim).numpy(force=True)
+        blocks.append(torch.from_numpy(np.sort(neighbours)[..., 3**x.ndim // 2]))  # faster than Tensor.median
+    return torch.cat(blocks).reshape(shape).to(x.device)
 
 
 def gaussian(x: Tensor) -> Tensor:

@@ -143,6 +143,18 @@ def test_sdxl_lengths() -> None:
     assert from_numbers(range(21), (*SDXL_SLOTS, "VAE")).weights["VAE"] == 20
 
 
+def test_lists_of_other_families() -> None:
+    sd3 = ("BASE", "IN", *(f"J{i:02d}" for i in range(24)), "OUT")
+    weights, note = from_numbers(range(1, 25), sd3)  # the 24 numbers that model-mixer takes
+    assert (weights["J00"], weights["J23"], weights["IN"], weights["BASE"]) == (1, 24, 0, 0)
+    assert note == "BASE, IN, OUT not listed: 0"
+    flux = ("BASE", "CLIP", "T5", "IN", *FLUX_SLOTS[1:], "OUT")
+    weights, note = from_numbers(range(61), flux)  # supermerger's
+    assert (weights["CLIP"], weights["IN"], weights["D00"], weights["OUT"]) == (0, 2, 3, 60)
+    assert note == "BASE not listed: 0"
+    assert from_preset("GRAD_V", flux).weights["T5"] == 0
+
+
 def test_numbers_of_sd1_lose_the_blocks_that_sdxl_lacks() -> None:
     numbers = list(range(26))
     weights, note = from_numbers(numbers, SDXL_SLOTS)
