@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdops.core.hashing import digests
 from sdops.core.source import Source
-from sdops.formats import open_source
+from sdops.formats import FileSource, open_source
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, shorten, size
 from sdops.verbs._each import FilePath, each_file
@@ -43,21 +43,22 @@ def _one(path: Path, progress: Progress) -> Report:
     try:
         tallies = scan(source, progress)
         ids = position_ids(source)
-        stored = _stored(path, source, progress)
+        stored = _stored(source, progress)
         source.check_unchanged()
         return _report(path, source, tallies, ids, stored)
     finally:
         source.close()
 
 
-def _stored(path: Path, source: Source, progress: Progress) -> dict[str, dict[str, Any]]:
+def _stored(source: FileSource, progress: Progress) -> dict[str, dict[str, Any]]:
     """Stored hashes of the tensors and their state; the file is hashed only if it holds any.
 
     The third, `sshs_legacy_hash`, depends on metadata that people edit: no sign of damage.
     """
-    if not any(key in source.metadata for key in OF_TENSORS):
+    if len(source.files) != 1 or not any(key in source.metadata for key in OF_TENSORS):
         return {}
-    found = stored_hashes(path, digests(path, progress, fresh=True))
+    (file,) = source.files
+    found = stored_hashes(file, digests(file, progress, fresh=True))
     return {key: entry for key, entry in found.items() if key in OF_TENSORS}
 
 

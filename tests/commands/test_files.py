@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 from pathlib import Path
 
@@ -82,6 +83,34 @@ def test_among_several_files_one_that_fails_is_told_and_the_rest_done(command, s
     assert "good.safetensors" in done.out
     data = sdops(command, "--json", "absent.safetensors", str(good)).json["files"]
     assert ["error" in entry for entry in data] == [True, False]
+
+
+@pytest.fixture
+def folder() -> Path:
+    """A diffusers folder with one component in two shards."""
+    unet = Path("model/unet")
+    unet.mkdir(parents=True)
+    parts = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    Path("model/model_index.json").write_text(json.dumps(parts))
+    (unet / "config.json").write_text("{}")
+    shards = {f"diffusion_pytorch_model-0000{i}-of-00002.safetensors": f"w{i}" for i in (1, 2)}
+    for name, key in shards.items():
+        save_file({key: np.array([1, np.nan], np.float16)}, unet / name)
+    index = {"metadata": {"total_size": 8}, "weight_map": {key: name for name, key in shards.items()}}
+    (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    return Path("model")
+
+
+def test_folders(sdops, folder):
+    (inspected,) = sdops("inspect", "--json", str(folder)).json["files"]
+    assert (inspected["parts"], inspected["tensors"]) == (2, 2)
+    hashed = sdops("hash", "--json", str(folder)).json["files"]
+    names = [f"model/unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert [entry["file"] for entry in hashed] == names
+    assert [entry["sha256"] for entry in hashed] == [hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in names]
+    verified = sdops("verify", "--json", str(folder))
+    assert verified.code == 1
+    assert len(verified.json["files"][0]["damage"]) == 2
 
 
 @pytest.mark.parametrize("command", ["hash", "verify", "inspect"])

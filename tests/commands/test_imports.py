@@ -44,6 +44,19 @@ def test_nothing_heavy(arguments):
     assert not loaded & HEAVY
 
 
+@pytest.mark.parametrize(
+    ("arguments", "allowed"),
+    [(["inspect"], set()), (["inspect", "--json", "--keys"], set()), (["hash"], set()), (["verify"], {"numpy"})],
+)
+def test_nothing_heavy_to_look_at_a_file(arguments, allowed, tmp_path):
+    header = b'{"w":{"dtype":"F16","shape":[2],"data_offsets":[0,4]}}'
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    loaded = modules(*arguments, str(path))
+    assert f"sdops.verbs.{arguments[0]}" in loaded
+    assert loaded & HEAVY == allowed
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["inpsect"], ["--version"]])
 def test_help_imports_no_command(arguments):
     loaded = {name for name in modules(*arguments) if name.startswith("sdops.")}
