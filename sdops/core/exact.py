@@ -41,6 +41,8 @@ from sdops.core.packing import (
 )
 from sdops.core.precision import FORMATS, Doubles, Raw, decode, encode
 
+_SIGNED = {"F16": np.int16, "BF16": np.int16, "F32": np.int32, "F64": np.int64}
+
 __all__ = ["PIECE", "ExactSum", "NonFiniteError", "Scratch"]
 
 
@@ -70,6 +72,7 @@ class ExactSum:
         # 2**fraction_bits[i] is the denominator of c_i: products are multiples of lsb(x_i) * 2**-fraction_bits[i]
         self.fraction_bits = [c.denominator.bit_length() - 1 for c in self.coefficients]
         self.short_coefficients = all(Fraction(f) == c for f, c in zip(self.floats, coefficients, strict=True))
+        self.affine_pair = len(self.dtypes) == 2 and sum(self.coefficients) == 1
         self.all_halves = out_dtype == "F16" and all(dtype == "F16" for dtype in dtypes)
 
     def __call__(self, raws: Sequence[Raw], out: Raw, scratch: Scratch) -> int:
@@ -118,7 +121,7 @@ class ExactSum:
         set bit is 2**(v - q) where 2**v is d's. A tie of a half ends at 2**-25 or above, so |d| < 2**(q - 25)
         excludes it.
         """
-        if not self.all_halves or len(self.dtypes) != 2 or sum(self.coefficients) != 1:
+        if not (self.all_halves and self.affine_pair):
             return False
         difference = bounds[0][0] + bounds[1][0]
         return difference < ldexp(1.0, self.fraction_bits[1] - 25)
@@ -191,8 +194,8 @@ def _bounds(raw: Raw, dtype: str, index: int) -> tuple[float, int]:
     target = FORMATS[dtype]
     if not len(raw):
         return 0.0, target.lsb_exponent
-    signed = raw.view(np.dtype(target.raw).str.replace("u", "i"))
-    largest = max(int(signed.max()), int(raw.max()) & (target.sign - 1), 0)
+    # as signed numbers the positive ones are the largest, as unsigned numbers the negative ones
+    largest = max(int(raw.view(_SIGNED[dtype]).max()), int(raw.max()) & (target.sign - 1))
     if largest >= target.infinity:
         raise NonFiniteError(index)
     exponent = (largest >> target.mantissa) or 1

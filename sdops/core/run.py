@@ -51,17 +51,18 @@ def run(source: Source, sink: SafetensorsSink, *, jobs: int, progress: Progress 
     """
     state = _State(_jobs(source, sink), sink, progress)
     threads = [threading.Thread(target=_work, args=(source, state), daemon=True) for _ in range(jobs)]
+    threads.append(threading.Thread(target=state.write_back, daemon=True))
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
+        for thread in threads[:-1]:
             thread.join()
-    except BaseException:
+    finally:
         state.stop.set()
+        state.behind.set()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
-        raise
     if state.error is not None:
         raise state.error
 
@@ -76,7 +77,8 @@ class _State:
         self.lock = threading.Lock()
         self.stop = threading.Event()
         self.error: BaseException | None = None
-        self.unsynced = 0
+        self.behind = threading.Event()  # enough was written to bother the disk with
+        self._unsynced = 0
 
     def next_job(self) -> list[Piece] | None:
         with self.lock:
@@ -88,8 +90,21 @@ class _State:
         self.stop.set()
 
     def wrote(self, nbytes: int) -> None:
+        self._unsynced += nbytes  # not exact between threads, and need not be
+        if self._unsynced >= WRITEBACK_BYTES:
+            self._unsynced = 0
+            self.behind.set()
         if self.progress is not None:
             self.progress(nbytes)
+
+    def write_back(self) -> None:
+        """Keep the disk busy while the others compute, so that the final fsync has little left to do."""
+        try:
+            while self.behind.wait() and not self.stop.is_set():
+                self.behind.clear()
+                self.sink.start_writeback()
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that called run
+            self.fail(error)
 
 
 def _work(source: Source, state: _State) -> None:

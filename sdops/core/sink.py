@@ -84,8 +84,11 @@ class SafetensorsSink:
             raise self._explained(error) from error
 
     def start_writeback(self) -> None:
-        """Let the disk begin with what was written so far, so that the final fsync has little left to do."""
-        os.fdatasync(self._fd)
+        """Send what was written so far to the disk; returns when it is there."""
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise self._explained(error) from error
 
     def commit(self, replace_metadata: Mapping[str, str] | None = None) -> Path:
         """Make the file durable and give it its name. Returns the path as the user gave it."""
