@@ -139,8 +139,6 @@ class _Lines:
     def advance(self, nbytes: int) -> None:
         with self._lock:
             self._done += nbytes
-            if self._done < self._due and self._done & 0xFFFFFFF > nbytes:
-                return  # the clock is asked at a tenth of the work, else every 256 MB
             now = time.monotonic()
             waited = now - self._last
             if waited >= _LONG_SECONDS or (self._done >= self._due and waited >= _QUIET_SECONDS):

@@ -215,3 +215,15 @@ def test_completion_offers_commands_and_methods(process):
     assert done.out.split() == ["plain,inspect"]
     done = process(_SDOPS_COMPLETE="bash_complete", COMP_WORDS="sdops methods weighted", COMP_CWORD="2")
     assert "plain,weighted-sum" in done.out.split()
+
+
+@pytest.mark.parametrize("name", ["inspect", "hash", "verify", "methods", "env"])
+def test_a_command_has_the_parameters_of_its_verb(name):
+    import inspect
+
+    import sdops
+
+    known = set(inspect.signature(getattr(sdops, name)).parameters) - {"progress"}
+    command = _app.app.get_command(None, name)
+    general = {"json", "quiet", "verbose", "color", "no_progress"}
+    assert {parameter.name for parameter in command.params} - general == known
