@@ -17,11 +17,12 @@ def size(nbytes: int) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number with its noun: `1 key`, `1,131 keys`."""
+    """A number with its noun: `1 key`, `1,131 keys`, `2 passes`, `3 entries`."""
     if number == 1:
         return f"1 {noun}"
-    plural = noun[:-1] + "ies" if noun.endswith("y") and noun[-2:-1] not in "aeiou" else noun + "s"
-    return f"{number:,} {plural}"
+    if noun.endswith("y") and noun[-2:-1] not in "aeiou":
+        return f"{number:,} {noun[:-1]}ies"
+    return f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -37,11 +37,12 @@ def test_sizes_have_three_digits_and_are_near(nbytes):
 
 
 def test_counts():
-    assert [count(n, noun) for n, noun in ((1, "key"), (1131, "key"), (2, "copy"), (0, "tensor"))] == [
+    assert [count(n, noun) for n, noun in ((1, "key"), (1131, "key"), (2, "copy"), (0, "tensor"), (2, "pass"))] == [
         "1 key",
         "1,131 keys",
         "2 copies",
         "0 tensors",
+        "2 passes",
     ]
 
 
