@@ -117,14 +117,15 @@ def _share(specs: Mapping[str, Spec], keys: Sequence[str]) -> float:
 
 
 def _fits(specs: Mapping[str, Spec], prefix: str, rule: Table | Variant) -> bool:
-    """Whether everything that a table or variant asks for holds."""
-    whole = isinstance(rule, Table)
-    if any(_find(specs, prefix, need, trust_packed=whole) is None for need in rule.need):
+    """Whether everything that a table or variant asks for holds. Variants are told by sizes: no guessing there."""
+    trust_packed = isinstance(rule, Table)
+
+    def holds(need: Need) -> bool:
+        return _find(specs, prefix, need, trust_packed) is not None
+
+    if not all(map(holds, rule.need)) or any(holds(Need(name, None)) for name in rule.lack):
         return False
-    if any(_find(specs, prefix, Need(name, None)) is not None for name in rule.lack):
-        return False
-    one_of = rule.one_of if isinstance(rule, Table) else ()
-    return not one_of or any(_find(specs, prefix, need) is not None for need in one_of)
+    return not isinstance(rule, Table) or not rule.one_of or any(map(holds, rule.one_of))
 
 
 def _find(specs: Mapping[str, Spec], prefix: str, need: Need, trust_packed: bool = True) -> str | None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
+import sdops.archs.tables as shelf
+from sdops.archs.blocks import block_of, block_slots
+from sdops.archs.detect import detect
 from sdops.archs.tables import FOLDER, KINDS, Table, alternatives, expand, read, tables
+from sdops.core.spec import Spec
 
 FILES = sorted(FOLDER.glob("*.toml"))
 TABLES = tables()
@@ -15,8 +22,8 @@ def label(table: Table) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_file_has_a_title_and_components(path: object) -> None:
-    rows = read(path)  # type: ignore[arg-type]
+def test_file_has_a_title_and_components(path: Path) -> None:
+    rows = read(path)
     assert rows
     assert all(row["title"] and row["name"] and row["kind"] and row["layout"] for row in rows)
 
@@ -94,3 +101,43 @@ def test_needs_no_heavy_import() -> None:
     code = "import sys, sdops.archs.blocks as b; b.component_of; print({'torch', 'numpy', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+NEW_FAMILY = """
+title = "Newcomer"
+
+[[component]]
+name = "transformer"
+kind = "model"
+layout = "native"
+prefixes = ["model.diffusion_model.", ""]
+need = ["portal.weight [64,*]"]
+ranges = { D = 3 }
+keys = '''
+portal.weight
+storeys.{D}.{lift,stairs}.weight
+'''
+slots = "BASE IN F{D}"
+blocks = '''
+IN     portal
+F{D}   storeys.{D}
+'''
+variant = [{ name = "wide", need = ["portal.weight [*,32]"] }]
+"""
+
+
+def test_a_family_is_added_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in FILES:
+        shutil.copy(path, tmp_path)
+    (tmp_path / "newcomer.toml").write_text(NEW_FAMILY)
+    monkeypatch.setattr(shelf, "FOLDER", tmp_path)
+    tables.cache_clear()
+    try:
+        names = ["portal.weight", *[f"storeys.{i}.{way}.weight" for i in range(3) for way in ("lift", "stairs")]]
+        found = detect({f"model.diffusion_model.{name}": Spec("F16", (64, 32)) for name in names[:-1]})
+    finally:
+        tables.cache_clear()
+    assert (found.family, found.title, found.variants) == ("newcomer", "Newcomer", ("wide",))
+    assert found.components[0].missing == ("model.diffusion_model.storeys.2.stairs.weight",)
+    assert block_slots(found) == ["BASE", "IN", "F00", "F01", "F02"]
+    assert block_of(found, "model.diffusion_model.storeys.1.lift.weight") == "F01"
