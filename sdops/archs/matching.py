@@ -132,7 +132,8 @@ def _find(specs: Mapping[str, Spec], prefix: str, need: Need, trust_packed: bool
     """The key that satisfies a need."""
     name = need.name[1:] if need.name.startswith("/") else prefix + need.name
     if "*" in name:
-        keys: Iterable[str] = [key for key in specs if fnmatchcase(key, name)]
+        head = name[: name.index("*")].partition("[")[0]  # a plain comparison first: most keys are not meant
+        keys: Iterable[str] = [key for key in specs if key.startswith(head) and fnmatchcase(key, name)]
     else:
         keys = [name] if name in specs else []
     return next((key for key in keys if _has_shape(specs[key], need.shape, trust_packed)), None)

@@ -5,8 +5,9 @@ A file describes one family (`others.toml`: several that are only named). Its `[
     name, kind    what it is: `unet`, `vae`, `clip_l` ...; model | control | vae | text_encoder | adapter | other
     layout        how its keys are spelled: ldm, sgm, bfl, sai, comfy, native, diffusers, hf, openclip
     prefixes      what may stand before its keys in a file; "" is the component alone
-    need          lines `key` or `key [shape]` that must all hold (`*` = any size); `one_of`: at least one must hold
-    lack          keys that must not be there
+    need          lines `key` or `key [shape]` that must all hold (`*` = any size); `one_of`: at least one must hold.
+                  A key may have wildcards as file names do; that costs a look at all keys, but survives a missing one
+    lack          keys that must not be there; likewise
     hint          as `need`, but only breaks a tie between tables that fit equally well
     keys          templates of all keys, for completeness; without them a component is recognised by name only
     optional      templates of keys that may be there

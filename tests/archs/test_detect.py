@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -344,6 +345,17 @@ def test_removing_keys_is_counted(data: st.DataObject) -> None:
         assert len(gone) - len(component.missing) <= optional
         assert component.found == (before.expected or 0) - len(component.missing)
         assert len(component.keys) == len(before.keys) - len(gone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_eighth_of_the_keys_is_lost(name: str) -> None:
+    specs = load(name)
+    kept = dict(random.Random(7).sample(sorted(specs.items()), len(specs) * 7 // 8))
+    whole, found = detect(specs), detect(kept)
+    assert found.family == whole.family
+    assert names(found) == names(whole)
+    assert {key for part in found.components for key in part.missing} <= set(specs) - set(kept)
+    assert not found.unclaimed
 
 
 @pytest.mark.parametrize("name", ["sd15-ldm", "sd21-ldm", "sdxl-base-sgm", "sd15-diffusers", "sd21-diffusers"])
