@@ -146,8 +146,7 @@ def test_notices_changes(tmp_path, writer, how):
         source.check_unchanged()
     if how in ("cut", "write"):
         with pytest.raises(ChangedError, match=file.name):
-            for key in source.specs:
-                read(source, key)
+            [read(source, key) for key in source.specs]
     source.close()
 
 
