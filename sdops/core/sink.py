@@ -5,6 +5,7 @@ The bytes depend on the tensors, their specs and the metadata alone, not on the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -13,16 +14,23 @@ import os
 import resource
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+import stat
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from sdops.core.spec import DTYPE_BITS, Spec
 from sdops.errors import OutputError
+from sdops.text import size
 
 _HEADER_LIMIT = 100_000_000
 _ORDER = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
+_ELSEWHERE = "choose another place with `-o`"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # FAT, some network shares
 
 
 class SafetensorsSink:
@@ -51,17 +59,16 @@ class SafetensorsSink:
             position += spec.nbytes
         self.nbytes = position
         check_space(self.target, self.nbytes)
+        self._force = force
         self._temporary: Path | None = None
         self._fd = -1
 
     def __enter__(self) -> Self:
-        tag = hashlib.sha256(os.fsencode(self.target.name)).hexdigest()[:8]
-        _remove_leftovers(self.target.parent, tag)
-        # The name is on record before the file exists, so that a signal in between leaves nothing behind.
-        self._temporary = self.target.parent / f".sdops-{tag}-{secrets.token_hex(4)}.tmp"
+        for leftover, _ in _leftovers(self.target):
+            leftover.unlink(missing_ok=True)
         try:
-            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            while not self._create():
+                self._discard()
             os.ftruncate(self._fd, self.nbytes)
             self._write_at(0, memoryview(self._header))
         except BaseException as error:
@@ -101,14 +108,43 @@ class SafetensorsSink:
                 if len(header) != len(self._header):
                     raise ValueError("replaced metadata must keep its length")
                 self._write_at(0, memoryview(header))
-            os.fchmod(self._fd, _mode_for(self.target))
+            if self.target.exists():
+                os.fchmod(self._fd, stat.S_IMODE(self.target.stat().st_mode))
             os.fsync(self._fd)
-            os.replace(self._temporary, self.target)
+            self._publish(self._temporary)
+            self._discard()
+            _sync_folder(self.target.parent)
         except OSError as error:
             raise self._explained(error) from error
-        self._temporary = None
-        _sync_folder(self.target.parent)
         return self.path
+
+    def _create(self) -> bool:
+        """Open and lock a temporary file; the lock tells other runs that this one is alive.
+
+        Returns False if another run took the file for a left-over before it was locked.
+        """
+        # The name is on record before the file exists, so that a signal in between leaves nothing behind. The finalizer
+        # removes the file even if a signal comes just as `__exit__` begins.
+        temporary = self.target.parent / f".sdops-{_tag(self.target)}-{secrets.token_hex(4)}.tmp"
+        self._temporary, self._finalizer = temporary, weakref.finalize(self, temporary.unlink, missing_ok=True)
+        mode = 0o600 if self.target.exists() else 0o666  # what replaces a private file is private while it grows
+        self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with contextlib.suppress(OSError):  # a network share without locks
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+        return temporary.exists()
+
+    def _publish(self, temporary: Path) -> None:
+        """Give the file its name; without `force` never that of a file which appeared meanwhile."""
+        if self._force:
+            os.replace(temporary, self.target)
+            return
+        try:
+            os.link(temporary, self.target)  # unlike a renaming it fails where something is
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            check_target(self.path, force=False)
+            os.replace(temporary, self.target)
 
     def _write_at(self, offset: int, data: memoryview) -> None:
         while data:
@@ -119,6 +155,7 @@ class SafetensorsSink:
     def _discard(self) -> None:
         if self._temporary is not None:
             self._temporary.unlink(missing_ok=True)
+            self._finalizer.detach()
             self._temporary = None
         if self._fd >= 0:
             os.close(self._fd)
@@ -144,16 +181,22 @@ class SafetensorsSink:
         return len(text).to_bytes(8, "little") + text
 
     def _explained(self, error: OSError) -> OutputError:
-        name = f"`{self.path}`"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return OutputError(f"no space left while writing {name}", hint=f"it needs {self.nbytes / 1e9:.2f} GB")
+        name, needed = f"`{self.path}`", size(self.nbytes)
+        if error.errno in _FULL:
+            return OutputError(f"no space left while writing {name}", hint=f"it needs {needed}")
         if error.errno == errno.EFBIG:
-            return OutputError(f"{name} is larger than this session may write ({self.nbytes / 1e9:.2f} GB)",
-                               hint="`ulimit -f` shows the limit")  # fmt: skip
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return OutputError(f"`{self.target.parent}` cannot be written to: {error.strerror}",
-                               hint="choose another place with `-o`")  # fmt: skip
-        return OutputError(f"writing {name} failed: {error.strerror}", hint=None)
+            return OutputError(
+                f"{name} would have {needed}, which is more than a file may have here",
+                hint="`ulimit -f` shows the limit of this session; the file system may have one, too (FAT: 4 GB)",
+            )
+        if error.errno == errno.EEXIST:
+            return OutputError(f"{name} appeared while it was being made", hint=_REPLACE)
+        if error.errno in _FORBIDDEN:
+            return OutputError(f"`{self.target.parent}` cannot be written to: {error.strerror}", hint=_ELSEWHERE)
+        return OutputError(f"writing {name} failed: {error.strerror}", hint=_ELSEWHERE)
+
+
+_REPLACE = "`--force` replaces it, `-o` names another file"
 
 
 def check_target(path: Path, *, force: bool) -> Path:
@@ -163,18 +206,29 @@ def check_target(path: Path, *, force: bool) -> Path:
         OutputError: the folder is missing or read-only, the target exists (without `force`) or is no regular file.
     """
     target = Path(os.path.realpath(path))
-    if target.is_dir():
+    mode = _mode(path)
+    if stat.S_ISDIR(mode):
         raise OutputError(f"`{path}` is a folder", hint=f"name a file: `-o {path}/NAME.safetensors`")
+    if mode and not stat.S_ISREG(mode):
+        raise OutputError(f"`{path}` is not a regular file", hint=_ELSEWHERE)
     if not target.parent.is_dir():
-        raise OutputError(f"the folder of `{path}` does not exist", hint=f"`mkdir -p {path.parent}`")
-    if target.exists():
-        if not target.is_file():
-            raise OutputError(f"`{path}` is not a regular file", hint="choose another place with `-o`")
-        if not force:
-            raise OutputError(f"`{path}` exists already", hint="`--force` replaces it, `-o` names another file")
+        missing = target.parent if path.parent.is_dir() else path.parent
+        raise OutputError(f"the folder of `{path}` does not exist", hint=f"`mkdir -p {missing}`")
+    if mode and not force:
+        raise OutputError(f"`{path}` exists already", hint=_REPLACE)
     if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"the folder `{target.parent}` is read-only", hint="choose another place with `-o`")
+        raise OutputError(f"the folder `{target.parent}` is read-only", hint=_ELSEWHERE)
     return target
+
+
+def _mode(path: Path) -> int:
+    """The mode of what the path leads to, 0 if there is nothing. Asked of the path: `/dev/stdout` has no real one."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise OutputError(f"`{path}` cannot be written to: {error.strerror}", hint=_ELSEWHERE) from error
 
 
 def check_inputs(path: Path, inputs: Sequence[Path]) -> None:
@@ -199,10 +253,10 @@ def check_space(target: Path, nbytes: int) -> None:
     Raises:
         OutputError: with both figures.
     """
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(target.parent).free + sum(status.st_blocks * 512 for _, status in _leftovers(target))
     if nbytes > free:
         raise OutputError(
-            f"`{target.name}` needs {nbytes / 1e9:.2f} GB, `{target.parent}` has {free / 1e9:.2f} GB free",
+            f"`{target.name}` needs {size(nbytes)}, `{target.parent}` has {size(free)} free",
             hint="choose another place with `-o` (an existing file is only replaced when the new one is complete)",
             needed=nbytes,
             free=free,
@@ -210,39 +264,42 @@ def check_space(target: Path, nbytes: int) -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limit != resource.RLIM_INFINITY and nbytes > limit:
         raise OutputError(
-            f"`{target.name}` needs {nbytes / 1e9:.2f} GB, this session may write files of {limit / 1e9:.2f} GB",
+            f"`{target.name}` needs {size(nbytes)}, this session may write files of {size(limit)}",
             hint="`ulimit -f` shows the limit",
         )
 
 
-def _mode_for(target: Path) -> int:
-    """The old file's mode when it is replaced, else what the umask says."""
-    if target.exists():
-        return target.stat().st_mode & 0o7777
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+def _tag(target: Path) -> str:
+    """What the names of temporary files for one target have in common: short, for a name may have 255 bytes."""
+    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
 
 
-def _remove_leftovers(folder: Path, tag: str) -> None:
-    """Unlink temporary files of killed runs: those for this target that nobody holds a lock on."""
-    for leftover in folder.glob(f".sdops-{tag}-*.tmp"):
+def _leftovers(target: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Temporary files of killed runs: those for this target that nobody holds a lock on."""
+    for path in target.parent.glob(f".sdops-{_tag(target)}-*.tmp"):
         try:
-            fd = os.open(leftover, os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
-            continue
+            continue  # somebody else's
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink(missing_ok=True)
+            yield path, os.fstat(fd)
         except OSError:
-            pass  # a run that is still alive
+            continue  # a run that is still alive
         finally:
             os.close(fd)
 
 
 def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+    """Make a new name durable, where a folder can be synchronised."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return  # it may be written to, but not read
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(fd)
