@@ -2,14 +2,17 @@
 
 0 done · 1 refused or failed with a message · 2 wrong usage · 70 a bug · 130 Ctrl-C · 128+N ended by signal N
 141 the reader of our output went away
+
+A signal unwinds the stack once, so that temporary files are removed; further ones do not disturb that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,8 +25,11 @@ if TYPE_CHECKING:
     from sdops.commands._console import Console
 
 
+_ENDINGS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+
+
 class _Ended(BaseException):
-    """SIGTERM or SIGHUP arrived; unwinds the stack so that temporary files are removed."""
+    """A signal arrived; unwinds the stack so that temporary files are removed."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -32,17 +38,20 @@ class _Ended(BaseException):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
-        _catch_signals()
-        from sdops.commands._console import Console
+        _open_closed_streams()
+        with _signals_caught():
+            from sdops.commands._console import Console
 
-        return _run(Console(), list(sys.argv[1:] if arguments is None else arguments))
+            return _run(Console(), list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
-        return 130
+        return _interrupted("interrupted", 130)
     except _Ended as ended:
-        return 128 + ended.number
+        name = signal.Signals(ended.number).name
+        return _interrupted("interrupted" if name == "SIGINT" else f"ended by {name}", 128 + ended.number)
     except BrokenPipeError:
-        _forget_output()
         return 141
+    finally:
+        _flush_or_forget()
 
 
 def _run(console: Console, arguments: list[str]) -> int:
@@ -112,20 +121,44 @@ def _usage(error: click.ClickException) -> tuple[str, str | None]:
     return message[:1].lower() + message[1:], f"`{path} --help` explains the command"
 
 
-def _catch_signals() -> None:
-    """End on SIGTERM and SIGHUP by unwinding. What the parent chose to ignore (nohup) stays ignored."""
+def _interrupted(how: str, code: int) -> int:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        sys.stderr.write(f"error: {how}\n")
+    return code
+
+
+@contextlib.contextmanager
+def _signals_caught() -> Iterator[None]:
+    """End by unwinding. What the parent chose to ignore (nohup, a job in the background) stays ignored."""
 
     def end(number: int, _: FrameType | None) -> NoReturn:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
         raise _Ended(number)
 
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, end)
+    numbers = [getattr(signal, name) for name in _ENDINGS if hasattr(signal, name)]
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: handler for number in numbers if (handler := signal.getsignal(number)) in usual}
+    for number in before:
+        signal.signal(number, end)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def _forget_output() -> None:
-    """Let the interpreter's last flush of stdout go nowhere instead of failing."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+def _open_closed_streams() -> None:
+    """Let streams that the caller closed lead nowhere. Else the next file that is opened would be their heir."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  stays open to the end
+
+
+def _flush_or_forget() -> None:
+    """Let the interpreter's last flush go nowhere where it would fail: the exit code shall stay what it is."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

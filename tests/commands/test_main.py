@@ -180,8 +180,11 @@ sys.exit(main.main(["sleep"]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_signals_unwind_and_have_their_exit_code(number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "ended by SIGTERM"), ("SIGHUP", 129, "ended by SIGHUP")],
+)
+def test_signals_unwind_and_have_their_exit_code(number, code, said):
     child = subprocess.Popen(
         [sys.executable, "-c", _SLEEPER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -189,7 +192,7 @@ def test_signals_unwind_and_have_their_exit_code(number, code):
     time.sleep(0.05)
     child.send_signal(getattr(signal, number))
     out, err = child.communicate(timeout=20)
-    assert (child.returncode, out, err) == (code, "cleaned\n", "")
+    assert (child.returncode, out, err) == (code, "cleaned\n", f"error: {said}\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
