@@ -67,6 +67,11 @@ def cached_sha256(path: str | os.PathLike[str]) -> str | None:
     return (_recall(path) or {}).get("sha256")
 
 
+def settled(mark: Fingerprint, begin: int) -> bool:
+    """Whether a file was old enough at `begin` (ns) for its next change to show in its fingerprint."""
+    return begin - mark[1] > _SETTLE_NS
+
+
 def remember(path: str | os.PathLike[str], mark: Fingerprint, digest: str) -> None:
     """Keep the SHA-256 of a file that was hashed on the way by; `mark` is its `fingerprint` at that time."""
     _keep(path, mark, {"sha256": digest})
@@ -87,7 +92,7 @@ def digests(path: str | os.PathLike[str], progress: Progress = silent, *, fresh:
         found, mark = _read_file(path, progress)
     except OSError as error:
         raise SdopsError(f"`{path}` cannot be read: {error.strerror}", path=path) from error
-    if begin - mark[1] > _SETTLE_NS:
+    if settled(mark, begin):
         _keep(path, mark, {key: value for key, value in asdict(found).items() if value})
     return found
 

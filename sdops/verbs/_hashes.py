@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from sdops.core import hashing
+from sdops.formats._file import InputFile
 from sdops.report import Progress
 from sdops.verbs._inputs import Opened
 
 UNKNOWN = "0" * 64  # stands in the header until the input has been read
 _BUFFER = 4 << 20
+_GRACE_SECONDS = 1.0  # for a thread that is told to stop; a disk that hangs must not hang the rest
 
 
 def part_record(role: str, part: Opened) -> dict[str, str]:
@@ -43,8 +46,8 @@ class Hashes:
         files = {file for part in self._parts for file in part.files}
         if self._enabled:
             self._found = {file: known for file in files if (known := hashing.cached_sha256(file))}
-            self._missing = sorted(files - self._found.keys())
-            self._progress.total = sum(file.stat().st_size for file in self._missing)
+            self._missing = [InputFile(file) for file in sorted(files - self._found.keys())]
+            self._progress.total = sum(file.size for file in self._missing)
             self._thread.start()
         return self
 
@@ -52,6 +55,8 @@ class Hashes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        if self._enabled:
+            self._thread.join(_GRACE_SECONDS)
 
     def wait(self, progress: Progress) -> list[str]:
         """One digest per input, in order. Shows progress if there is much left to do."""
@@ -77,19 +82,32 @@ class Hashes:
     def _work(self) -> None:
         try:
             for file in self._missing:
-                mark, digest = hashing.fingerprint(file), hashlib.sha256()
-                buffer = memoryview(bytearray(_BUFFER))
-                with file.open("rb", buffering=0) as stream:
-                    while got := stream.readinto(buffer):
-                        if self._stop.is_set():
-                            return
-                        digest.update(buffer[:got])
-                        self._progress.add(got)
-                self._found[file] = digest.hexdigest()
-                if hashing.fingerprint(file) == mark:
-                    hashing.remember(file, mark, self._found[file])
-        except OSError as error:
+                self._hash(file)
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
             self._error = error
+        finally:
+            for file in self._missing:
+                file.close()
+
+    def _hash(self, file: InputFile) -> None:
+        """Hash a file, and remember the digest.
+
+        Raises:
+            FormatError: it cannot be read.
+            ChangedError: it is written to or replaced meanwhile.
+        """
+        begin, digest, buffer = time.time_ns(), hashlib.sha256(), memoryview(bytearray(_BUFFER))
+        for start in range(0, file.size, _BUFFER):
+            if self._stop.is_set():
+                return
+            view = buffer[: file.size - start]
+            file.read_into(start, view)
+            digest.update(view)
+            self._progress.add(len(view))
+        file.check_unchanged()
+        self._found[file.path] = digest.hexdigest()
+        if hashing.settled(file.fingerprint, begin):
+            hashing.remember(file.path, file.fingerprint, digest.hexdigest())
 
 
 class _Counter:
