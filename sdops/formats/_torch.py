@@ -8,7 +8,6 @@ from typing import IO, Any
 
 from sdops.core.spec import DTYPE_BITS, Spec
 from sdops.formats._pickle import Opaque, Symbol, is_harmless, load, refuse
-from sdops.text import shorten
 
 RANK_LIMIT = 64
 
@@ -172,10 +171,8 @@ def _call(symbol: Symbol, arguments: tuple[Any, ...]) -> Any:
 
 
 def _tensor(storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
-    """torch._utils._rebuild_tensor(storage, storage_offset, size, stride)."""
-    part = storage if type(storage) is StorageView else None
-    dtype = (part.storage if part else storage).dtype
-    return _cut(storage, dtype, first, shape, strides)
+    """torch._utils._rebuild_tensor(storage, storage_offset, size, stride): the dtype is the storage's."""
+    return _cut(storage, None, first, shape, strides)
 
 
 def _tensor_v2(
@@ -250,17 +247,15 @@ _CALLS: dict[str, Callable[..., Any]] = _REBUILDS | {
 }
 
 
-def _cut(storage: Any, dtype: str, first: Any, shape: Any, strides: Any) -> Tensor:
+def _cut(storage: Any, dtype: str | None, first: Any, shape: Any, strides: Any) -> Tensor:
     """A tensor, once it is certain that it lies within its storage."""
-    offset, base = 0, storage
-    if type(storage) is StorageView:
-        offset, base = storage.first, storage.storage
-    if type(base) is not Storage or not _are_sizes(shape) or not _are_sizes(strides) or not _is_size(first):
+    whole, offset = (storage.storage, storage.first) if type(storage) is StorageView else (storage, 0)
+    if type(whole) is not Storage or not _are_sizes(shape) or not _are_sizes(strides) or not _is_size(first):
         refuse("it is damaged: a tensor has no possible shape")
     if len(shape) != len(strides) or len(shape) > RANK_LIMIT:
-        refuse(f"it is damaged: a tensor of {shorten(str(len(shape)))} dimensions has {len(strides)} strides")
-    tensor = Tensor(base, Spec(dtype, shape), offset + first, strides)
-    capacity = base.nbytes if base is storage else (offset + storage.numel) * DTYPE_BITS[base.dtype] // 8
+        refuse(f"it is damaged: a tensor of {len(shape)} dimensions has {len(strides)} strides")
+    tensor = Tensor(whole, Spec(dtype or whole.dtype, shape), offset + first, strides)
+    capacity = whole.nbytes if storage is whole else (offset + storage.numel) * whole.item_bytes
     if tensor.extent and (tensor.first + tensor.extent) * tensor.item_bytes > capacity:
         refuse("it is damaged: a tensor lies outside of its storage")
     return tensor
