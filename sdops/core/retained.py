@@ -3,7 +3,8 @@
 Rounding swallows a small alpha: most weights of a bf16 model do not move at all when 1 % of a difference is added.
 For a wanted change w of the first model and the change d that was written, <d, w> / <w, w> is 1 when nothing is lost
 and 0 when nothing arrived. For one model's contribution w_i the other contributions are taken for granted:
-1 + <d - w, w_i> / <w_i, w_i>.
+1 + <d - w, w_i> / <w_i, w_i>. That makes sense where every model pulls towards itself (averages). Where one is
+subtracted from another, single contributions are large and cancel; there only the change as a whole is measured.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sdops.core.plan import Step
 from sdops.core.precision import Doubles, Raw, decode
 
 SAMPLE = 4096  # elements per tensor
+WHOLE = -1  # stands for the change as a whole where others are model indices
 
 
 class Retained:
@@ -29,7 +31,7 @@ class Retained:
         self._lock = threading.Lock()
 
     def shares(self) -> dict[int, float]:
-        """Model index -> share of its contribution that survived; models that contribute nothing are left out."""
+        """Model index, or WHOLE, -> share of the contribution that survived; what contributes nothing is left out."""
         return {i: 1 + self._errors[i] / square for i, square in sorted(self._squares.items()) if square}
 
     def sample_linear(self, step: Step, raws: Sequence[Raw], weights: Mapping[int, Fraction], out: Raw) -> None:
@@ -42,20 +44,22 @@ class Retained:
             out: The written elements.
         """
         values = {i: decode(raws[i][:SAMPLE], step.inputs[i].spec.dtype) for i in {0, *weights}}
-        total = sum(weights.values())
-        # relative to the first model: sum_i c_i x_i - x_0 = sum_{i>0} c_i (x_i - x_0), if the c_i sum to 1
-        wanted = {i: float(c) * (values[i] - (values[0] if total == 1 else 0)) for i, c in weights.items() if i}
-        if total != 1 and 0 in weights:
-            wanted[0] = (float(weights[0]) - 1) * values[0]
         change = decode(out[:SAMPLE], step.spec.dtype) - values[0]
-        self._add({step.inputs[i].model: w for i, w in wanted.items()}, change)
+        # sum_i c_i x_i - x_0 = sum_{i>0} c_i (x_i - x_0), if the c_i sum to 1
+        if sum(weights.values()) == 1 and min(weights.values()) >= 0:
+            wanted = {step.inputs[i].model: float(c) * (values[i] - values[0]) for i, c in weights.items() if i}
+            self._add(wanted, change)
+            if len(wanted) == 1:
+                return
+        total = np.sum([float(c) * values[i] for i, c in weights.items()], axis=0) - values[0]
+        self._add({WHOLE: total}, change)
 
     def sample(self, first: Doubles, result: Doubles, out: Doubles) -> None:
-        """Account for one tensor of a method that is not linear: the change as a whole, under index -1."""
-        self._add({-1: result - first}, out - first)
+        """Account for one tensor of a method that is not linear: the change as a whole."""
+        self._add({WHOLE: result - first}, out - first)
 
     def _add(self, wanted: Mapping[int, Doubles], change: Doubles) -> None:
-        error = change - np.sum(list(wanted.values()), axis=0) if wanted else change
+        error = change - np.sum(list(wanted.values()), axis=0)
         with self._lock:
             for model, contribution in wanted.items():
                 self._errors[model] = self._errors.get(model, 0.0) + float(error @ contribution)

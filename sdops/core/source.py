@@ -38,6 +38,12 @@ class Source(Protocol):
         """Release file handles."""
 
 
+def splits(source: Source, key: str) -> bool:
+    """Whether threads may share the tensor; sources that compute say so themselves, all others can be shared."""
+    ask = getattr(source, "splits", None)
+    return ask is None or bool(ask(key))
+
+
 def read(source: Source, key: str) -> bytearray:
     """The whole tensor's bytes."""
     data = bytearray(source.specs[key].nbytes)

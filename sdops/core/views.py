@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdops.core.precision import FORMATS, Doubles, decode, encode
-from sdops.core.source import Source, read
+from sdops.core.source import Source, read, splits
 from sdops.core.spec import FP8, Spec
 from sdops.errors import FormatError
 
@@ -32,6 +32,10 @@ class View:
         """As the source's."""
         self.source.read_into(key, start, buffer)
 
+    def splits(self, key: str) -> bool:
+        """As the source's."""
+        return splits(self.source, key)
+
     def close(self) -> None:
         """Close the source."""
         self.source.close()
@@ -53,6 +57,10 @@ class Renamed(View):
         """Read the tensor under its name in the source."""
         self.source.read_into(self.names[key], start, buffer)
 
+    def splits(self, key: str) -> bool:
+        """As the source's."""
+        return splits(self.source, self.names[key])
+
 
 class WithChannels(View):
     """A first convolution [out, in, ...] with the number of input channels that another model's has.
@@ -67,7 +75,11 @@ class WithChannels(View):
     """
 
     def __init__(self, source: Source, key: str, donor: Source) -> None:
-        wanted = Spec(source.specs[key].dtype, donor.specs[key].shape)
+        own, other = source.specs[key], donor.specs[key]
+        dtype = own.dtype
+        if own.dtype != other.dtype and own.shape[1] < other.shape[1]:  # one that holds the values of both
+            dtype = "F64" if "F64" in (own.dtype, other.dtype) else "F32"
+        wanted = Spec(dtype, other.shape)
         super().__init__(source, {**source.specs, key: wanted})
         self.key = key
         self.donor = donor

@@ -8,33 +8,36 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from sdops.core import hashing
 from sdops.formats._file import InputFile
 from sdops.report import Progress
-from sdops.verbs._inputs import Opened
+from sdops.verbs._inputs import Opened, Unwritten
 
 UNKNOWN = "0" * 64  # stands in the header until the input has been read
 _BUFFER = 4 << 20
 _GRACE_SECONDS = 1.0  # for a thread that is told to stop; a disk that hangs must not hang the rest
 
 
-def part_record(role: str, part: Opened) -> dict[str, str]:
-    """An input in a recipe: its role, name and hash. No folders: they are nobody else's business."""
-    return {"role": role, "file": Path(part.name).name, "sha256": UNKNOWN}
+def part_record(role: str, part: Opened) -> dict[str, Any]:
+    """An input in a recipe: its role, name and hash, or recipe. No folders: they are nobody else's business."""
+    record = {"role": role, "file": Path(part.name).name}
+    if isinstance(part.origin, Unwritten):
+        return {**record, "recipe": part.origin.made}
+    return {**record, "sha256": UNKNOWN} if part.files else record
 
 
 class Hashes:
     """Hashes all inputs in one thread, next to whoever reads them. Use as a context manager.
 
     Args:
-        parts: The inputs.
-        enabled: Off leaves the placeholders.
+        parts: The inputs; of merges that have not been written, their inputs.
+        enabled: Off hashes nothing.
     """
 
     def __init__(self, parts: Iterable[Opened], *, enabled: bool) -> None:
-        self._parts = list(parts)
+        self._parts = [leaf for part in parts for leaf in part.leaves() if leaf.files]
         self._enabled = enabled
         self._found: dict[Path, str] = {}
         self._error: BaseException | None = None
@@ -59,9 +62,9 @@ class Hashes:
             self._thread.join(_GRACE_SECONDS)
 
     def wait(self, progress: Progress) -> list[str]:
-        """One digest per input, in order. Shows progress if there is much left to do."""
+        """One digest per input that lies on disk, in order. Shows progress if there is much left to do."""
         if not self._enabled:
-            return [UNKNOWN] * len(self._parts)
+            return []
         if self._thread.is_alive():
             with progress("hashing the inputs", self._progress.total) as advance:
                 self._progress.attach(advance)
@@ -74,8 +77,6 @@ class Hashes:
         """A file's own hash; of several files the hash of the list that `sha256sum` would print."""
         if len(part.files) == 1:
             return self._found[part.files[0]]
-        if not part.files:
-            return UNKNOWN
         lines = "".join(f"{self._found[file]}  {file.name}\n" for file in sorted(part.files))
         return hashlib.sha256(lines.encode()).hexdigest()
 

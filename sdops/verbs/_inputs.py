@@ -1,22 +1,35 @@
-"""Open the models of a merge and make them comparable: no fp8, the same prefixes, first convolutions of one width."""
+"""Open the models of a merge and make them comparable: no fp8, the same prefixes, first layers of one width."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
-from sdops.archs.detect import Component, Detection, detect
+from sdops.archs.detect import Component, Detection, component_of, detect
 from sdops.core.source import Source
-from sdops.core.spec import FP8
 from sdops.errors import FormatError, MismatchError
-from sdops.formats import FileSource, open_source
+from sdops.formats import open_source
 
 Model = str | os.PathLike[str] | Source
 
 # The shapes of these may differ between a model and its inpainting, edit or depth variant, in dim 1 alone.
-FIRST_CONVOLUTIONS = ("input_blocks.0.0.weight", "conv_in.weight")
+FIRST_LAYERS = ("input_blocks.0.0.weight", "conv_in.weight", "img_in.weight")
+
+
+@runtime_checkable
+class Unwritten(Protocol):
+    """A merge that serves as the input of another one.
+
+    Attributes:
+        parts: Its own inputs by role.
+        made: Its recipe.
+    """
+
+    parts: Mapping[str, Opened]
+    made: Mapping[str, Any]
 
 
 @dataclass(slots=True)
@@ -25,29 +38,37 @@ class Opened:
 
     Attributes:
         source: Its tensors, as the merge sees them.
+        origin: The same without views.
         detection: What it is.
-        files: Files on disk that hold it; empty for a Source made in memory.
-        dequantised: How many fp8 tensors are presented as float32.
-        origin: The Source of the files, without views.
         notes: What the user should know about how it is merged.
     """
 
     source: Source
+    origin: Source
     detection: Detection
-    files: list[Path]
-    dequantised: int = 0
-    origin: FileSource | None = None
     notes: tuple[str, ...] = ()
-
-    def check_unchanged(self) -> None:
-        """Raises ChangedError if a file of the model is not what it was when it was opened."""
-        if self.origin is not None:
-            self.origin.check_unchanged()
 
     @property
     def name(self) -> str:
         """How messages call it."""
-        return self.source.name
+        return self.origin.name
+
+    @property
+    def files(self) -> list[Path]:
+        """Files on disk that hold it; none for a Source made in memory."""
+        return list(getattr(self.origin, "files", ()))
+
+    def leaves(self) -> list[Opened]:
+        """The model itself, or the inputs of a merge that has not been written, theirs included."""
+        if not isinstance(self.origin, Unwritten):
+            return [self]
+        return [leaf for part in self.origin.parts.values() for leaf in part.leaves()]
+
+    def check_unchanged(self) -> None:
+        """Raises ChangedError if a file of the model is not what it was when it was opened."""
+        for leaf in self.leaves():
+            if check := getattr(leaf.origin, "check_unchanged", None):
+                check()
 
 
 def open_model(model: Model) -> Opened:
@@ -57,36 +78,43 @@ def open_model(model: Model) -> Opened:
         SdopsError: it cannot be read.
         FormatError: its weights are quantised in a way that cannot be merged.
     """
-    origin: FileSource | None = None
-    if isinstance(model, str | os.PathLike):
-        source: Source = (origin := open_source(model))
-    else:
-        source = model
-    detection = detect(source.specs)
-    quantised = sum(spec.dtype in FP8 for spec in source.specs.values())
-    if quantised:
-        from sdops.core.views import Dequantised
+    origin: Source = open_source(model) if isinstance(model, str | os.PathLike) else model
+    detection = detect(origin.specs)
+    packed = {weight: how.kind for weight, how in detection.quantised.items()}
+    for weight, kind in packed.items():
+        if kind not in ("fp8", "fp8-scaled"):
+            raise FormatError(
+                f"`{origin.name}` is quantised ({kind}, `{weight}`): its numbers are codes, not weights",
+                hint="merge the unquantised model; `sdops inspect` shows what a file holds",
+                key=weight,
+            )
+    if not packed:
+        return Opened(origin, origin, detection)
+    from sdops.core.views import Dequantised
 
-        source = Dequantised(source)
-    _refuse_other_quantisation(source)
-    return Opened(source, detection, list(origin.files) if origin else [], quantised, origin)
+    return Opened(Dequantised(origin), origin, detection)
 
 
-def same_names(model: Opened, first: Opened) -> Opened:
+def same_names(model: Opened, first: Opened, kind: str = "") -> Opened:
     """Give a model's tensors the prefixes that the first model has for the same components.
 
+    Args:
+        model: Any model.
+        first: Whose names count.
+        kind: Look at components of this kind only; empty = at all.
+
     Raises:
-        MismatchError: the two are of different families or layouts.
+        MismatchError: the two have nothing in common, or are of different layouts.
     """
-    own, wanted = _by_name(model.detection), _by_name(first.detection)
+    own, wanted = _by_name(model.detection, kind), _by_name(first.detection, kind)
     shared = own.keys() & wanted.keys()
-    if not shared and _overlap(model, first) == 0:
+    if not shared and not kind and _overlap(model, first) == 0:
         raise _unlike(model, first)
-    for name in shared:
-        if own[name].layout != wanted[name].layout and _overlap(model, first) == 0:
+    for name in sorted(shared):
+        if own[name].layout != wanted[name].layout:
             raise MismatchError(
-                f"`{model.name}` is in the {own[name].layout} layout, "
-                f"`{first.name}` in the {wanted[name].layout} layout",
+                f"the {name} of `{model.name}` is in the {own[name].layout} layout, "
+                f"that of `{first.name}` in the {wanted[name].layout} layout",
                 hint=f"`sdops inspect {first.name} {model.name}` shows both; bring them into one layout first",
             )
     moved = {own[n].prefix: wanted[n].prefix for n in shared if own[n].prefix != wanted[n].prefix}
@@ -95,21 +123,22 @@ def same_names(model: Opened, first: Opened) -> Opened:
     from sdops.core.views import Renamed
 
     names = {_moved(key, moved, model.detection, own): key for key in model.source.specs}
-    return replace(model, source=Renamed(model.source, names))
+    source = Renamed(model.source, names)
+    return replace(model, source=source, detection=detect(source.specs))
 
 
 def alike(model: Opened, first: Opened) -> Opened:
-    """A model as it can be merged with the first: names by `same_names`, first convolutions of one width."""
+    """A model as it can be merged with the first: names by `same_names`, first layers of one width."""
     return _same_channels(same_names(model, first), first)
 
 
 def _same_channels(model: Opened, first: Opened) -> Opened:
-    """Give a first convolution as many input channels as the first model's has."""
+    """Give a first layer as many input channels as the first model's has."""
     for key, spec in first.source.specs.items():
         other = model.source.specs.get(key)
-        if other is None or other.shape == spec.shape or not key.endswith(FIRST_CONVOLUTIONS):
+        if other is None or other.shape == spec.shape or not key.endswith(FIRST_LAYERS):
             continue
-        if len(spec.shape) == 4 and other.shape[:1] + other.shape[2:] == spec.shape[:1] + spec.shape[2:]:
+        if len(spec.shape) > 1 and other.shape[:1] + other.shape[2:] == spec.shape[:1] + spec.shape[2:]:
             from sdops.core.views import WithChannels
 
             note = f"`{key}` has {other.shape[1]} input channels in `{model.name}`, {spec.shape[1]} in `{first.name}`: "
@@ -130,8 +159,8 @@ def check_families(first: Opened, others: Sequence[Opened]) -> None:
             raise _unlike(model, first)
 
 
-def _by_name(detection: Detection) -> dict[str, Component]:
-    return {component.name: component for component in detection.components}
+def _by_name(detection: Detection, kind: str) -> dict[str, Component]:
+    return {part.name: part for part in detection.components if kind in ("", part.kind)}
 
 
 def _overlap(model: Opened, first: Opened) -> float:
@@ -157,24 +186,7 @@ def _unlike(model: Opened, first: Opened) -> MismatchError:
 
 def _moved(key: str, moved: dict[str, str], detection: Detection, own: dict[str, Component]) -> str:
     """A key under the prefix that its component has in the first model."""
-    from sdops.archs.detect import component_of
-
     component = own.get(component_of(detection, key))
     if component is None or component.prefix not in moved:
         return key
     return moved[component.prefix] + key.removeprefix(component.prefix)
-
-
-def _refuse_other_quantisation(source: Source) -> None:
-    """Weights in 4 bits or in integers with scales cannot be averaged."""
-    for key, spec in source.specs.items():
-        if (
-            ".quant_state." in key
-            or key.endswith((".qweight", ".wscales"))
-            or spec.dtype in ("F4", "F6_E2M3", "F6_E3M2")
-        ):
-            raise FormatError(
-                f"`{source.name}` is quantised (`{key}`): its numbers are codes, not weights",
-                hint="merge the unquantised model; `sdops inspect` shows what a file holds",
-                key=key,
-            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,10 @@ def dry_report(merge: Merge, output: Path, jobs: int) -> Report:
     return report
 
 
-def done_report(merge: Merge, output: Path, seconds: float) -> Report:
+def done_report(merge: Merge, output: Path, seconds: float, recipe: Mapping[str, Any]) -> Report:
     """What was written and what became of the models' contributions."""
     report = _common(merge, output)
+    report.data["recipe"] = recipe
     computed = merge.computed
     shares = {_name(merge, index): share for index, share in computed.retained.shares().items()}
     overflow = sum(computed.overflows.values())

@@ -15,11 +15,11 @@ from sdops.core.dial import Dial, Place
 from sdops.core.linear import coefficients
 from sdops.core.method import Method
 from sdops.core.plan import Input, Plan, Step
-from sdops.core.source import read
 from sdops.core.spec import FP8, INTEGERS, Spec
 from sdops.errors import MismatchError, UsageError
 from sdops.text import count
 from sdops.verbs._inputs import Opened
+from sdops.verbs._values import values
 
 POSITIONS = 77  # CLIP's context length: position_ids are 0..76
 
@@ -75,6 +75,7 @@ class Pairing:
         self._unknown_patterns()
         self.plan.warnings += [note for model in self.models for note in model.notes]
         self._junk = {key: kind for kind, keys in self.template.detection.junk.items() for key in keys}
+        self._markers = frozenset(self.template.detection.markers)
         self._lacking: dict[str, list[str]] = {}
         self._misshapen: list[str] = []
         self._places: dict[str, Place] = {}
@@ -83,8 +84,10 @@ class Pairing:
             step = self._step(key, spec)
             if step is not None:
                 self.plan.steps[key] = step
-        self._extra_tensors()
+        for index, model in enumerate(self.models):
+            self._extra_tensors(index, model)
         self._complain()
+        self._remark()
         for dial in self.knobs.values():
             if isinstance(dial, Dial):
                 self.plan.warnings += dial.notes
@@ -100,20 +103,31 @@ class Pairing:
             return None
         if blocks.is_position_ids(key):
             return self._position_ids(key, own)
-        if not spec.is_float:
-            return Step(spec, "copy", (own,), reason="not floating point")
-        if key in self._junk:
-            return self._copied(own, f"{self._junk[key]}, not merged")
-        if not self._selected(key):
-            return self._copied(own, "excluded")
+        if why := self._unmerged(key, spec):
+            # half precision would spoil a noise schedule
+            as_it_is = not spec.is_float or key in self._markers or self._junk.get(key) == "schedule"
+            return self._copied(own, why, spec if as_it_is else None)
         lacking = [m.name for m in self.models if key not in m.source.specs]
         if lacking:
             return self._lacked(key, own, lacking)
         inputs = tuple(Input(m.source, key, i) for i, m in enumerate(self.models))
+        for item in inputs:
+            if not item.spec.is_float:
+                return self._copied(own, f"{item.spec.dtype} in `{self.models[item.model].name}`, not merged")
         if len({item.spec.shape for item in inputs}) > 1:
             self._misshapen.append(key)
             return None
         return self._merged(key, spec, inputs)
+
+    def _unmerged(self, key: str, spec: Spec) -> str:
+        """Why a tensor is copied whatever the other models hold; empty if it is not."""
+        if key in self._markers:
+            return "says what the model is"
+        if not spec.is_float:
+            return "not floating point"
+        if key in self._junk:
+            return f"{self._junk[key]}, not merged"
+        return "" if self._selected(key) else "excluded"
 
     def _merged(self, key: str, spec: Spec, inputs: tuple[Input, ...]) -> Step:
         """Merge a tensor, or copy it if the method's coefficients say that one model is all of it."""
@@ -121,7 +135,7 @@ class Pairing:
         place = Place(key, blocks.block_of(detection, key), component_of(detection, key))
         self._places[key] = place
         knobs = {name: k.resolve(*place) if isinstance(k, Dial) else k for name, k in self.knobs.items()}
-        wanted = Spec(self._dtype(spec, inputs), spec.shape)
+        wanted = Spec(self._dtype(inputs[self._index(self.template)]), spec.shape)
         if self.method is not None:
             exact = self._coefficients(knobs, len(inputs))
             used = [i for i, c in enumerate(exact) if c]
@@ -135,19 +149,20 @@ class Pairing:
             self._known[identity] = coefficients(self.method.function, size, knobs)
         return self._known[identity]
 
-    def _dtype(self, spec: Spec, inputs: Sequence[Input]) -> str:
-        if self.policy.dtype:
+    def _dtype(self, item: Input) -> str:
+        """The output's dtype for a tensor that is like an input."""
+        if self.policy.dtype and item.spec.is_float:
             return self.policy.dtype
-        # the template's fp8 weights are presented as float32; bfloat16 holds their range
-        return "BF16" if self.template.dequantised and self._was_fp8(inputs[0].key) else spec.dtype
+        # fp8 weights are presented as float32; bfloat16 holds their range
+        return "BF16" if self._was_fp8(item) else item.spec.dtype
 
-    def _was_fp8(self, key: str) -> bool:
-        original = getattr(self.template.source, "source", None)
-        return original is not None and key in original.specs and original.specs[key].dtype in FP8
+    def _was_fp8(self, item: Input) -> bool:
+        original = self.models[item.model].origin.specs.get(item.key)
+        return original is not None and original.dtype in FP8
 
     def _copied(self, item: Input, reason: str, wanted: Spec | None = None) -> Step:
         """Copy a tensor, in the output's dtype."""
-        wanted = wanted or Spec(self.policy.dtype or item.spec.dtype, item.spec.shape)
+        wanted = wanted or Spec(self._dtype(item), item.spec.shape)
         return Step(wanted, "copy" if wanted == item.spec else "cast", (item,), reason=reason)
 
     def _lacked(self, key: str, own: Input, lacking: list[str]) -> Step | None:
@@ -164,21 +179,38 @@ class Pairing:
             return None
         return self._copied(own, f"missing in {', '.join(f'`{n}`' for n in lacking)}")
 
-    def _extra_tensors(self) -> None:
-        """Tensors that only other models have."""
-        for index, model in enumerate(self.models):
-            junk = {key for keys in model.detection.junk.values() for key in keys}
-            components = {c.name for c in self.template.detection.components}
-            for key, spec in model.source.specs.items():
-                if key in self.template.source.specs or key in self.plan.steps or blocks.is_position_ids(key):
-                    continue
-                ballast = key in junk or component_of(model.detection, key) not in components or not spec.is_float
-                if self.policy.missing == "keep" and not ballast:
-                    self.plan.steps[key] = self._copied(Input(model.source, key, index), f"only in `{model.name}`")
-                elif self.policy.missing == "error" and not ballast:
-                    self._lacking.setdefault(self.template.name, []).append(key)
-                else:
-                    self.plan.dropped[key] = f"only in `{model.name}`"
+    def _extra_tensors(self, index: int, model: Opened) -> None:
+        """Tensors that only other models have. Whole components and ballast are left out without complaint."""
+        junk = {key for keys in model.detection.junk.values() for key in keys}
+        components = {c.name for c in self.template.detection.components}
+        for key, spec in model.source.specs.items():
+            if key in self.template.source.specs or key in self.plan.steps:
+                continue
+            needless = key in junk or key in model.detection.markers
+            other = component_of(model.detection, key) not in components or not spec.is_float
+            if self.policy.missing == "keep" and not needless:
+                self.plan.steps[key] = self._copied(Input(model.source, key, index), f"only in `{model.name}`")
+            elif self.policy.missing == "error" and not needless and not other:
+                self._lacking.setdefault(self.template.name, []).append(key)
+            else:
+                self.plan.dropped[key] = f"only in `{model.name}`"
+
+    def _remark(self) -> None:
+        """Warn of what a user may not expect."""
+        for model in self.models:
+            markers = [key for key in model.detection.markers if key in model.source.specs]
+            if lost := [key for key in markers if key not in self._markers]:
+                self.plan.warnings.append(
+                    f"`{model.name}` says what it is by `{lost[0]}`, which `{self.template.name}` lacks: "
+                    "the models may predict different things, and the result does not say so"
+                )
+        packed = sum(spec.dtype in FP8 for spec in self.template.origin.specs.values())
+        if packed and not self.policy.dtype:
+            self.plan.warnings.append(
+                f"`{self.template.name}` holds {count(packed, 'fp8 tensor')}, the result holds them as bf16"
+            )
+        if not self._places:
+            self.plan.warnings.append(f"nothing is merged: the result is a copy of `{self.template.name}`")
 
     def _position_ids(self, key: str, own: Input) -> Step:
         """Copy CLIP's position ids; put them right where an earlier merge has broken them.
@@ -186,16 +218,15 @@ class Pairing:
         They are read here, 616 bytes: a dry run shall tell whether they are broken.
         """
         spec = own.spec
-        right = b"".join(i.to_bytes(8, "little") for i in range(POSITIONS))
         if spec.numel != POSITIONS:
             return Step(spec, "copy", (own,), reason="not floating point")
-        if spec.dtype == "I64" and bytes(read(own.source, key)) == right:
+        right = values(own.source, key) == list(range(POSITIONS))
+        if right and spec.dtype in INTEGERS:
             return Step(spec, "copy", (own,), reason="position ids")
-        if spec.dtype in INTEGERS - {"I64"}:
-            return Step(spec, "copy", (own,), reason="position ids")
-        why = f"stored as {spec.dtype}" if spec.dtype != "I64" else "broken by an earlier merge"
+        why = f"stored as {spec.dtype}" if right or spec.dtype not in INTEGERS else "broken by an earlier merge"
         self.plan.repaired[key] = f"position ids {why}: written as 0..{POSITIONS - 1}"
-        return Step(Spec("I64", (1, POSITIONS)), "value", value=right, reason="repaired")
+        numbers = b"".join(i.to_bytes(8, "little") for i in range(POSITIONS))
+        return Step(Spec("I64", spec.shape), "value", value=numbers, reason="repaired")
 
     def _selected(self, key: str) -> bool:
         if self.policy.include and not any(fnmatchcase(key, p) for p in self.policy.include):

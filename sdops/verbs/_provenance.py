@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from sdops.card import Card
 from sdops.core.dial import Dial
 
 RECIPE = "sdops"  # metadata key of the recipe
-UNKNOWN_HASH = "0" * 64  # stands in the header until the input has been read
-LONGEST_STEM = 120  # characters of a derived name's first part
+LONGEST_NAME = 200  # bytes of a derived name; file systems take 255
+LONGEST_KNOBS = 100  # bytes of it
 
 # ModelSpec keys that stay true when models of one kind are merged (https://github.com/Stability-AI/ModelSpec).
 INHERITED = (
@@ -28,13 +28,13 @@ INHERITED = (
 )
 
 
-def recipe(card: Card, settings: Mapping[str, Any], inputs: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
+def recipe(card: Card, settings: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     """Everything needed to make the file again.
 
     Args:
         card: The method.
         settings: Knobs and policies that the user gave or that differ from the default.
-        inputs: For each input its role (a, b, base, vae ...), file name and SHA-256.
+        inputs: For each input its role (a, b, base, vae ...), file name, and SHA-256 or recipe.
         seed: Recorded if the method is random.
     """
     made = {"version": __version__, "verb": "merge", "method": card.name.replace("_", "-")}
@@ -50,28 +50,59 @@ def metadata(first: Mapping[str, str], title: str, names: Sequence[str], made: M
         "modelspec.sai_model_spec": "1.0.1",
         **inherited,
         "modelspec.title": title,
-        "modelspec.merged_from": ", ".join(names),
-        RECIPE: json.dumps(made, ensure_ascii=False, separators=(",", ":")),
+        "modelspec.merged_from": ", ".join(Path(name).name for name in names),
+        RECIPE: _compact(made),
     }
 
 
 def with_hashes(text: str, hashes: Sequence[str]) -> str:
     """The recipe with the inputs' SHA-256 in place; its length does not change."""
     made = json.loads(text)
-    for item, digest in zip(made["inputs"], hashes, strict=True):
+    for item, digest in zip(_files(made), hashes, strict=True):
         item["sha256"] = digest
+    return _compact(made)
+
+
+def without_hashes(text: str) -> str:
+    """The recipe for users who do not want to wait for hashes."""
+    made = json.loads(text)
+    for item in _files(made):
+        del item["sha256"]
+    return _compact(made)
+
+
+def _files(made: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """The records of inputs that lie on disk, also those of merges within the merge."""
+    for item in made["inputs"]:
+        if "recipe" in item:
+            yield from _files(item["recipe"])
+        elif "sha256" in item:
+            yield item
+
+
+def _compact(made: Mapping[str, Any]) -> str:
     return json.dumps(made, ensure_ascii=False, separators=(",", ":"))
 
 
 def derived_name(card: Card, models: Sequence[str], knobs: Mapping[str, Any], dtype: str) -> str:
     """`a+b.weighted-sum.alpha0.3.safetensors`: inputs, method, and the knobs that differ from their defaults."""
-    stem = "+".join(Path(model).stem for model in models)
-    if len(stem) > LONGEST_STEM:
-        stem = stem[: LONGEST_STEM - 1] + "…"
     defaults = {knob.name: knob.default for knob in card.knobs}
-    changed = [f"{name}{_short(value)}" for name, value in knobs.items() if value != defaults[name]]
-    parts = [stem, card.name.replace("_", "-"), *changed, *([dtype] if dtype else []), "safetensors"]
-    return ".".join(parts)
+    changed = [f"{name}{_short(value)}" for name, value in knobs.items() if not _is_default(value, defaults[name])]
+    words = [card.name.replace("_", "-"), _cut(".".join(changed), LONGEST_KNOBS), dtype, "safetensors"]
+    rest = "." + ".".join(filter(None, words))
+    return _cut("+".join(Path(model).stem for model in models), LONGEST_NAME - len(rest.encode())) + rest
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if isinstance(value, Dial):
+        return value.is_constant and value.default == default
+    return bool(value == default)
+
+
+def _cut(text: str, limit: int) -> str:
+    """A text of at most `limit` bytes; a longer one ends in dots."""
+    encoded = text.encode()
+    return text if len(encoded) <= limit else encoded[: max(limit - 3, 0)].decode(errors="ignore") + "..."
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from sdops.archs.junk import is_position_ids
 from sdops.core.plan import Action, Input, Plan, Step
 from sdops.core.spec import Spec
 from sdops.errors import MismatchError
@@ -12,6 +15,8 @@ from sdops.verbs._pairing import Policy
 
 def swap(plan: Plan, first: Opened, donor: Opened, kind: str, policy: Policy) -> None:
     """Replace the steps of all components of a kind by copies from `donor`, in its dtype unless one was asked for.
+
+    Position ids stay as the plan has them. Of several text encoders those that the donor has are replaced.
 
     Args:
         plan: Changed in place.
@@ -30,24 +35,49 @@ def swap(plan: Plan, first: Opened, donor: Opened, kind: str, policy: Policy) ->
             f"`{first.name}` has no {words} that `{donor.name}` could replace",
             hint=f"`sdops inspect {first.name}` shows its components",
         )
-    keys = [key for component in components for key in component.keys if key in plan.steps]
-    replaced = [key for key in keys if key in donor.source.specs]
-    if not replaced:
+    offered = [component for component in components if any(key in donor.source.specs for key in component.keys)]
+    if not offered:
         raise MismatchError(
             f"`{donor.name}` has no {words} like that of `{first.name}`",
             hint=f"`sdops inspect {donor.name}` shows its components",
         )
-    different = [key for key in replaced if donor.source.specs[key].shape != plan.steps[key].spec.shape]
-    lacking = [key for key in keys if key not in donor.source.specs and plan.steps[key].spec.is_float]
-    if different or (lacking and len(components) == 1):
-        key = (different or lacking)[0]
+    for component in offered:
+        keys = [key for key in component.keys if key in plan.steps and not is_position_ids(key)]
+        _check(plan, keys, first, donor, words)
+        for key in keys:
+            plan.steps[key] = _taken(donor, key, plan.steps[key], policy)
+    for component in components:
+        if component not in offered:
+            plan.warnings.append(f"`{donor.name}` has no {component.name}: the merged one stays")
+    _note_extra(plan, donor, kind)
+
+
+def _check(plan: Plan, keys: Sequence[str], first: Opened, donor: Opened, words: str) -> None:
+    """Refuse a component that is not shaped like the first model's."""
+    specs = donor.source.specs
+    different = [key for key in keys if key not in specs or specs[key].shape != plan.steps[key].spec.shape]
+    if different:
         raise MismatchError(
             f"the {words} of `{donor.name}` differs from that of `{first.name}` in "
-            f"{count(len(different) + len(lacking), 'tensor')}, the first is `{key}`",
+            f"{count(len(different), 'tensor')}, the first is `{different[0]}`",
             hint=f"`sdops inspect {donor.name} {first.name}` shows both",
+            keys=different,
         )
-    for key in replaced:
-        spec = donor.source.specs[key]
-        wanted = Spec(policy.dtype or spec.dtype, spec.shape) if spec.is_float else spec
-        action: Action = "copy" if wanted == spec else "cast"
-        plan.steps[key] = Step(wanted, action, (Input(donor.source, key, -1),), reason=f"from `{donor.name}`")
+
+
+def _taken(donor: Opened, key: str, planned: Step, policy: Policy) -> Step:
+    """One tensor from the donor."""
+    spec = donor.source.specs[key]
+    if spec.is_float:
+        kept = planned.spec.dtype if donor.detection.quantised else spec.dtype  # fp8 is presented as float32
+        spec = Spec(policy.dtype or kept, spec.shape)
+    action: Action = "copy" if spec == donor.source.specs[key] else "cast"
+    return Step(spec, action, (Input(donor.source, key, -1),), reason=f"from `{donor.name}`")
+
+
+def _note_extra(plan: Plan, donor: Opened, kind: str) -> None:
+    """Mention what the donor's component has and the first model's has not."""
+    for component in donor.detection.components:
+        for key in component.keys if component.kind == kind else ():
+            if key not in plan.steps and not is_position_ids(key):
+                plan.dropped[key] = f"only in `{donor.name}`"

@@ -7,7 +7,9 @@ sdops.merge(lazy, "c.safetensors", alpha=0.1).save("d.safetensors")             
 
 from __future__ import annotations
 
+import json
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ from sdops.verbs._inputs import Model, Opened, alike, check_families, open_model
 from sdops.verbs._memory import whole_tensor_memory
 from sdops.verbs._merge_report import done_report, dry_report
 from sdops.verbs._pairing import Pairing, Policy
-from sdops.verbs._provenance import RECIPE, derived_name, metadata, recipe, with_hashes
+from sdops.verbs._provenance import RECIPE, derived_name, metadata, recipe, with_hashes, without_hashes
 from sdops.verbs._swap import swap
 
 if TYPE_CHECKING:
@@ -129,7 +131,9 @@ class Merge:
         self.policy = policy
         self.memory = memory
         self._seed = seed
+        self._jobs = default_jobs()
         self._computed: Merged | None = None
+        self._lock = threading.Lock()
         inputs = [model for role, model in parts.items() if role not in SWAPS]
         linear = load(f"sdops.merges.{card.name}", card.execution, card.needs) if card.execution == "linear" else None
         self.plan = Pairing(inputs, parts["a"], card, linear, knobs, policy).build(self.derived_name())
@@ -164,12 +168,16 @@ class Merge:
     @property
     def computed(self) -> Merged:
         """The Source that does the work, made when something is read: it needs numpy, or torch."""
-        if self._computed is None:
-            from sdops.core.merged import Merged
+        with self._lock:
+            if self._computed is None:
+                from sdops.core.merged import Merged
 
-            method = load(f"sdops.merges.{self.card.name}", self.card.execution, self.card.needs)
-            self._computed = Merged(self.plan, method, seed=self._seed, memory=whole_tensor_memory(self))
-        return self._computed
+                method = load(f"sdops.merges.{self.card.name}", self.card.execution, self.card.needs)
+                memory = whole_tensor_memory(self, self._jobs)
+                computed = Merged(self.plan, method, seed=self._seed, memory=memory)
+                computed.check_knobs()
+                self._computed = computed
+            return self._computed
 
     def derived_name(self) -> str:
         """What the file is called when nobody names it."""
@@ -177,15 +185,17 @@ class Merge:
         dtype = next(name for name, spelled in DTYPES.items() if spelled == self.policy.dtype)
         return derived_name(self.card, models, self.knobs, "" if dtype == "keep" else dtype)
 
-    def check(self, output: str | os.PathLike[str], *, force: bool = False) -> None:
+    def check(self, output: str | os.PathLike[str], *, force: bool = False, jobs: int | None = None) -> None:
         """Everything that can be known to go wrong before a tensor is read.
 
         Raises:
             OutputError: the output exists, is an input, cannot be written or does not fit.
+            UsageError: the memory does not suffice.
         """
         path = Path(output)
-        check_inputs(path, [file for part in self.parts.values() for file in part.files])
+        check_inputs(path, [file for part in self.parts.values() for leaf in part.leaves() for file in leaf.files])
         check_space(check_target(path, force=force), self.plan.write_bytes)
+        whole_tensor_memory(self, jobs or default_jobs())
 
     def save(
         self,
@@ -208,22 +218,29 @@ class Merge:
         Raises:
             OutputError, FormatError, ChangedError: as `merge`.
         """
-        self.check(output, force=force)
+        self.check(output, force=force, jobs=jobs)
         begin = time.monotonic()
-        jobs = jobs or default_jobs()
-        with SafetensorsSink(Path(output), self.specs, self.metadata, force=force) as sink:
+        self._jobs = jobs or default_jobs()
+        self._computed = None  # counts begin at zero
+        computed = self.computed
+        metadata = dict(self.metadata)
+        if not hash_inputs:
+            metadata[RECIPE] = without_hashes(metadata[RECIPE])
+        with SafetensorsSink(Path(output), self.specs, metadata, force=force) as sink:
             with Hashes(self.parts.values(), enabled=hash_inputs) as hashes:
                 with progress("merging", sink.nbytes) as advance:
-                    run(self.computed, sink, jobs=jobs, progress=advance)
+                    run(computed, sink, jobs=self._jobs, progress=advance)
                 digests = hashes.wait(progress)
             for part in self.parts.values():
                 part.check_unchanged()
-            sink.commit({RECIPE: with_hashes(self.metadata[RECIPE], digests)})
-        return done_report(self, Path(output), time.monotonic() - begin)
+            if hash_inputs:
+                metadata[RECIPE] = with_hashes(metadata[RECIPE], digests)
+            sink.commit({RECIPE: metadata[RECIPE]})
+        return done_report(self, Path(output), time.monotonic() - begin, json.loads(metadata[RECIPE]))
 
     def dry_run(self, output: str | os.PathLike[str], *, force: bool = False, jobs: int | None = None) -> Report:
         """What `save` would do, after the same checks."""
-        self.check(output, force=force)
+        self.check(output, force=force, jobs=jobs)
         return dry_report(self, Path(output), jobs or default_jobs())
 
     def _settings(self) -> dict[str, Any]:
@@ -287,7 +304,7 @@ def _open_parts(models: Sequence[Model], base: Model | None, swaps: Mapping[str,
     opened = {role: part if part is first else alike(part, first) for role, part in opened.items()}
     for role, model in swaps.items():
         if model is not None:
-            opened[role] = same_names(open_model(model), first)
+            opened[role] = same_names(open_model(model), first, SWAPS[role])
     return opened
 
 
