@@ -39,9 +39,7 @@ from sdops.core.packing import (
     widen,
     widen_to_double,
 )
-from sdops.core.precision import FORMATS, Doubles, Raw, decode, encode
-
-_SIGNED = {"F16": np.int16, "BF16": np.int16, "F32": np.int32, "F64": np.int64}
+from sdops.core.precision import FORMATS, Doubles, Raw, decode, encode, largest_bits
 
 __all__ = ["PIECE", "ExactSum", "NonFiniteError", "Scratch"]
 
@@ -194,8 +192,7 @@ def _bounds(raw: Raw, dtype: str, index: int) -> tuple[float, int]:
     target = FORMATS[dtype]
     if not len(raw):
         return 0.0, target.lsb_exponent
-    # as signed numbers the positive ones are the largest, as unsigned numbers the negative ones
-    largest = max(int(raw.view(_SIGNED[dtype]).max()), int(raw.max()) & (target.sign - 1))
+    largest = largest_bits(raw, dtype)
     if largest >= target.infinity:
         raise NonFiniteError(index)
     exponent = (largest >> target.mantissa) or 1

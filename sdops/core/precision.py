@@ -21,6 +21,7 @@ class FloatFormat:
 
     Attributes:
         raw: numpy dtype of the bit patterns.
+        signed: The same width with sign.
         mantissa: explicit mantissa bits.
         min_exponent: exponent of the smallest normal number; the smallest subnormal is 2**(min_exponent - mantissa).
         largest: largest finite value.
@@ -28,6 +29,7 @@ class FloatFormat:
     """
 
     raw: type[np.unsignedinteger[Any]]
+    signed: type[np.signedinteger[Any]]
     mantissa: int
     min_exponent: int
     largest: float
@@ -45,10 +47,10 @@ class FloatFormat:
 
 
 FORMATS: dict[str, FloatFormat] = {
-    "F16": FloatFormat(np.uint16, 10, -14, 65504.0, 0x7C00),
-    "BF16": FloatFormat(np.uint16, 7, -126, 2.0**127 * (2 - 2.0**-7), 0x7F80),
-    "F32": FloatFormat(np.uint32, 23, -126, 2.0**127 * (2 - 2.0**-23), 0x7F800000),
-    "F64": FloatFormat(np.uint64, 52, -1022, 2.0**1023 * (2 - 2.0**-52), 0x7FF0000000000000),
+    "F16": FloatFormat(np.uint16, np.int16, 10, -14, 65504.0, 0x7C00),
+    "BF16": FloatFormat(np.uint16, np.int16, 7, -126, 2.0**127 * (2 - 2.0**-7), 0x7F80),
+    "F32": FloatFormat(np.uint32, np.int32, 23, -126, 2.0**127 * (2 - 2.0**-23), 0x7F800000),
+    "F64": FloatFormat(np.uint64, np.int64, 52, -1022, 2.0**1023 * (2 - 2.0**-52), 0x7FF0000000000000),
 }
 
 
@@ -100,6 +102,15 @@ def encode(values: Doubles, dtype: str) -> tuple[Raw, int]:
     if dtype == "BF16":
         return (exact.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16), overflow
     return exact.astype(np.float16).view(np.uint16), overflow
+
+
+def largest_bits(raw: Raw, dtype: str) -> int:
+    """Bit pattern of the largest magnitude; from `infinity` on, something is infinite or NaN."""
+    if not len(raw):
+        return 0
+    target = FORMATS[dtype]
+    # as signed numbers the positive ones are the largest, as unsigned numbers the negative ones
+    return max(int(raw.view(target.signed).max()), int(raw.max()) & (target.sign - 1))
 
 
 def count_nonfinite(raw: Raw, dtype: str) -> tuple[int, int]:

@@ -1,9 +1,9 @@
 """Run merge methods that need torch on portions as small as their execution class allows.
 
-    elementwise   flat pieces of PIECE elements
+    elementwise   flat portions
     gram          one pass for the inner products, then an exact linear combination with the resulting coefficients
-    ranked        two passes for the order statistics, then pieces with masks
-    rows          blocks of whole rows of about PIECE elements
+    ranked        two passes for the order statistics, then portions with masks
+    rows          blocks of whole rows
     tensor, model the whole tensor, under a common memory budget
 
 A tensor whose pieces depend on a pass over all of it (gram, ranked) is read by one thread from start to end; what the
@@ -28,10 +28,13 @@ from sdops.core.linear import to_single
 from sdops.core.method import Method
 from sdops.core.noise import Noise
 from sdops.core.plan import Input, Plan, Step
-from sdops.core.precision import FORMATS
+from sdops.core.precision import FORMATS, count_nonfinite, largest_bits
 from sdops.core.retained import SAMPLE, Retained
 from sdops.core.select import RadixSelect
 from sdops.errors import FormatError
+
+# Elements of a portion. Larger temporaries (0.5 MB as float32) are returned to the system after use: page faults.
+PORTION = 1 << 16
 
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -58,6 +61,7 @@ class Stream:
         self._state: Any = None
         self._prepared = method.prepare is None
         self._passes: dict[str, Any] = {}  # what a first pass over a tensor found, until its last piece is read
+        self._portion: dict[str, tuple[int, bytearray]] = {}  # first byte and content of the portion at hand
 
     def splits(self) -> bool:
         """Whether threads may share a tensor."""
@@ -70,24 +74,80 @@ class Stream:
             return max(step.spec.nbytes, 1)
         if self.method.execution == "rows":
             row = _row_size(step.spec.shape)
-            return max(PIECE // row, 1) * row * size
-        return PIECE * size
+            return max(PORTION // row, 1) * row * size
+        return (PIECE if self.method.execution == "gram" else PORTION) * size
+
+    def check_knobs(self) -> None:
+        """Call the method on empty tensors with every combination of knobs, so that it refuses bad ones at once.
+
+        Raises:
+            UsageError: the method does not accept its knobs.
+        """
+        if self.method.prepare is not None:
+            return  # it would need the state that the pass over the whole model makes
+        empty = torch.zeros(0) if self.method.execution in ("elementwise", "ranked") else torch.zeros(0, 3)
+        checked = set()
+        for step in self.plan.steps.values():
+            identity = tuple(sorted(step.knobs.items())), len(step.inputs)
+            if step.action != "merge" or identity in checked:
+                continue
+            checked.add(identity)
+            self._try(step, [empty] * len(step.inputs))
+
+    def _try(self, step: Step, inputs: list[Tensor]) -> None:
+        """Call the method's functions on inputs without elements."""
+        call, method, knobs = self.method.call, self.method, step.knobs
+        gram = torch.zeros(len(inputs), len(inputs), dtype=torch.float64)
+        if method.execution == "gram":
+            call(method.function, gram, knobs=knobs)
+            return
+        supplied: dict[str, Any] = {"key": "", "gram": gram, "noise": Noise(self.seed, "")}
+        if method.execution == "ranked":
+            call(method.window, 1, knobs=knobs)
+            supplied["kept"] = call(method.scores, *inputs, knobs=knobs).bool()
+        call(method.function, *inputs, knobs=knobs, **supplied)
 
     def read_into(self, key: str, step: Step, start: int, buffer: memoryview) -> int:
         """Compute bytes of a merged tensor; return how many elements overflowed and were clamped.
+
+        Reads that begin and end where portions do are computed in place; whoever reads otherwise (a merge of this
+        merge) is served from the portion at hand.
 
         Raises:
             FormatError: an input holds NaN or infinity, or the method made one.
         """
         size = FORMATS[step.spec.dtype].raw(0).itemsize
-        overflow = 0
-        portion = self.piece_bytes(step)
-        for begin in range(0, len(buffer), portion):
-            view = buffer[begin : begin + portion]
-            overflow += self._piece(key, step, (start + begin) // size, len(view) // size, view)
-        if start + len(buffer) >= step.spec.nbytes:
+        portion, end = self.piece_bytes(step), start + len(buffer)
+        whole = self.method.execution in ("rows", "tensor", "model")
+        if whole and (start % portion or (end % portion and end < step.spec.nbytes)):
+            overflow = self._patchwork(key, step, start, buffer)
+        else:
+            overflow = 0
+            for begin in range(0, len(buffer), portion):
+                view = buffer[begin : begin + portion]
+                overflow += self._piece(key, step, (start + begin) // size, len(view) // size, view)
+        if end >= step.spec.nbytes:
             with self._lock:
                 self._passes.pop(key, None)
+                self._portion.pop(key, None)
+        return overflow
+
+    def _patchwork(self, key: str, step: Step, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` from whole portions; the last one is kept for the read that follows."""
+        size, portion = FORMATS[step.spec.dtype].raw(0).itemsize, self.piece_bytes(step)
+        overflow, position, end = 0, start, start + len(buffer)
+        while position < end:
+            begin = position // portion * portion
+            with self._lock:
+                kept, data = self._portion.get(key, (-1, bytearray()))
+            if kept != begin:
+                data = bytearray(min(portion, step.spec.nbytes - begin))
+                overflow += self._piece(key, step, begin // size, len(data) // size, memoryview(data))
+                with self._lock:
+                    self._portion[key] = begin, data
+            stop = min(begin + len(data), end)
+            buffer[position - start : stop - start] = data[position - begin : stop - begin]
+            position = stop
         return overflow
 
     def _piece(self, key: str, step: Step, first: int, count: int, view: memoryview) -> int:
@@ -143,9 +203,8 @@ class Stream:
         ranking: Ranking = self._once(key, lambda: self._rank(step))
         if first != ranking.position:  # only when a tensor is not read from its start to its end
             ranking.rewind()
-            for portion, position in _portions(step):
-                if position < first:
-                    ranking.advance(self._scores(step, portion))
+            for portion in _portions(step, first):
+                ranking.advance(self._scores(step, portion))
         return ranking.advance(self._scores(step, inputs))
 
     def _rank(self, step: Step) -> Ranking:
@@ -153,9 +212,9 @@ class Stream:
         window = self.method.call(self.method.window, step.spec.numel, knobs=step.knobs)
         rows = len(self._scores(step, [torch.zeros(1)] * len(step.inputs)))
         select = RadixSelect(rows, *window)
-        for portion, _ in _portions(step):
+        for portion in _portions(step):
             select.count_high(self._scores(step, portion))
-        for portion, _ in _portions(step):
+        for portion in _portions(step):
             select.count_low(self._scores(step, portion))
         return Ranking(select)
 
@@ -191,19 +250,22 @@ class Stream:
 
     def _write(self, key: str, step: Step, first: int, before: Tensor, result: Tensor, view: memoryview) -> int:
         """Round the result into the output dtype; clamp and count what does not fit."""
-        if not bool(torch.isfinite(result).all()):
-            raise FormatError(
-                f"`{self.method.name}` made values of `{key}` that are not finite",
-                hint=f"`--exclude '{key}'` copies the first model's, or change the knobs",
-                key=key,
-            )
+        if not len(view):
+            return 0
         target = FORMATS[step.spec.dtype]
-        out = torch.frombuffer(view, dtype=TORCH_DTYPES[step.spec.dtype]) if len(view) else torch.empty(0)
+        raw = np.frombuffer(view, target.raw)
+        out = torch.frombuffer(view, dtype=TORCH_DTYPES[step.spec.dtype])
         out.copy_(result)
-        over = torch.isinf(out)
-        overflow = int(over.sum())
-        if overflow:
-            out.copy_(torch.where(over, torch.sign(result) * target.largest, result))
+        overflow = 0
+        if largest_bits(raw, step.spec.dtype) >= target.infinity:
+            if not bool(torch.isfinite(result).all()):
+                raise FormatError(
+                    f"`{self.method.name}` made values of `{key}` that are not finite",
+                    hint=f"`--exclude '{key}'` copies the first model's, or change the knobs",
+                    key=key,
+                )
+            overflow = int(torch.isinf(out).sum())
+            out.clamp_(-target.largest, target.largest)
         if first == 0:
             start, wanted, written = (x[:SAMPLE].double().numpy() for x in (before, result, out))
             self.retained.sample(start, wanted, written)
@@ -293,24 +355,25 @@ def _read(item: Input, first: int, count: int) -> Tensor:
     """
     if not count:
         return torch.zeros(0)
-    stored = torch.from_numpy(read_raw(item, first, count)).view(TORCH_DTYPES[item.spec.dtype])
-    values = stored if stored.dtype == torch.float64 else stored.float()
-    if not bool(torch.isfinite(values).all()):
-        raise nonfinite(item, int(values.isnan().sum()), int(values.isinf().sum()))
-    return values
+    raw, dtype = read_raw(item, first, count), item.spec.dtype
+    if largest_bits(raw, dtype) >= FORMATS[dtype].infinity:
+        raise nonfinite(item, *count_nonfinite(raw, dtype))
+    stored = torch.from_numpy(raw).view(TORCH_DTYPES[dtype])
+    return stored if stored.dtype == torch.float64 else stored.float()
 
 
-def _portions(step: Step) -> Iterator[tuple[list[Tensor], int]]:
-    """The inputs of a step in flat portions, with the index of their first element."""
-    for first in range(0, step.spec.numel, PIECE):
-        count = min(PIECE, step.spec.numel - first)
-        yield [_read(item, first, count) for item in step.inputs], first
+def _portions(step: Step, stop: int | None = None) -> Iterator[list[Tensor]]:
+    """The inputs of a step in flat portions, up to element `stop`."""
+    stop = step.spec.numel if stop is None else stop
+    for first in range(0, stop, PORTION):
+        count = min(PORTION, stop - first)
+        yield [_read(item, first, count) for item in step.inputs]
 
 
 def _gram(step: Step) -> Tensor:
     """Inner products of the inputs in float64, (N, N)."""
     gram = torch.zeros(len(step.inputs), len(step.inputs), dtype=torch.float64)
-    for portion, _ in _portions(step):
+    for portion in _portions(step):
         stacked = torch.stack(portion).double()  # (N, n)
         gram += stacked @ stacked.T
     return gram
