@@ -12,6 +12,9 @@ from sdops.commands._console import Console
 
 Function = Callable[..., Any]
 
+# Whether it can be read is for the verb to say: click takes it for wrong usage.
+FILE = click.Path(readable=False)
+
 _GENERAL: tuple[Callable[[Function], Function], ...] = (
     click.option("--json", is_flag=True, help="One JSON object on stdout"),
     click.option("-q", "--quiet", is_flag=True, help="Only the result, one a line"),
@@ -57,6 +60,6 @@ files_argument = click.argument(
     metavar="FILE...",
     nargs=-1,
     required=True,
-    type=click.Path(),
+    type=FILE,
     help="Model files or diffusers folders",
 )

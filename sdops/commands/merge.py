@@ -10,7 +10,7 @@ import click
 
 from sdops.card import Card, Knob, find
 from sdops.commands._console import Console
-from sdops.commands._options import general_options
+from sdops.commands._options import FILE, general_options
 from sdops.errors import UsageError
 
 DEFAULT_METHOD = "weighted-sum"
@@ -86,10 +86,10 @@ def _bytes(_ctx: click.Context, _option: click.Parameter, value: str | None) -> 
 
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    click.argument("models", metavar="A B [C ...]", nargs=-1, required=True, type=click.Path(), help="Model files"),
+    click.argument("models", metavar="A B [C ...]", nargs=-1, required=True, type=FILE, help="Model files"),
     click.option("-m", "--method", default=DEFAULT_METHOD, show_default=True, allow_from_autoenv=False, help="How"),
-    click.option("--base", type=click.Path(), help="The models' common ancestor, for methods that have one"),
-    click.option("-o", "--output", type=click.Path(), help="Where to write; default: a derived name, in this folder"),
+    click.option("--base", type=FILE, help="The models' common ancestor, for methods that have one"),
+    click.option("-o", "--output", type=FILE, help="Where to write; default: a derived name, in this folder"),
     click.option("-f", "--force", is_flag=True, help="Replace an existing output"),
     click.option("-n", "--dry-run", is_flag=True, help="Check everything, show the plan, write nothing"),
     click.option(
@@ -108,8 +108,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         show_default=True,
         help="What to do with tensors that not all models have",
     ),
-    click.option("--vae", type=click.Path(), help="Take the VAE from this file"),
-    click.option("--text-encoder", type=click.Path(), help="Take the text encoders from this file"),
+    click.option("--vae", type=FILE, help="Take the VAE from this file"),
+    click.option("--text-encoder", type=FILE, help="Take the text encoders from this file"),
     click.option("--prune", is_flag=True, help="Leave out EMA weights, noise schedules and other ballast"),
     click.option("--seed", type=int, default=0, show_default=True, help="For random methods"),
     click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),

@@ -171,7 +171,8 @@ class SafetensorsSink:
                 "data_offsets": [position, position + spec.nbytes],
             }
             position += spec.nbytes
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # File names in the metadata need not be text; what is not, becomes a question mark.
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
         text += b" " * (-len(text) % 8)
         if len(text) > _HEADER_LIMIT:
             raise OutputError(
@@ -237,7 +238,7 @@ def check_inputs(path: Path, inputs: Sequence[Path]) -> None:
     Raises:
         OutputError: naming the input.
     """
-    if not path.exists():
+    if not _mode(path):
         return
     for source in inputs:
         if source.exists() and os.path.samefile(path, source):
