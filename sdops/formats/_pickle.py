@@ -12,6 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from struct import error as StructError  # noqa: N812 -- it is a class
 from typing import IO, Any, NoReturn
+from warnings import catch_warnings, simplefilter
+
+from sdops.text import shorten
 
 OPCODE_LIMIT = 3_000_000
 BYTES_LIMIT = 256 << 20
@@ -96,19 +99,24 @@ def load(
         PickleError: see the class.
     """
     machine = _Machine(call, persistent, knows)
-    start, count = stream.tell(), 0
     try:
-        for opcode, argument, position in pickletools.genops(stream):
-            count += 1
-            if count > OPCODE_LIMIT or (position or 0) - start > BYTES_LIMIT:
-                raise PickleError("it is larger than that of any model")
-            if opcode.name == "STOP":
-                return machine.stack.pop()
-            machine.step(opcode.name, argument)
+        with catch_warnings():
+            simplefilter("ignore")  # of escape sequences that no text has
+            return _run(machine, stream)
     # What genops and the machine meet in damaged input.
     except (ValueError, IndexError, KeyError, TypeError, StructError, EOFError, OverflowError, MemoryError) as error:
         raise PickleError("it is damaged") from error
-    raise PickleError("it is damaged: it has no end")
+
+
+def _run(machine: _Machine, stream: IO[bytes]) -> Any:
+    start = stream.tell()
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
+        if count > OPCODE_LIMIT or (position or 0) - start > BYTES_LIMIT:
+            raise PickleError("it is larger than that of any model")
+        if opcode.name == "STOP":
+            break
+        machine.step(opcode.name, argument)
+    return machine.stack.pop()
 
 
 class _Machine:
@@ -232,7 +240,7 @@ class _Machine:
             raise TypeError
         symbol = Symbol(module, name)
         if not self._knows(symbol):
-            raise PickleError(f"it names `{symbol}`, which is no part of a model and could be an attack")
+            raise PickleError(f"it names `{shorten(str(symbol))}`, which is no part of a model and could be an attack")
         self.stack.append(symbol)
 
     def _extend(self, items: list[Any]) -> None:

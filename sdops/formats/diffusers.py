@@ -27,7 +27,7 @@ from sdops.text import count
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _WEIGHTS = re.compile(
     rf"(?:{'|'.join(_STEMS)})"
-    r"(?:\.(?P<variant>[\w-]+?))?(?:-(?P<number>\d{1,6})-of-\d{1,6})?\.(?P<ending>safetensors|bin)"
+    r"(?:\.(?P<variant>[\w-]+?))?(?:-(?P<number>\d{1,5})-of-\d{1,5})?\.(?P<ending>safetensors|bin)"
 )
 _INDEX = re.compile(rf"(?:{'|'.join(_STEMS)})\.(?P<ending>safetensors|bin)\.index(?:\.(?P<variant>[\w-]+))?\.json")
 _MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -101,7 +101,7 @@ def no_model(path: Path) -> FormatError:
     inside = sorted(name for name in os.listdir(path) if name.lower().endswith(_MODEL_ENDINGS))
     if inside:
         hint = f"give a file in it: `{path / inside[0]}`"
-        more = f"; {count(len(inside), 'model file')} lie in it"
+        more = f"; it contains {count(len(inside), 'model file')}"
     else:
         hint, more = "a diffusers folder has a model_index.json or a config.json and its weights", ""
     return FormatError(

@@ -23,7 +23,7 @@ from sdops.formats._json import read
 from sdops.text import count, shorten
 
 INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[\w-]+)?\.json", re.IGNORECASE)
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})\.(?P<ending>safetensors|bin)")
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,5})-of-(?P<total>\d{1,5})\.(?P<ending>safetensors|bin)")
 _AGAIN = "download the missing files into the same folder"
 
 

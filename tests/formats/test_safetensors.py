@@ -331,7 +331,7 @@ def test_large_headers_are_quick(tmp_path):
     path = build(tmp_path / "x.safetensors", header, bytes(800_000))
     raw = path.read_bytes()[8:-800_000]
     ratios = []
-    for _ in range(3):
+    for _ in range(2):
         start = time.thread_time()
         json.loads(raw)
         middle = time.thread_time()
