@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from shutil import disk_usage
 from typing import TYPE_CHECKING, Any
 
 from sdops.report import Report, Section
@@ -22,6 +23,7 @@ def dry_report(merge: Merge, output: Path, jobs: int) -> Report:
     """Everything that is known without reading tensors."""
     plan = merge.plan
     memory = fixed_memory(merge, jobs) + whole_tensor_bytes(merge)[0]
+    free = disk_usage(output.absolute().parent).free
     report = _common(merge, output)
     report.data |= {
         "dry_run": True,
@@ -29,13 +31,14 @@ def dry_report(merge: Merge, output: Path, jobs: int) -> Report:
         "passes": plan.passes,
         "memory_bytes": memory,
         "jobs": jobs,
+        "free_bytes": free,
     }
     report.sections.append(
         Section(
             "Costs",
             [
-                ["reads", f"{size(plan.read_bytes)} in {count(plan.passes, 'pass')}".replace("passs", "passes")],
-                ["writes", size(plan.write_bytes)],
+                ["reads", f"{size(plan.read_bytes)} in {count(plan.passes, 'pass')}"],
+                ["writes", f"{size(plan.write_bytes)}, {size(free)} are free there"],
                 ["memory", f"about {size(memory)} with {count(jobs, 'thread')}"],
             ],
         )
