@@ -12,10 +12,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from sdops.errors import UsageError
+
 
 def to_single(number: float | Fraction) -> Fraction:
-    """The float32 nearest to a number, as a fraction. Raises OverflowError beyond float32's range."""
-    return Fraction(struct.unpack("<f", struct.pack("<f", float(number)))[0])
+    """The float32 nearest to a number, as a fraction.
+
+    Raises:
+        UsageError: the number is beyond float32's range.
+    """
+    try:
+        return Fraction(struct.unpack("<f", struct.pack("<f", float(number)))[0])
+    except OverflowError:
+        raise UsageError(f"a weight of {float(number):g} is too large", hint="float32 ends at 3.4e38") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from sdops.core.plan import Plan, Step
 from sdops.core.precision import FORMATS, Raw, count_nonfinite, decode, encode
 from sdops.core.retained import Retained
 from sdops.core.run import PIECE_BYTES
+from sdops.core.source import splits
 from sdops.core.spec import Spec
 
 if TYPE_CHECKING:
@@ -72,9 +73,14 @@ class Merged:
     def splits(self, key: str) -> bool:
         """Whether threads may share the tensor."""
         step = self.plan.steps[key]
-        if step.action != "merge" or self.method.execution == "linear":
-            return True
-        return self.stream().splits()
+        if not all(splits(item.source, item.key) for item in step.inputs):
+            return False
+        return step.action != "merge" or self.method.execution == "linear" or self.stream().splits()
+
+    def check_knobs(self) -> None:
+        """Raises UsageError if the method does not accept its knobs; those of linear methods are known to be good."""
+        if self.method.execution != "linear" and self.plan.count("merge"):
+            self.stream().check_knobs()
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         """Compute bytes `[start, start + len(buffer))` of a tensor.

@@ -31,7 +31,7 @@ from sdops.core.plan import Input, Plan, Step
 from sdops.core.precision import FORMATS, count_nonfinite, largest_bits
 from sdops.core.retained import SAMPLE, Retained
 from sdops.core.select import RadixSelect
-from sdops.errors import FormatError
+from sdops.errors import FormatError, UsageError
 
 # Elements of a portion. Larger temporaries (0.5 MB as float32) are returned to the system after use: page faults.
 PORTION = 1 << 16
@@ -92,7 +92,14 @@ class Stream:
             if step.action != "merge" or identity in checked:
                 continue
             checked.add(identity)
-            self._try(step, [empty] * len(step.inputs))
+            try:
+                self._try(step, [empty] * len(step.inputs))
+            except (ArithmeticError, ValueError, RuntimeError) as error:
+                knobs = ", ".join(f"`{name}` {value}" for name, value in step.knobs.items())
+                raise UsageError(
+                    f"`{self.method.name}` cannot work with {knobs}: {error}",
+                    hint=f"`sdops methods {self.method.name}` explains the knobs",
+                ) from error
 
     def _try(self, step: Step, inputs: list[Tensor]) -> None:
         """Call the method's functions on inputs without elements."""
