@@ -76,10 +76,15 @@ def open_model(model: Model) -> Opened:
 
     Raises:
         SdopsError: it cannot be read.
-        FormatError: its weights are quantised in a way that cannot be merged.
+        FormatError: it is an adapter, or its weights are quantised in a way that cannot be merged.
     """
     origin: Source = open_source(model) if isinstance(model, str | os.PathLike) else model
     detection = detect(origin.specs)
+    if detection.family == "adapter":  # a weighted sum of factors is not the factors of a weighted sum
+        raise FormatError(
+            f"`{origin.name}` is an adapter (LoRA or the like): its factors cannot be merged tensor by tensor",
+            hint="merge checkpoints; `sdops inspect` shows what a file holds",
+        )
     packed = {weight: how.kind for weight, how in detection.quantised.items()}
     for weight, kind in packed.items():
         if kind not in ("fp8", "fp8-scaled"):
