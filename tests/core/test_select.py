@@ -1,4 +1,4 @@
-"""Both ways to a window of the order statistics, against sorting."""
+"""All ways to a window of the order statistics, against sorting."""
 
 import math
 
@@ -36,8 +36,12 @@ def streamed_mask(scores: Tensor, first: int, last: int, chunk: int) -> Tensor:
         select.count_high(part)
     for part in chunks[::-1]:
         select.count_low(part)
+    return chunked_mask(select, scores, chunk)
+
+
+def chunked_mask(select: RadixSelect, scores: Tensor, chunk: int) -> Tensor:
     ties, masks = select.no_ties(), []
-    for part in chunks:
+    for part in torch.split(scores, chunk, dim=1):
         mask, ties = select.mask(part, ties)
         masks.append(mask)
     return torch.cat(masks, dim=1)
@@ -52,7 +56,9 @@ def test_both_ways_keep_what_sorting_keeps(data: st.DataObject) -> None:
     first, last = data.draw(st.integers(-1, numel + 1)), data.draw(st.integers(-1, numel + 3))
     expected = sorted_mask(scores, first, last)
     assert torch.equal(window_mask(scores, first, last), expected)
-    assert torch.equal(streamed_mask(scores, first, last, data.draw(st.integers(1, 41))), expected)
+    chunk = data.draw(st.integers(1, 41))
+    assert torch.equal(streamed_mask(scores, first, last, chunk), expected)
+    assert torch.equal(chunked_mask(RadixSelect.of(scores, first, last), scores, chunk), expected)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 1), (100, 60_000), (0, 100_000), (99_999, 100_000)])
@@ -63,6 +69,15 @@ def test_both_ways_agree_on_a_large_tensor(first: int, last: int) -> None:
     mask = window_mask(scores, first, last)
     assert mask.sum(1).tolist() == [last - first] * 2
     assert torch.equal(streamed_mask(scores, first, last, 4099), mask)
+
+
+@pytest.mark.parametrize("select", [RadixSelect.of(torch.ones(2, 3), -1, 4), RadixSelect.keeping_all(2)])
+def test_a_window_around_everything_does_not_look_at_the_scores(select: RadixSelect) -> None:
+    assert select.keeps_all
+    mask, ties = select.mask(torch.full((2, 3), math.nan), select.no_ties())
+    assert mask.all()
+    assert not ties.any()
+    assert not RadixSelect.of(torch.ones(2, 3), 0, 2).keeps_all
 
 
 def test_places_beyond_32_bits_are_counted() -> None:
