@@ -1,0 +1,74 @@
+"""The floor of a merge: read the inputs, write an output as large as the first, compute nothing.
+
+    python tools/floor.py OUT A B [C ...] [--threads N] [--passes N]
+
+Several threads, pieces of 1 MiB, buffers used again and again, a temporary file with fsync before it gets its name:
+what any merge that streams must do at least. The output's bytes are those of A. With two passes all inputs are read
+twice, as methods must that first measure and then combine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+PIECE = 1 << 20
+
+
+def copy(output: Path, inputs: list[Path], *, threads: int, passes: int) -> None:
+    """Stream all inputs `passes` times; write the first one's bytes in the last pass."""
+    sources = [os.open(path, os.O_RDONLY) for path in inputs]
+    size = os.fstat(sources[0]).st_size
+    end = max(os.fstat(fd).st_size for fd in sources)
+    temporary = output.with_name(output.name + ".floor.tmp")
+    target = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        os.ftruncate(target, size)
+        for number in range(passes):
+            _pass(sources, target if number == passes - 1 else None, size, end, threads)
+        os.fsync(target)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+        for fd in (*sources, target):
+            os.close(fd)
+
+
+def _pass(sources: list[int], target: int | None, size: int, end: int, threads: int) -> None:
+    offsets = iter(range(0, end, PIECE))
+    lock = threading.Lock()
+    workers = [threading.Thread(target=_work, args=(sources, target, size, offsets, lock)) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def _work(sources: list[int], target: int | None, size: int, offsets: Iterator[int], lock: threading.Lock) -> None:
+    buffers = [memoryview(bytearray(PIECE)) for _ in sources]
+    while True:
+        with lock:
+            offset = next(offsets, None)
+        if offset is None:
+            return
+        counts = [os.preadv(fd, [buffer], offset) for fd, buffer in zip(sources, buffers, strict=True)]
+        if target is not None and offset < size:
+            os.pwrite(target, buffers[0][: counts[0]], offset)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("inputs", type=Path, nargs="+")
+    parser.add_argument("--threads", type=int, default=min(len(os.sched_getaffinity(0)), 8))
+    parser.add_argument("--passes", type=int, default=1)
+    options = parser.parse_args()
+    copy(options.output, options.inputs, threads=options.threads, passes=options.passes)
+
+
+if __name__ == "__main__":
+    main()
