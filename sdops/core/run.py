@@ -34,7 +34,8 @@ class Computed(Source, Protocol):
 
 def default_jobs() -> int:
     """Threads to use when nobody says: the cores this process may use, at most 8."""
-    return min(len(os.sched_getaffinity(0)), 8)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(allowed or 1, 8)
 
 
 def run(source: Source, sink: SafetensorsSink, *, jobs: int, progress: Progress | None = None) -> None:

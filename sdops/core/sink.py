@@ -25,6 +25,7 @@ from sdops.core.spec import DTYPE_BITS, Spec
 from sdops.errors import OutputError
 from sdops.text import size
 
+_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 _HEADER_LIMIT = 100_000_000
 _ORDER = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
 _ELSEWHERE = "choose another place with `-o`"
@@ -93,7 +94,7 @@ class SafetensorsSink:
     def start_writeback(self) -> None:
         """Send what was written so far to the disk; returns when it is there."""
         try:
-            os.fdatasync(self._fd)
+            _sync_data(self._fd)
         except OSError as error:
             raise self._explained(error) from error
 
