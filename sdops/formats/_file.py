@@ -39,12 +39,13 @@ class InputFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.fd = -1
         try:
             # Without O_NONBLOCK the opening of a named pipe waits for a writer, for ever.
             self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._status = os.fstat(self.fd)
         except (OSError, ValueError) as error:
             raise unreadable(path, error) from None
-        self._status = os.fstat(self.fd)
         self.size = self._status.st_size
         self.fingerprint = _fingerprint(self._status)
         if not stat.S_ISREG(self._status.st_mode):
@@ -99,6 +100,10 @@ class InputFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def __del__(self) -> None:
+        # Sources are composed and dropped like values; as with Python's own files, the last one out closes.
+        self.close()
 
     def _check(self, status: os.stat_result) -> None:
         if _fingerprint(status) != self.fingerprint:

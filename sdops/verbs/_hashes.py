@@ -42,7 +42,6 @@ class Hashes:
         self._found: dict[Path, str] = {}
         self._error: BaseException | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
         self._progress = _Counter()
 
     def __enter__(self) -> Self:
@@ -51,6 +50,7 @@ class Hashes:
             self._found = {file: known for file in files if (known := hashing.cached_sha256(file))}
             self._missing = [InputFile(file) for file in sorted(files - self._found.keys())]
             self._progress.total = sum(file.size for file in self._missing)
+            self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
         return self
 
