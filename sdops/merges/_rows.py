@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -12,5 +11,5 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products of the rows of two matrices (r, n) in float64, (r, 1)."""
-    return (x.to(torch.float64) * y).sum(1, keepdim=True)
+    """Inner products of the rows of two float64 matrices (r, n), (r, 1)."""
+    return (x * y).sum(1, keepdim=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from sdops.merges._masks import zeros_of
 
 EXECUTION = "elementwise"
 
@@ -22,5 +23,5 @@ def add_opposite(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0) -> Tens
     x, y = a - c, b - c
     apart = (x - y).abs()
     denominator = apart + (x + y).abs()
-    share = torch.where(denominator > 0, apart / denominator, 0.0)
+    share = apart / (denominator + zeros_of(denominator))
     return a + 2 * alpha * share * y

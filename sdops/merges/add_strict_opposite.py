@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdops.merges._masks import zeros_of
+
 EXECUTION = "elementwise"
 
 
@@ -21,6 +23,7 @@ def add_strict_opposite(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0) 
     """
     x, y = a - c, b - c
     larger = torch.maximum(x.abs(), y.abs())
+    larger += zeros_of(larger)
     # Dividing each factor keeps tiny weights from vanishing when squared.
-    share = torch.where(larger > 0, (-(x / larger) * (y / larger)).clamp(min=0), 0.0)
+    share = -((x / larger) * (y / larger)).clamp(max=0)
     return a + 2 * alpha * share * y

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sdops.errors import UsageError
+from sdops.merges._masks import where
 
 EXECUTION = "elementwise"
 
@@ -31,7 +32,7 @@ def clamp(*models: Tensor, stiffness: float = 0.0) -> Tensor:
     low, high = bounds.amin(dim=0), bounds.amax(dim=0)
     if stiffness:
         mean = bounds.mean(dim=0)
-        inner_low = torch.where(bounds <= mean, bounds, low).amax(dim=0)
-        inner_high = torch.where(bounds >= mean, bounds, high).amin(dim=0)
+        inner_low = where(bounds <= mean, bounds, low.expand_as(bounds)).amax(dim=0)
+        inner_high = where(bounds >= mean, bounds, high.expand_as(bounds)).amin(dim=0)
         low, high = torch.lerp(low, inner_low, stiffness), torch.lerp(high, inner_high, stiffness)
     return torch.minimum(torch.maximum(a, low), high)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdops.merges._knobs import share
+from sdops.merges._masks import negatives_of
 
 EXECUTION = "elementwise"
 
@@ -27,5 +28,5 @@ def geometric_sum(a: Tensor, b: Tensor, *, alpha: float = 0.5) -> Tensor:
         UsageError: alpha is outside [0, 1], where zero weights would become infinite.
     """
     alpha = share("alpha", alpha)
-    turn = (1 - alpha) * (a < 0).to(a.dtype) + alpha * (b < 0).to(a.dtype)
+    turn = (1 - alpha) * negatives_of(a) + alpha * negatives_of(b)
     return a.abs() ** (1 - alpha) * b.abs() ** alpha * torch.cos(math.pi * turn)

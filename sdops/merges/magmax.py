@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdops.merges._masks import where
+
 EXECUTION = "elementwise"
 
 
@@ -19,5 +21,5 @@ def magmax(base: Tensor, *models: Tensor, scale: float = 0.5) -> Tensor:
     largest = torch.zeros_like(base)
     for model in models:
         delta = model - base
-        largest = torch.where(delta.abs() >= largest.abs(), delta, largest)
+        largest = where(delta.abs() >= largest.abs(), delta, largest)
     return base + scale * largest

@@ -30,11 +30,12 @@ def model_stock_rows(base: Tensor, *models: Tensor) -> Tensor:
             "`model_stock_rows` compares models with each other, and there is only one", hint="add a model"
         )
     deltas = [as_rows(model - base) for model in models]
-    squares = [inner(delta, delta) for delta in deltas]
+    exact = [delta.double() for delta in deltas]
+    squares = [inner(delta, delta) for delta in exact]
     cosine = torch.zeros_like(squares[0])  # (r, 1)
     for i, j in combinations(range(count), 2):
         scale = (squares[i] * squares[j]).sqrt()
-        cosine += (inner(deltas[i], deltas[j]) / torch.where(scale > 0, scale, 1.0)).clamp(-1, 1)
+        cosine += (inner(exact[i], exact[j]) / torch.where(scale > 0, scale, 1.0)).clamp(-1, 1)
     cosine /= count * (count - 1) / 2
     ratio = torch.where(cosine > 0, count * cosine / (1 + (count - 1) * cosine), 0.0)
     change = torch.stack(deltas).sum(0) * (ratio / count).to(base.dtype)

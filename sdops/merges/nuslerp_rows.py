@@ -26,8 +26,9 @@ def nuslerp_rows(a: Tensor, b: Tensor, *, weights: tuple[float, ...] = ()) -> Te
     """
     alpha = float(normalized(weights, 2)[1])
     x, y = as_rows(a), as_rows(b)
-    scale = (inner(x, x) * inner(y, y)).sqrt()  # (r, 1)
-    cosine = inner(x, y) / torch.where(scale == 0, 1.0, scale)
+    exact_x, exact_y = x.double(), y.double()
+    scale = (inner(exact_x, exact_x) * inner(exact_y, exact_y)).sqrt()  # (r, 1)
+    cosine = inner(exact_x, exact_y) / torch.where(scale == 0, 1.0, scale)
     sine = ((1 - cosine) * (1 + cosine)).clamp(min=0).sqrt()
     angle = torch.atan2(sine, cosine)
     straight = (scale == 0) | (sine < PARALLEL) | (cosine < OPPOSITE)

@@ -21,7 +21,7 @@ def ram(base: Tensor, *models: Tensor, epsilon: float = 1e-5) -> Tensor:
     total, count = torch.zeros_like(base), torch.zeros_like(base)
     for model in models:
         delta = model - base
-        changed = delta.abs() > epsilon
-        total += torch.where(changed, delta, 0.0)
+        changed = delta.abs().gt_(epsilon)  # 1 or 0
+        total += changed * delta
         count += changed
     return base + total / count.clamp(min=1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdops.merges._masks import zeros_of
+
 EXECUTION = "elementwise"
 
 
@@ -20,7 +22,9 @@ def similarity_add_difference(a: Tensor, b: Tensor, c: Tensor, *, alpha: float =
         beta: How much the similarity counts; 0 is add_difference.
     """
     larger = torch.maximum(a.abs(), b.abs())
+    both_zero = zeros_of(larger)
+    larger += both_zero
     # Dividing each factor keeps tiny weights from vanishing when squared.
-    agreement = torch.where(larger > 0, (a / larger) * (b / larger), 1.0)
+    agreement = (a / larger) * (b / larger) + both_zero
     similarity = beta * (agreement + 1) / 2
     return a + (1 - similarity) * alpha * (b - c) + similarity * (alpha / 2) * (b - a)

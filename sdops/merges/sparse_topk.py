@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from sdops.merges._masks import masked
 from sdops.merges._sparse import add_changes, deltas, kept_count, magnitudes
 
 EXECUTION = "ranked"
@@ -32,7 +32,7 @@ def sparse_topk(
     Raises:
         UsageError: the number of weights is wrong, or a knob is outside its range.
     """
-    changes = torch.where(kept, deltas(base, models), 0.0)
+    changes = masked(deltas(base, models), kept)
     return add_changes(base, changes, weights, elect=False, normalize=normalize, scale=scale)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from sdops.merges._masks import zeros_of
 
 EXECUTION = "elementwise"
 
@@ -21,5 +22,5 @@ def train_difference(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0) -> 
     difference = b - c
     distance = (b - a).abs()
     denominator = difference.abs() + distance
-    share = torch.where(denominator > 0, distance / denominator, 0.0)
+    share = distance / (denominator + zeros_of(denominator))
     return a + 1.8 * alpha * share * difference
