@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def _is_default(value: Any, default: Any) -> bool:
 
 def _cut(text: str, limit: int) -> str:
     """A text of at most `limit` bytes; a longer one ends in dots."""
-    encoded = text.encode()
+    encoded = os.fsencode(text)  # a file name need not be text
     return text if len(encoded) <= limit else encoded[: max(limit - 3, 0)].decode(errors="ignore") + "..."
 
 
