@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,6 @@ CLIP_SHAPES: dict[str, tuple[int, ...]] = {
     "encoder.layers.11.layer_norm1.weight": (768,),
     "encoder.layers.0.mlp.fc1.bias": (24,),
 }
-SMALL = {
-    "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight",
-    "output_blocks.11.1.transformer_blocks.0.attn2.to_k.weight",
-}
 
 
 def shapes(*, unet: bool = True, vae: bool = True, clip: bool = True) -> dict[str, tuple[int, ...]]:
@@ -75,8 +72,13 @@ def numbers(tensor: tuple[str, Any]) -> Any:
 
 
 def checkpoint(seed: int = 0, dtype: str = "F16", *, spread: float = 0.02, **parts: bool) -> Model:
-    """A fine-tune of the one base that all seeds share (seed 0 is the base), with text encoder, VAE and position ids."""
-    model: Model = {}
+    """A fine-tune of the one base that all seeds share (seed 0 is the base), with all parts or some."""
+    return dict(_made(seed, dtype, spread, tuple(sorted(parts.items()))))
+
+
+@cache
+def _made(seed: int, dtype: str, spread: float, chosen: tuple[tuple[str, bool], ...]) -> Model:
+    parts, model = dict(chosen), Model()
     for index, (key, shape) in enumerate(shapes(**parts).items()):
         base = np.random.default_rng(1000 + index).standard_normal(shape) * 0.05
         change = np.random.default_rng([seed, index]).standard_normal(shape) * 0.05 * spread

@@ -39,10 +39,10 @@ def _method_in(args: Sequence[str]) -> str:
     for index, word in enumerate(args):
         if word == "--":
             break
-        if word in ("-m", "--method") and index + 1 < len(args):
-            method = args[index + 1]
-        elif found := re.fullmatch(r"(?:-m|--method=)(.+)", word):
+        if found := re.fullmatch(r"(?:-[nfqv]*m|--method=)(.+)", word):
             method = found[1]
+        elif re.fullmatch(r"-[nfqv]*m|--method", word) and index + 1 < len(args):
+            method = args[index + 1]
     return method
 
 

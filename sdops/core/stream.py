@@ -162,7 +162,7 @@ class Stream:
             return self._combine(key, step, first, count, view)
         whole = self.method.execution in ("tensor", "model")
         with self.budget.hold(_held_bytes(step) if whole else 0):
-            inputs = [_read(item, first, count) for item in step.inputs]
+            inputs = _read_all(step, first, count)
             result = self._call(key, step, first, inputs)
             return self._write(key, step, first, inputs[0], result, view)
 
@@ -237,7 +237,7 @@ class Stream:
 
                 def read(key: str) -> list[Tensor]:
                     step = steps[key]
-                    inputs = [_read(item, 0, item.spec.numel) for item in step.inputs]
+                    inputs = _read_all(step, 0, step.spec.numel)
                     return [x.reshape(item.spec.shape) for x, item in zip(inputs, step.inputs, strict=True)]
 
                 knobs = next(iter(steps.values())).knobs if steps else {}
@@ -354,6 +354,12 @@ def _shape(flat: Tensor, shape: tuple[int, ...], execution: str) -> Tensor:
     return flat
 
 
+def _read_all(step: Step, first: int, count: int) -> list[Tensor]:
+    """Elements [first, first + count) of all inputs: float64 if one of them is, else float32."""
+    inputs = [_read(item, first, count) for item in step.inputs]
+    return [x.double() for x in inputs] if any(x.dtype == torch.float64 for x in inputs) else inputs
+
+
 def _read(item: Input, first: int, count: int) -> Tensor:
     """Elements [first, first + count) as float32, or float64 if that is what they are.
 
@@ -374,7 +380,7 @@ def _portions(step: Step, stop: int | None = None) -> Iterator[list[Tensor]]:
     stop = step.spec.numel if stop is None else stop
     for first in range(0, stop, PORTION):
         count = min(PORTION, stop - first)
-        yield [_read(item, first, count) for item in step.inputs]
+        yield _read_all(step, first, count)
 
 
 def _gram(step: Step) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from sdops.archs.detect import Component, Detection, component_of, detect
+from sdops.archs.tables import KINDS
 from sdops.core.source import Source
 from sdops.errors import FormatError, MismatchError
 from sdops.formats import open_source
@@ -115,7 +116,7 @@ def same_names(model: Opened, first: Opened, kind: str = "") -> Opened:
     shared = own.keys() & wanted.keys()
     if not shared and not kind and _overlap(model, first) == 0:
         raise _unlike(model, first)
-    for name in sorted(shared):
+    for name in sorted(shared, key=lambda name: KINDS.index(own[name].kind)):
         if own[name].layout != wanted[name].layout:
             raise MismatchError(
                 f"the {name} of `{model.name}` is in the {own[name].layout} layout, "

@@ -204,7 +204,7 @@ class Pairing:
                     f"`{model.name}` says what it is by `{lost[0]}`, which `{self.template.name}` lacks: "
                     "the models may predict different things, and the result does not say so"
                 )
-        packed = sum(spec.dtype in FP8 for spec in self.template.origin.specs.values())
+        packed = sum(key in self.template.source.specs for key in self.template.detection.quantised)
         if packed and not self.policy.dtype:
             self.plan.warnings.append(
                 f"`{self.template.name}` holds {count(packed, 'fp8 tensor')}, the result holds them as bf16"
@@ -248,18 +248,29 @@ class Pairing:
         if self._misshapen:
             key = self._misshapen[0]
             shapes = ", ".join(f"`{m.name}` {list(m.source.specs[key].shape)}" for m in self.models)
+            names = " ".join(m.name for m in self.models)
             raise MismatchError(
-                f"{count(len(self._misshapen), 'tensor')} differ in shape, the first is `{key}`: {shapes}",
-                hint=f"`--exclude '{key}'` copies the first model's",
+                f"{self._titles()}{count(len(self._misshapen), 'tensor')} of different shape, "
+                f"the first is `{key}`: {shapes}",
+                hint=f"`--exclude '{key}'` copies the first model's; `sdops inspect {names}` shows what they are",
                 keys=self._misshapen,
             )
         for name, keys in self._lacking.items():
             raise MismatchError(
-                f"`{name}` lacks {count(len(keys), 'tensor')} that another model has, the first is `{keys[0]}`",
-                hint="`--missing keep` copies them from the model that has them, `--missing drop` leaves them out",
+                f"{self._titles()}`{name}` lacks {count(len(keys), 'tensor')} that another model has, "
+                f"the first is `{keys[0]}`",
+                hint="`--missing keep` copies them from the model that has them, `--missing drop` leaves them out; "
+                "`sdops inspect` shows what a model lacks",
                 model=name,
                 keys=keys,
             )
+
+    def _titles(self) -> str:
+        """What the models are, if they are of several families."""
+        titles = {model.detection.title: model.name for model in reversed(self.models)}
+        if len(titles) < 2:
+            return ""
+        return ", ".join(f"`{name}` is {title}" for title, name in reversed(titles.items())) + ": "
 
     def _index(self, model: Opened) -> int:
         return next(i for i, m in enumerate(self.models) if m is model)
