@@ -107,11 +107,10 @@ def _by_rank(sizes: Tensor, lowest: float, span: float) -> Tensor:
     count = rows.shape[1]
     ranks = torch.linspace(1, 0, count, dtype=torch.float64) if count > 1 else torch.tensor([0.5]).double()
     descending = (lowest + span * ranks[:count]).to(sizes.dtype)
-    # Sorting the negated bit patterns with the places below them is seven times faster than a stable argsort.
-    bits = rows.to("cpu", torch.float32).contiguous().view(torch.int32)
-    places = torch.arange(bits.numel()).view(bits.shape)
-    keys = (-bits).to(torch.int64).bitwise_left_shift_(32).bitwise_or_(places)
+    # Sorting negated bit patterns, with the places in the row below them, is many times faster than a stable argsort.
+    bits = rows.to("cpu", torch.float32).view(torch.int32)
+    keys = (-bits).to(torch.int64).bitwise_left_shift_(32).bitwise_or_(torch.arange(count))
     keys.numpy().sort(axis=1)
-    result = torch.empty(bits.numel(), dtype=sizes.dtype)
-    result.scatter_(0, keys.bitwise_and_(PLACE).view(-1), descending.repeat(len(bits)))
+    result = torch.empty(rows.shape, dtype=sizes.dtype)
+    result.scatter_(1, keys.bitwise_and_(PLACE), descending.expand(rows.shape))
     return result.reshape(sizes.shape).to(sizes.device)
