@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -12,4 +13,5 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
     """Inner products of the rows of two float64 matrices (r, n), (r, 1)."""
-    return (x * y).sum(1, keepdim=True)
+    products: Tensor = torch.linalg.vecdot(x, y)
+    return products.unsqueeze(1)

@@ -33,8 +33,8 @@ def euclidean_add_difference(a: Tensor, b: Tensor, c: Tensor, *, gram: Tensor, a
     x_norm, y_norm = _norm(gram, 1.0, 0.0), _norm(gram, 0.0, 1.0)
     if not (x_norm and y_norm):
         return c + change
-    size = ((1 - alpha) * (x / x_norm) ** 2 + alpha * (y / y_norm) ** 2).sqrt()
-    return c + _norm(gram, 1 - alpha, alpha) * torch.copysign(size, change)
+    size = ((1 - alpha) * (x / x_norm) ** 2 + alpha * (y / y_norm) ** 2).sqrt_()
+    return c + _norm(gram, 1 - alpha, alpha) * size.copysign_(change)
 
 
 def _norm(gram: Tensor, of_a: float, of_b: float) -> float:

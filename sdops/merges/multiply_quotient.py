@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from sdops.merges._masks import negatives_of
+
 EXECUTION = "elementwise"
 
 
@@ -23,6 +25,7 @@ def multiply_quotient(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0) ->
         alpha: Exponent of the quotient.
     """
     quotient = b / c
-    size = torch.where(quotient < 0, math.cos(math.pi * alpha), 1.0) * quotient.abs() ** alpha
-    result = a * size
-    return torch.where(result.isfinite() & (c != 0), result, a)
+    negative = negatives_of(quotient)
+    turn = 1 - negative + negative * math.cos(math.pi * alpha)
+    result = a * (turn * quotient.abs() ** alpha)
+    return torch.where((result.abs() < math.inf) & (c != 0), result, a)

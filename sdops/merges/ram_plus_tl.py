@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdops.merges._masks import masked
+
 EXECUTION = "tensor"
 
 
@@ -32,5 +34,5 @@ def ram_plus_tl(base: Tensor, *models: Tensor, epsilon: float = 1e-5, r: float =
         unique = int(alone.sum())
         shared = int(mask.sum()) - unique
         stronger = 1 + r * min(max(shared / max(unique, epsilon), 0.0), alpha)
-        total += torch.where(mask, delta, 0.0) * torch.where(alone, stronger, 1.0)
+        total += masked(delta, mask) * torch.where(alone, stronger, 1.0)
     return base + total / count.clamp(min=1)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sdops.core.select import window_mask
 from sdops.merges._knobs import share
+from sdops.merges._masks import zeros_of
 from sdops.merges._sparse import deltas
 
 EXECUTION = "tensor"
@@ -36,7 +37,9 @@ def sce(base: Tensor, *models: Tensor, density: float = 1.0) -> Tensor:
     squares = torch.linalg.vector_norm(changes.reshape(len(models), -1), dim=1, dtype=torch.float64) ** 2
     squares = squares if squares.sum() > 0 else torch.ones_like(squares)
     weights = (squares / squares.sum()).to(base.dtype).reshape(-1, *[1] * base.ndim)
-    agree = torch.where(changes.sum(0) >= 0, changes > 0, changes < 0)
+    total = changes.sum(0)
+    direction = torch.ones_like(total).copysign_(total)
+    agree = (changes * direction).clamp_(min=0).sign_()  # along the direction those that agree are positive
     weights = weights * agree
     divisor = weights.sum(0)
-    return base + (weights * changes).sum(0) / torch.where(divisor == 0, 1.0, divisor)
+    return base + (weights * changes).sum(0) / (divisor + zeros_of(divisor))
