@@ -8,6 +8,7 @@ A signal unwinds the stack once, so that temporary files are removed; further on
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _interrupted("interrupted", 130)
     except _Ended as ended:
         name = signal.Signals(ended.number).name
-        return _interrupted("interrupted" if name == "SIGINT" else f"ended by {name}", 128 + ended.number)
+        _leave(_interrupted("interrupted" if name == "SIGINT" else f"ended by {name}", 128 + ended.number))
     except BrokenPipeError:
         return 141
     finally:
@@ -125,6 +126,13 @@ def _interrupted(how: str, code: int) -> int:
     with contextlib.suppress(OSError):  # the terminal may be gone
         sys.stderr.write(f"error: {how}\n")
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: Python's own way out crashes while a thread is deep in a computation of torch."""
+    atexit._run_exitfuncs()
+    _flush_or_forget()
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from sdops.core.source import Source
 PIECE_BYTES = 1 << 20  # read at once from sources that only copy
 JOB_BYTES = 4 << 20  # handed to a thread at once
 WRITEBACK_BYTES = 512 << 20
+GRACE_SECONDS = 1.0
 
 Piece = tuple[str, int, int]  # key, first byte, one past the last byte
 Progress = Callable[[int], None]
@@ -48,24 +50,33 @@ def run(source: Source, sink: SafetensorsSink, *, jobs: int, progress: Progress 
         progress: Called with the number of bytes just written, from any thread.
 
     Raises:
-        Whatever the first failing thread raised; the others are stopped.
+        Whatever the first failing thread raised; the others are stopped. After a signal they get a second to stop: one
+        that is deep in a decomposition is left behind, and finds the sink closed.
     """
     state = _State(_jobs(source, sink), sink, progress)
     threads = [threading.Thread(target=_work, args=(source, state), daemon=True) for _ in range(jobs)]
     threads.append(threading.Thread(target=state.write_back, daemon=True))
+    patience = float("inf")
     try:
         for thread in threads:
             thread.start()
         for thread in threads[:-1]:
             thread.join()
+    except BaseException:
+        patience = GRACE_SECONDS
+        raise
     finally:
-        state.stop.set()
-        state.behind.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+        state.end()
+        _join([thread for thread in threads if thread.ident is not None], patience)
     if state.error is not None:
         raise state.error
+
+
+def _join(threads: list[threading.Thread], patience: float) -> None:
+    """Wait for all threads, together no longer than so many seconds."""
+    until = time.monotonic() + patience
+    for thread in threads:
+        thread.join(min(max(until - time.monotonic(), 0), threading.TIMEOUT_MAX))
 
 
 class _State:
@@ -84,6 +95,11 @@ class _State:
     def next_job(self) -> list[Piece] | None:
         with self.lock:
             return None if self.stop.is_set() else next(self.jobs, None)
+
+    def end(self) -> None:
+        """Let every thread stop as soon as it can."""
+        self.stop.set()
+        self.behind.set()
 
     def fail(self, error: BaseException) -> None:
         with self.lock:

@@ -38,6 +38,7 @@ def test_many_keys(keys: int, folder: Path, tmp_path: Path) -> None:
     assert all((tensor == 2).all() for tensor in made.values())
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_hundred_thousand_keys(folder: Path, tmp_path: Path) -> None:
     a, b = many(tmp_path / "a.safetensors", 100_000, 1.0), many(tmp_path / "b.safetensors", 100_000, 3.0)
     ended = merge(a, b, "--dry-run", "-o", "out.safetensors")

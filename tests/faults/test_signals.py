@@ -9,9 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.faults.cli import end, leftovers, merge, start, stop_while_writing, wait_until
+from tests.faults.cli import end, leftovers, merge, save, start, stop_while_writing, wait_until
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: 137}
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
@@ -96,6 +97,22 @@ def test_an_impatient_user(large: tuple[Path, Path], folder: Path) -> None:
         child.send_signal(signal.SIGINT)
         time.sleep(0.002)
     ended = end(child)
+    assert (ended.code, ended.err) == (130, "error: interrupted\n")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_thread_deep_in_a_decomposition_does_not_keep_the_user_waiting(folder: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    paths = [tmp_path / name for name in ("a.safetensors", "b.safetensors", "base.safetensors")]
+    for path in paths:
+        save(path, {"layer.weight": random.standard_normal((2500, 2500)).astype(np.float16)})
+    child = start(*paths[:2], "--base", paths[2], "-m", "tsv-m", "--no-hash", "-o", "out.safetensors")
+    wait_until(lambda: leftovers(folder), child)
+    time.sleep(2)  # until torch is imported and the work begins, which takes a minute
+    child.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    ended = end(child)
+    assert time.monotonic() - begin < 15
     assert (ended.code, ended.err) == (130, "error: interrupted\n")
     assert list(folder.iterdir()) == []
 
