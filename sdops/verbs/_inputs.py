@@ -19,6 +19,8 @@ Model = str | os.PathLike[str] | Source
 # The shapes of these may differ between a model and its inpainting, edit or depth variant, in dim 1 alone.
 FIRST_LAYERS = ("input_blocks.0.0.weight", "conv_in.weight", "img_in.weight")
 
+FLAT = "-flat"  # ends the name of a layout that leaves out `text_model.`
+
 
 @runtime_checkable
 class Unwritten(Protocol):
@@ -102,7 +104,7 @@ def open_model(model: Model) -> Opened:
 
 
 def same_names(model: Opened, first: Opened, kind: str = "") -> Opened:
-    """Give a model's tensors the prefixes that the first model has for the same components.
+    """Give a model's tensors the names that the first model has for the same components.
 
     Args:
         model: Any model.
@@ -117,18 +119,20 @@ def same_names(model: Opened, first: Opened, kind: str = "") -> Opened:
     if not shared and not kind and _overlap(model, first) == 0:
         raise _unlike(model, first)
     for name in sorted(shared, key=lambda name: KINDS.index(own[name].kind)):
-        if own[name].layout != wanted[name].layout:
+        if own[name].layout.removesuffix(FLAT) != wanted[name].layout.removesuffix(FLAT):
             raise MismatchError(
                 f"the {name} of `{model.name}` is in the {own[name].layout} layout, "
                 f"that of `{first.name}` in the {wanted[name].layout} layout",
                 hint=f"`sdops inspect {first.name} {model.name}` shows both; bring them into one layout first",
             )
-    moved = {own[n].prefix: wanted[n].prefix for n in shared if own[n].prefix != wanted[n].prefix}
-    if not moved:
+    if all((own[n].prefix, own[n].layout) == (wanted[n].prefix, wanted[n].layout) for n in shared):
         return model
     from sdops.core.views import Renamed
 
-    names = {_moved(key, moved, model.detection, own): key for key in model.source.specs}
+    names = {}
+    for key in model.source.specs:
+        name = component_of(model.detection, key)
+        names[_moved(key, own[name], wanted[name], first) if name in shared else key] = key
     source = Renamed(model.source, names)
     return replace(model, source=source, detection=detect(source.specs))
 
@@ -190,9 +194,10 @@ def _unlike(model: Opened, first: Opened) -> MismatchError:
     )
 
 
-def _moved(key: str, moved: dict[str, str], detection: Detection, own: dict[str, Component]) -> str:
-    """A key under the prefix that its component has in the first model."""
-    component = own.get(component_of(detection, key))
-    if component is None or component.prefix not in moved:
-        return key
-    return moved[component.prefix] + key.removeprefix(component.prefix)
+def _moved(key: str, own: Component, wanted: Component, first: Opened) -> str:
+    """A key as the first model's component spells it: its prefix, with or without the part that flat names lack."""
+    name = key.removeprefix(own.prefix)
+    full = wanted.prefix + own.table.strip + name
+    if own.table.strip and not wanted.table.strip and full in first.source.specs:
+        return full
+    return wanted.prefix + (name if own.table.strip else name.removeprefix(wanted.table.strip))

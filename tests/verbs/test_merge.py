@@ -105,7 +105,9 @@ def test_every_method_gives_what_its_function_gives_with_any_number_of_threads(
         torch.testing.assert_close(as_tensor(out[key]), expected.float(), **tolerance, msg=key)
 
 
-def test_weighted_sum_is_correctly_rounded(files: list[Path], models: list[tiny.Model], tmp_path: Path) -> None:
+def test_defect_20_and_41_weighted_sum_is_correctly_rounded(
+    files: list[Path], models: list[tiny.Model], tmp_path: Path
+) -> None:
     merge(files[1], files[2], alpha=0.3, output=tmp_path / "out.safetensors")
     out, alpha = tiny.load(tmp_path / "out.safetensors"), float(np.float32(0.3))
     for key in float_keys(models[1]):
@@ -126,7 +128,7 @@ def test_models_that_are_the_same_give_themselves(dtype: str, method: str, tmp_p
         assert np.array_equal(tiny.numbers(out[key]), tiny.numbers(model[key]))  # -0 + (0 - 0) is +0
 
 
-def test_alpha_0_is_a_and_alpha_1_is_b_bit_for_bit(tmp_path: Path) -> None:
+def test_defect_42_alpha_0_is_a_and_alpha_1_is_b_bit_for_bit(tmp_path: Path) -> None:
     models = [tiny.checkpoint(1), tiny.checkpoint(2)]
     for model in models:  # what arithmetic would not keep
         array = np.array([np.nan, -0.0, 6e-8, np.inf], np.float16)
@@ -137,6 +139,31 @@ def test_alpha_0_is_a_and_alpha_1_is_b_bit_for_bit(tmp_path: Path) -> None:
         out = tiny.load(tmp_path / f"{alpha}.safetensors")
         assert out.keys() == model.keys()
         assert all(tiny.same(out[key], model[key]) for key in model)
+
+
+def test_defect_33_a_weight_of_zero_is_a_weight(files: list[Path], models: list[tiny.Model], tmp_path: Path) -> None:
+    merge(*files[1:4], method="linear", weights=(0, 1, 0), output=tmp_path / "out.safetensors")
+    out = tiny.load(tmp_path / "out.safetensors")
+    assert all(tiny.same(out[key], models[2][key]) for key in models[2])
+
+
+@pytest.mark.parametrize("method", ["dare-linear", "dare-ties", "ties", "breadcrumbs", "sparse-topk"])
+def test_defect_39_a_density_of_zero_gives_the_base(
+    method: str, files: list[Path], models: list[tiny.Model], tmp_path: Path
+) -> None:
+    merge(*files[1:3], base=files[0], method=method, density=0.0, output=tmp_path / "out.safetensors")
+    out = tiny.load(tmp_path / "out.safetensors")
+    for key in float_keys(models[0]):
+        assert np.array_equal(tiny.numbers(out[key]), tiny.numbers(models[0][key]))
+
+
+def test_defect_26_two_dials_keep_apart(files: list[Path], models: list[tiny.Model], tmp_path: Path) -> None:
+    dials = {"alpha": "0, vae=1", "beta": "0, *attn2*=1"}
+    merge(*files[1:4], method="sum-twice", **dials, output=tmp_path / "out.safetensors")
+    out = tiny.load(tmp_path / "out.safetensors")
+    for key in float_keys(models[1]):
+        source = models[2] if key.startswith(tiny.VAE) else models[3] if "attn2" in key else models[1]
+        assert tiny.same(out[key], source[key]), key
 
 
 def test_un_merging_gives_the_other_model_back(tmp_path: Path) -> None:
@@ -277,7 +304,9 @@ def test_the_metadata_suffice_to_rebuild_the_file(
     assert rebuilt(made, files, tmp_path) == (tmp_path / "out.safetensors").read_bytes()
 
 
-def test_metadata_has_no_folder_and_is_understood_by_others(files: list[Path], tmp_path: Path) -> None:
+def test_defect_10_and_37_metadata_has_no_folder_and_keeps_what_is_still_true(
+    files: list[Path], tmp_path: Path
+) -> None:
     first = tiny.write(tmp_path / "first.safetensors", tiny.checkpoint(1), {
         "modelspec.prediction_type": "v", "modelspec.license": "mit", "modelspec.title": "Old", "ss_epoch": "3",
         "modelspec.hash_sha256": "0x123",
@@ -561,7 +590,9 @@ def test_knobs_out_of_range_are_refused_before_anything_is_read(
         assert "not finite" in error.message or "NaN" in error.message  # noqa: PT017 a knob may be legal and absurd
 
 
-def test_dials_per_block_component_and_pattern(files: list[Path], models: list[tiny.Model], tmp_path: Path) -> None:
+def test_defect_23_and_29_dials_per_block_component_and_pattern(
+    files: list[Path], models: list[tiny.Model], tmp_path: Path
+) -> None:
     rules = {"": 0.5, "IN00": 0.0, "vae": 1.0, "*attn2*": 0.25, f"{tiny.UNET}out.2.bias": 1.0}
     report = merge(files[1], files[2], alpha=rules, output=tmp_path / "out.safetensors")
     out = tiny.load(tmp_path / "out.safetensors")

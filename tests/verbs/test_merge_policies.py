@@ -127,6 +127,23 @@ def test_one_component_under_another_prefix() -> None:
     assert same(out[LARGE.removeprefix(UNET)], midway(a[LARGE], b[LARGE]))
 
 
+@pytest.mark.parametrize("flat", ["a", "b", "donor"])
+def test_defect_12_text_encoders_without_text_model_in_their_names(flat: str) -> None:
+    """The first anime models spell `transformer.encoder...`; nothing is added twice, nothing is missed."""
+    a, b, donor = checkpoint(1), checkpoint(2), checkpoint(3)
+    short = {name: {key.replace("text_model.", ""): t for key, t in m.items()} for name, m in (("a", a), ("b", b))}
+    bare = {key.replace(CLIP, ""): tensor for key, tensor in donor.items() if key.startswith(CLIP)}
+    key = f"{CLIP}encoder.layers.11.layer_norm1.weight"
+    if flat == "donor":
+        out = result(lazy(a, b, text_encoder=Memory(bare)))
+        assert same(out[key], donor[key])
+    else:
+        out = result(lazy(short["a"] if flat == "a" else a, short["b"] if flat == "b" else b))
+        spelled = key.replace("text_model.", "") if flat == "a" else key
+        assert same(out[spelled], midway(a[key], b[key]))
+    assert out.keys() == (short["a"] if flat == "a" else a).keys()
+
+
 def test_a_component_that_another_model_lacks_stays() -> None:
     a, b = checkpoint(1), checkpoint(2)
     made = lazy(a, part(b, UNET, UNET))
