@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sdops
+from sdops.errors import FormatError
 from tests.faults.cli import end, leftovers, merge, save, start, stop_while_writing
 
 
@@ -106,16 +108,28 @@ def test_a_damaged_input_is_refused_by_name(
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize(("method", "value"), [("weighted-sum", np.nan), ("weighted-sum", -np.inf), ("slerp", np.nan)])
-def test_a_number_that_is_none_is_named(
-    method: str, value: float, pair: tuple[Path, Path], folder: Path, tmp_path: Path
-) -> None:
+def with_a_bad_number(path: Path, value: float) -> Path:
     tensors = {f"layer{i}.weight": np.ones((40, 30), np.float16) for i in range(6)}
     tensors["layer3.weight"][39, 29] = value
-    ended = merge(pair[0], save(tmp_path / "bad.safetensors", tensors), "-m", method, "-o", "out.safetensors")
+    return save(path, tensors)
+
+
+@pytest.mark.parametrize(("value", "name"), [(np.nan, "NaN"), (-np.inf, "infinite")])
+def test_a_number_that_is_none_is_named(
+    value: float, name: str, pair: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    ended = merge(pair[0], with_a_bad_number(tmp_path / "bad.safetensors", value), "-o", "out.safetensors")
     assert ended.code == 1
-    assert "`layer3.weight` of `bad.safetensors` holds 1 " in ended.err
-    assert ("NaN" if np.isnan(value) else "infinite") in ended.err
+    assert f"`layer3.weight` of `bad.safetensors` holds 1 {name} values" in ended.err
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["slerp", "cosine-a", "magmax"])
+def test_methods_of_torch_name_it_as_well(method: str, pair: tuple[Path, Path], folder: Path, tmp_path: Path) -> None:
+    models = [pair[0], with_a_bad_number(tmp_path / "bad.safetensors", np.nan)]
+    base = pair[1] if method == "magmax" else None
+    with pytest.raises(FormatError, match=r"`layer3.weight` of `bad.safetensors` holds 1 NaN values"):
+        sdops.merge(*models, method=method, base=base, output="out.safetensors")
     assert list(folder.iterdir()) == []
 
 
