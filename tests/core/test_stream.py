@@ -35,6 +35,11 @@ def models(shape: tuple[int, ...], count: int, dtype: str = "F32", seed: int = 0
     return [{"w": encoded(base + 0.1 * rng.standard_normal(shape), dtype)} for _ in range(count)]
 
 
+def tied(given: list[Model]) -> list[Model]:
+    """The same in steps of 1/8: many changes are of one size, and their order matters."""
+    return [{"w": encoded(np.round(numbers(model["w"]) * 8) / 8, model["w"][0])} for model in given]
+
+
 def count(card: Card) -> int:
     return int(card.base) + (3 if card.inputs == ["*models"] else len(card.inputs))
 
@@ -87,7 +92,7 @@ def test_any_ranges_in_any_order(name: str, data: st.DataObject) -> None:
         patch.setattr(module, "PORTION", 64)
         patch.setattr(module, "PIECE", 64)
         card = CARDS[name]
-        given_models = models((29, 17), count(card), "F16")
+        given_models = tied(models((29, 17), count(card), "F16"))
         all_bytes = bytes(read(streamed(card, given_models, "F16"), "w"))
         source = streamed(card, given_models, "F16")
         for _ in range(4):
@@ -132,6 +137,14 @@ def test_passes_are_made_once_and_forgotten(name: str, portions: None) -> None:
     samples = nbytes if card.execution == "gram" else 0  # the first piece is read again to measure what is retained
     assert all(passes * nbytes <= s.reads["w"] <= passes * nbytes + samples for s in sources)
     assert source.stream()._passes == {}
+
+
+@pytest.mark.parametrize("name", ["slerp", "nuslerp", "karcher", "geometric_median", "model_stock", "nuslerp_task"])
+def test_averages_of_equal_models_are_exact(name: str) -> None:
+    given = models((40, 5), 1, "F64") * count(CARDS[name])
+    assert bytes(read(streamed(CARDS[name], given, "F64"), "w")) == given[0]["w"][1].tobytes()
+    uneven = {"weights": (0.1, 0.2, 0.3)} if name in ("karcher", "geometric_median") else {}
+    assert bytes(read(streamed(CARDS[name], given, "F64", **uneven), "w")) == given[0]["w"][1].tobytes()
 
 
 def test_a_float64_input_makes_all_of_them_float64() -> None:

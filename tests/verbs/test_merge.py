@@ -495,6 +495,13 @@ def test_defect_2_overflow_is_counted_and_clamped(method: str, tmp_path: Path) -
     assert any("2 values of 1 tensor were too large" in text and key in text for text in report.warnings)
 
 
+def test_counts_begin_anew_with_every_run(tmp_path: Path) -> None:
+    model = {"w": tiny.encoded([6e4, 1.0], "F16")}
+    made = lazy(tiny.Memory(model), method="scale", alpha=2.0)
+    for name in ("first", "second"):
+        assert made.save(tmp_path / name).data["overflows"] == {"w": 1}
+
+
 def test_overflow_of_a_copied_tensor_is_counted(tmp_path: Path) -> None:
     key = f"{tiny.UNET}out.2.bias"
     models = [tiny.checkpoint(seed, "F32") for seed in (1, 2)]
