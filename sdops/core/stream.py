@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdops.core.budget import Budget
 from sdops.core.exact import PIECE, ExactSum, Scratch
 from sdops.core.inputs import nonfinite, read_raw
 from sdops.core.linear import to_single
@@ -29,12 +30,14 @@ from sdops.core.method import Method
 from sdops.core.noise import Noise
 from sdops.core.plan import Input, Plan, Step
 from sdops.core.precision import FORMATS, count_nonfinite, largest_bits
+from sdops.core.ranking import Ranking
 from sdops.core.retained import SAMPLE, Retained
 from sdops.core.select import RadixSelect
 from sdops.errors import FormatError, UsageError
 
 # Elements of a portion. Larger temporaries (0.5 MB as float32) are returned to the system after use: page faults.
 PORTION = 1 << 16
+HELD_SCORES = 1 << 23  # scores of a ranked method that are kept in memory instead of being made again
 
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -208,6 +211,8 @@ class Stream:
     def _kept(self, key: str, step: Step, first: int, inputs: list[Tensor]) -> Tensor:
         """Ranked class: which of the portion's elements fall into the window of the order statistics."""
         ranking: Ranking = self._once(key, lambda: self._rank(step))
+        if ranking.keeps_all:
+            return torch.ones(ranking.rows, len(inputs[0]), dtype=torch.bool)
         if first != ranking.position:  # only when a tensor is not read from its start to its end
             ranking.rewind()
             for portion in _portions(step, first):
@@ -215,12 +220,18 @@ class Stream:
         return ranking.advance(self._scores(step, inputs))
 
     def _rank(self, step: Step) -> Ranking:
-        """Two passes over a tensor's scores."""
-        window = self.method.call(self.method.window, step.spec.numel, knobs=step.knobs)
+        """A tensor's order statistics, from all scores at once if they are few, else in two passes."""
+        numel = step.spec.numel
+        first, last = self.method.call(self.method.window, numel, knobs=step.knobs)
         rows = len(self._scores(step, [torch.zeros(1)] * len(step.inputs)))
-        select = RadixSelect(rows, *window)
-        for portion in _portions(step):
-            select.count_high(self._scores(step, portion))
+        if first <= 0 and last >= numel:
+            return Ranking(RadixSelect.keeping_all(rows))
+        scores = (self._scores(step, portion) for portion in _portions(step))
+        if numel * rows <= HELD_SCORES:
+            return Ranking(RadixSelect.of(torch.cat(list(scores), dim=1), first, last))
+        select = RadixSelect(rows, first, last)
+        for portion_scores in scores:
+            select.count_high(portion_scores)
         for portion in _portions(step):
             select.count_low(self._scores(step, portion))
         return Ranking(select)
@@ -277,63 +288,6 @@ class Stream:
             start, wanted, written = (x[:SAMPLE].double().numpy() for x in (before, result, out))
             self.retained.sample(start, wanted, written)
         return overflow
-
-
-class Ranking:
-    """Hands out the masks of a finished selection, portion by portion in flat order."""
-
-    def __init__(self, select: RadixSelect) -> None:
-        self._select = select
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Start again from the first element."""
-        self.position = 0
-        self._ties = self._select.no_ties()
-
-    def advance(self, scores: Tensor) -> Tensor:
-        """The mask (S, n) of the next n elements."""
-        mask, self._ties = self._select.mask(scores, self._ties)
-        self.position += scores.shape[1]
-        return mask
-
-
-class Budget:
-    """Lets threads hold whole tensors only as long as their sum stays below a limit; one is always let in."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._held = 0
-        self._changed = threading.Condition()
-
-    def hold(self, nbytes: int) -> _Hold:
-        """A context manager that waits for room."""
-        return _Hold(self, nbytes)
-
-    def take(self, nbytes: int) -> None:
-        """Wait until `nbytes` fit, or nothing else is held."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._held == 0 or self._held + nbytes <= self.limit)
-            self._held += nbytes
-
-    def give(self, nbytes: int) -> None:
-        """Return what was taken."""
-        with self._changed:
-            self._held -= nbytes
-            self._changed.notify_all()
-
-
-class _Hold:
-    def __init__(self, budget: Budget, nbytes: int) -> None:
-        self.budget, self.nbytes = budget, nbytes
-
-    def __enter__(self) -> None:
-        if self.nbytes:
-            self.budget.take(self.nbytes)
-
-    def __exit__(self, *_: object) -> None:
-        if self.nbytes:
-            self.budget.give(self.nbytes)
 
 
 def _held_bytes(step: Step) -> int:
