@@ -21,7 +21,7 @@ help:
 	@echo "make fix         format and repair what can be repaired by itself"
 	@echo "make test-slow   tests that take minutes or gigabytes of disk"
 	@echo "make test-gpu    tests that need a CUDA device"
-	@echo "make bench       full-size benchmarks into $(BENCH)/ (25 GB for all of them)"
+	@echo "make bench       full-size benchmarks into $(BENCH)/ (60 GB for all of them)"
 	@echo "make clean       remove what the others made, except $(VENV)/"
 
 setup: $(READY)
