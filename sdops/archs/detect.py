@@ -87,6 +87,12 @@ class Detection:
         """The component that the file is called after."""
         return _main(self.components)
 
+    @property
+    def modelspec(self) -> str:
+        """The architecture in the words of ModelSpec; empty if it has none or cannot be told."""
+        words = self.main.table.modelspec if self.main else {}
+        return next((words[name] for name in self.variants if name in words), words.get("default", ""))
+
     def component(self, name: str) -> Component | None:
         """The component of this name, if the file has it."""
         return next((part for part in self.components if part.name == name), None)

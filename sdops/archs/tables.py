@@ -20,6 +20,8 @@ A file describes one family (`others.toml`: several that are only named). Its `[
     variant       tables `name`, `need`, `lack`, `with`, `without`, `ranges`, `loose` (more keys than listed are fine)
     like          "family/name/layout": take over from the first such table what is not given here
 
+`[modelspec]` gives the architecture in the words of ModelSpec: by variant, and `default` for all others.
+
 Templates: `{q,k,v}` and `{0-11}` list alternatives, `{D}` counts from 0 to `ranges.D` - 1, and `<part>` at the end of a
 line stands for the lines of `parts.part`. In a slot name numbers have two digits, and slot and names run in step.
 A name that begins with `/` is not prefixed. Nothing here is code: a family is added by adding a file.
@@ -93,6 +95,7 @@ class Table:
     values: dict[str, str] = field(default_factory=dict)
     ranges: dict[str, int] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
+    modelspec: dict[str, str] = field(default_factory=dict)
     variants: tuple[Variant, ...] = ()
 
     def expected(self, variants: tuple[Variant, ...] = ()) -> list[str]:
@@ -176,6 +179,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The component tables of one file, each with the family's id, title, ranges and parts."""
     document = tomllib.loads(path.read_text(encoding="utf-8"))
     shared = {"family": path.stem, "title": document["title"], "parts": document.get("parts", {})}
+    shared["modelspec"] = document.get("modelspec", {})
     return [shared | component for component in document["component"]]
 
 

@@ -43,12 +43,24 @@ def recipe(card: Card, settings: Mapping[str, Any], inputs: Sequence[Mapping[str
     return {**made, **settings, **random, "inputs": [dict(i) for i in inputs]}
 
 
-def metadata(first: Mapping[str, str], title: str, names: Sequence[str], made: Mapping[str, Any]) -> dict[str, str]:
-    """Header metadata of a merge: ModelSpec keys and the recipe."""
+def metadata(
+    first: Mapping[str, str], architecture: str, title: str, names: Sequence[str], made: Mapping[str, Any]
+) -> dict[str, str]:
+    """Header metadata of a merge: ModelSpec keys and the recipe.
+
+    Args:
+        first: The first model's metadata.
+        architecture: In the words of ModelSpec, as detected; the first model's own word goes before it.
+        title: Of the result.
+        names: The merged models' names.
+        made: The recipe.
+    """
+    detected = {"modelspec.architecture": architecture} if architecture else {}
     inherited = {f"modelspec.{k}": first[f"modelspec.{k}"] for k in INHERITED if f"modelspec.{k}" in first}
     return {
         "format": "pt",  # some loaders refuse files without it
         "modelspec.sai_model_spec": "1.0.1",
+        **detected,
         **inherited,
         "modelspec.title": title,
         "modelspec.merged_from": ", ".join(Path(name).name for name in names),

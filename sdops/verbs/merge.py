@@ -143,7 +143,10 @@ class Merge:
         self.plan.passes = PASSES.get(card.execution, 2 if "gram" in card.needs else 1)
         self.made = recipe(card, self._settings(), [part_record(role, model) for role, model in parts.items()], seed)
         names = [part.name for part in inputs]
-        self.plan.metadata = metadata(parts["a"].source.metadata, Path(self.plan.name).stem, names, self.made)
+        first = parts["a"]
+        self.plan.metadata = metadata(
+            first.source.metadata, first.detection.modelspec, Path(self.plan.name).stem, names, self.made
+        )
         self.name = self.plan.name
         self.specs = self.plan.specs
         self.metadata = self.plan.metadata

@@ -488,3 +488,21 @@ def test_unrelated_models_are_unknown() -> None:
 def test_a_hundred_thousand_keys_are_no_trouble() -> None:
     specs = zeros(*[f"a.b.{number}.weight" for number in range(100_000)])
     assert len(detect(specs).unclaimed) == 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("sd15-ldm", "stable-diffusion-v1"),
+        ("sd15-inpainting-ldm", "stable-diffusion-v1-inpainting"),
+        ("sd21-ldm", ""),  # 512 epsilon and 768 v have the same shapes
+        ("sdxl-base-sgm", "stable-diffusion-xl-v1-base"),
+        ("sdxl-refiner-sgm", "stable-diffusion-xl-v1-refiner"),
+        ("sd35-large-sai", "stable-diffusion-3-5-large"),
+        ("flux1-dev-bfl-transformer", "flux-1-dev"),
+        ("flux1-schnell-bfl-transformer", "flux-1-schnell"),
+        ("qwen-image-diffusers-transformer", ""),
+    ],
+)
+def test_the_architecture_in_the_words_of_modelspec(name: str, word: str) -> None:
+    assert detect(load(name)).modelspec == word
