@@ -60,7 +60,7 @@ def done_report(merge: Merge, output: Path, seconds: float, recipe: Mapping[str,
         "overflows": dict(computed.overflows),
     }
     speed = (merge.plan.read_bytes * merge.plan.passes + merge.plan.write_bytes) / max(seconds, 1e-9)
-    rows = [[f"retained of {name}", f"{share:.1%}"] for name, share in shares.items()]
+    rows = [[f"retained of {name}", f"{share:.0%}"] for name, share in shares.items()]
     rows.append(["time", f"{duration(seconds)}, {size(round(speed))}/s read and written"])
     report.sections.append(Section("Result", rows))
     for name, share in shares.items():
