@@ -21,6 +21,7 @@ from io import FileIO
 from pathlib import Path
 
 from sdops import settings
+from sdops.core.source import aligned
 from sdops.errors import ChangedError, SdopsError
 from sdops.report import Progress, silent
 
@@ -113,7 +114,7 @@ def _read(file: FileIO, nbytes: int, name: str, progress: Progress) -> Digests:
     """One pass with two hashers, each in its own thread: hashlib lets go of the interpreter."""
     start = _data_start(file, nbytes)
     whole, tensors, legacy = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-    buffer, position = memoryview(bytearray(_BUFFER)), 0
+    buffer, position = aligned(_BUFFER), 0
     with ThreadPoolExecutor(1) as helper, progress(f"hashing {name}", nbytes) as advance:
         while got := file.readinto(buffer):
             chunk = buffer[:got]

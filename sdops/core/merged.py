@@ -20,7 +20,7 @@ from sdops.core.plan import Plan, Step
 from sdops.core.precision import FORMATS, Raw, count_nonfinite, decode, encode
 from sdops.core.retained import Retained
 from sdops.core.run import PIECE_BYTES
-from sdops.core.source import splits
+from sdops.core.source import aligned, splits
 from sdops.core.spec import Spec
 
 if TYPE_CHECKING:
@@ -121,14 +121,14 @@ class Merged:
 
     def _read_inputs(self, step: Step, first: int, count: int) -> list[Raw]:
         """Elements `[first, first + count)` of each input, in this thread's buffers."""
-        buffers: list[bytearray] = self._local.__dict__.setdefault("buffers", [])
+        buffers: list[memoryview] = self._local.__dict__.setdefault("buffers", [])
         raws = []
         for index, item in enumerate(step.inputs):
             raw = FORMATS[item.spec.dtype].raw
             size = np.dtype(raw).itemsize
             if index == len(buffers):
-                buffers.append(bytearray(PIECE * 8))
-            view = memoryview(buffers[index])[: count * size]
+                buffers.append(aligned(PIECE * 8))
+            view = buffers[index][: count * size]
             item.source.read_into(item.key, first * size, view)
             raws.append(np.frombuffer(view, raw))
         return raws

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sdops.core.precision import FORMATS, Doubles, Raw
 
-PIECE = 1 << 17  # elements worked on at once: a few float64 buffers of this size live in L3, call overhead vanishes
+PIECE = 1 << 18  # elements worked on at once: a few float64 buffers of this size live in L3, call overhead vanishes
 
 WIDENED_SCALE = {"F16": -112, "BF16": 0, "F32": 0, "F64": 0}
 PACKED_SCALE = {"F16": -1008, "BF16": -896, "F32": 0, "F64": 0}

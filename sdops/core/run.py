@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from sdops.core.sink import SafetensorsSink
-from sdops.core.source import Source
+from sdops.core.source import Source, aligned
 
 PIECE_BYTES = 1 << 20  # read at once from sources that only copy
 JOB_BYTES = 4 << 20  # handed to a thread at once
@@ -125,7 +125,7 @@ class _State:
 
 
 def _work(source: Source, state: _State) -> None:
-    buffer = bytearray(PIECE_BYTES)
+    buffer = aligned(PIECE_BYTES)
     try:
         while (job := state.next_job()) is not None:
             for key, start, stop in job:
@@ -133,9 +133,9 @@ def _work(source: Source, state: _State) -> None:
                     return
                 step = piece_bytes(source, key)
                 if len(buffer) < min(step, stop - start):
-                    buffer = bytearray(min(step, stop - start))
+                    buffer = aligned(min(step, stop - start))
                 for position in range(start, stop, step):
-                    view = memoryview(buffer)[: min(step, stop - position)]
+                    view = buffer[: min(step, stop - position)]
                     source.read_into(key, position, view)
                     state.sink.write(key, position, view)
                     state.wrote(len(view))

@@ -6,6 +6,7 @@ run yet. Verbs compose Sources and hand the last one to a sink.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -42,6 +43,15 @@ def splits(source: Source, key: str) -> bool:
     """Whether threads may share the tensor; sources that compute say so themselves, all others can be shared."""
     ask = getattr(source, "splits", None)
     return ask is None or bool(ask(key))
+
+
+def aligned(nbytes: int) -> memoryview:
+    """A buffer that begins at a page boundary.
+
+    malloc puts large blocks 16 bytes behind one, where copies from page-aligned file offsets take five times as long on
+    some processors (AMD Zen 3).
+    """
+    return memoryview(mmap.mmap(-1, max(nbytes, 1)))[:nbytes]
 
 
 def read(source: Source, key: str) -> bytearray:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sdops.core import hashing
+from sdops.core.source import aligned
 from sdops.formats._file import InputFile
 from sdops.report import Progress
 from sdops.verbs._inputs import Opened, Unwritten
@@ -97,7 +98,7 @@ class Hashes:
             FormatError: it cannot be read.
             ChangedError: it is written to or replaced meanwhile.
         """
-        begin, digest, buffer = time.time_ns(), hashlib.sha256(), memoryview(bytearray(_BUFFER))
+        begin, digest, buffer = time.time_ns(), hashlib.sha256(), aligned(_BUFFER)
         for start in range(0, file.size, _BUFFER):
             if self._stop.is_set():
                 return

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sdops.core.source import Source
+from sdops.core.source import Source, aligned
 from sdops.report import Progress
 
 _PIECE = 1 << 18  # bytes: larger temporaries would be fresh pages each time, and fall out of the cache
@@ -88,7 +88,7 @@ def scan(source: Source, progress: Progress) -> dict[str, Tally]:
     total = sum(spec.nbytes for spec in source.specs.values())
 
     def work() -> None:
-        buffer = memoryview(bytearray(_PIECE))
+        buffer = aligned(_PIECE)
         while piece := take():
             key, start, length = piece
             source.read_into(key, start, buffer[:length])
