@@ -50,7 +50,7 @@ def _pass(sources: list[int], target: int | None, size: int, end: int, threads: 
 
 def _work(sources: list[int], target: int | None, size: int, offsets: Iterator[int], lock: threading.Lock) -> None:
     # page-aligned: 16 bytes behind a page boundary, where malloc puts large blocks, copies are five times as slow
-    buffers = [memoryview(mmap.mmap(-1, PIECE)) for _ in sources]
+    buffers = [memoryview(mmap.mmap(-1, PIECE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) for _ in sources]
     while True:
         with lock:
             offset = next(offsets, None)

@@ -71,6 +71,7 @@ class ExactSum:
         self.fraction_bits = [c.denominator.bit_length() - 1 for c in self.coefficients]
         self.short_coefficients = all(Fraction(f) == c for f, c in zip(self.floats, coefficients, strict=True))
         self.affine_pair = len(self.dtypes) == 2 and sum(self.coefficients) == 1
+        self.average = sum(self.coefficients) == 1 and set(self.dtypes) == {out_dtype}
         self.all_halves = out_dtype == "F16" and all(dtype == "F16" for dtype in dtypes)
 
     def __call__(self, raws: Sequence[Raw], out: Raw, scratch: Scratch) -> int:
@@ -79,7 +80,12 @@ class ExactSum:
         Raises:
             NonFiniteError: an input holds NaN or infinity.
         """
-        bounds = [_bounds(raw, dtype, i) for i, (raw, dtype) in enumerate(zip(raws, self.dtypes, strict=True))]
+        if self.average and _all_equal(raws):
+            raws = raws[:1]  # the usual case for the VAE of a fine-tune
+        bounds = [_bounds(raw, dtype, i) for i, (raw, dtype) in enumerate(zip(raws, self.dtypes, strict=False))]
+        if len(raws) < len(self.dtypes):
+            out[:] = raws[0]
+            return 0
         reach = sum(abs(c) * largest for c, (largest, _) in zip(self.floats, bounds, strict=True))
         lattice = min(lsb - bits for bits, (_, lsb) in zip(self.fraction_bits, bounds, strict=True))
         if self.out_dtype == "F64" or reach >= FORMATS[self.out_dtype].largest:
@@ -187,6 +193,12 @@ class ExactSum:
             odd[index] = _fraction_to_odd(exact)
 
 
+def _all_equal(raws: Sequence[Raw]) -> bool:
+    """Whether all inputs have the same bits; looks at a few before it looks at all."""
+    first = raws[0]
+    return all(np.array_equal(first[:16], raw[:16]) and np.array_equal(first, raw) for raw in raws[1:])
+
+
 def _bounds(raw: Raw, dtype: str, index: int) -> tuple[float, int]:
     """Largest magnitude in the piece, and an exponent e such that all values are multiples of 2**e."""
     target = FORMATS[dtype]
@@ -196,7 +208,7 @@ def _bounds(raw: Raw, dtype: str, index: int) -> tuple[float, int]:
     if largest >= target.infinity:
         raise NonFiniteError(index)
     exponent = (largest >> target.mantissa) or 1
-    bound = ldexp(1.0, target.min_exponent + exponent)  # the next power of two above
+    bound = ldexp(largest % (1 << target.mantissa) + (1 << target.mantissa), target.lsb_exponent + exponent - 1)
     if dtype == "F16":
         return bound, target.lsb_exponent
     # smallest non-zero magnitude: zero wraps to the top when 1 is subtracted

@@ -61,6 +61,23 @@ class Merged:
     def close(self) -> None:
         """Nothing to release: the inputs belong to whoever opened them."""
 
+    @property
+    def forks(self) -> bool:
+        """Whether forked processes may do the work: linear methods on files."""
+        sources = {id(i.source): i.source for step in self.plan.steps.values() for i in step.inputs}
+        return self.method.execution == "linear" and not any(hasattr(s, "piece_bytes") for s in sources.values())
+
+    def tally(self) -> tuple[dict[str, int], Any]:
+        """What was counted in this process."""
+        return self.overflows, self.retained.tally()
+
+    def add(self, tally: tuple[dict[str, int], Any]) -> None:
+        """Add what another process counted."""
+        overflows, retained = tally
+        for key, overflow in overflows.items():
+            self._count(key, overflow)
+        self.retained.add(retained)
+
     def piece_bytes(self, key: str) -> int:
         """Portions in which `key` is computed."""
         step = self.plan.steps[key]

@@ -34,6 +34,17 @@ class Retained:
         """Model index, or WHOLE, -> share of the contribution that survived; what contributes nothing is left out."""
         return {i: 1 + self._errors[i] / square for i, square in sorted(self._squares.items()) if square}
 
+    def tally(self) -> tuple[dict[int, float], dict[int, float]]:
+        """The sums, to be added up in another process."""
+        return self._errors, self._squares
+
+    def add(self, tally: tuple[dict[int, float], dict[int, float]]) -> None:
+        """Add the sums of another process."""
+        with self._lock:
+            for own, other in zip((self._errors, self._squares), tally, strict=True):
+                for model, value in other.items():
+                    own[model] = own.get(model, 0.0) + value
+
     def sample_linear(self, step: Step, raws: Sequence[Raw], weights: Mapping[int, Fraction], out: Raw) -> None:
         """Account for one tensor of sum_i c_i x_i.
 

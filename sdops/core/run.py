@@ -10,13 +10,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from sdops.core.processes import can_fork, share
 from sdops.core.sink import SafetensorsSink
 from sdops.core.source import Source, aligned
 
 PIECE_BYTES = 1 << 20  # read at once from sources that only copy
 JOB_BYTES = 4 << 20  # handed to a thread at once
+FORK_BYTES = 256 << 20  # smaller outputs are not worth a process
 WRITEBACK_BYTES = 512 << 20
 GRACE_SECONDS = 1.0
 
@@ -32,6 +34,23 @@ class Computed(Source, Protocol):
 
     def splits(self, key: str) -> bool:
         """Whether different threads may read pieces of the same tensor without repeating work."""
+
+
+@runtime_checkable
+class Forkable(Source, Protocol):
+    """A Source that may be read in forked processes; what it counts there comes back as a tally.
+
+    Attributes:
+        forks: Whether it makes sense: much numpy, no torch, nothing that is shared between tensors.
+    """
+
+    forks: bool
+
+    def tally(self) -> Any:
+        """What was counted in this process."""
+
+    def add(self, tally: Any) -> None:
+        """Add what was counted in another."""
 
 
 def default_jobs() -> int:
@@ -53,6 +72,35 @@ def run(source: Source, sink: SafetensorsSink, *, jobs: int, progress: Progress 
         Whatever the first failing thread raised; the others are stopped. After a signal they get a second to stop: one
         that is deep in a decomposition is left behind, and finds the sink closed.
     """
+    if jobs > 1 and sink.nbytes >= FORK_BYTES and isinstance(source, Forkable) and source.forks and can_fork():
+        _run_processes(source, sink, jobs, progress)
+    else:
+        _run_threads(source, sink, jobs, progress)
+
+
+def _run_processes(source: Forkable, sink: SafetensorsSink, jobs: int, progress: Progress | None) -> None:
+    """Forked processes compute and write; a thread of this one keeps the disk busy."""
+    state = _State(iter(()), sink, progress)
+    buffers = [aligned(PIECE_BYTES)]
+
+    def perform(job: list[Piece]) -> int:
+        for piece in job:
+            _copy(source, sink, piece, buffers)
+        return sum(stop - start for _, start, stop in job)
+
+    writer = threading.Thread(target=state.write_back, daemon=True)
+    try:
+        writer.start()
+        for tally in share(list(_jobs(source, sink)), jobs, perform, source.tally, state.wrote):
+            source.add(tally)
+    finally:
+        state.end()
+        _join([writer], GRACE_SECONDS)
+    if state.error is not None:
+        raise state.error
+
+
+def _run_threads(source: Source, sink: SafetensorsSink, jobs: int, progress: Progress | None) -> None:
     state = _State(_jobs(source, sink), sink, progress)
     threads = [threading.Thread(target=_work, args=(source, state), daemon=True) for _ in range(jobs)]
     threads.append(threading.Thread(target=state.write_back, daemon=True))
@@ -125,24 +173,33 @@ class _State:
 
 
 def _work(source: Source, state: _State) -> None:
-    buffer = aligned(PIECE_BYTES)
+    buffers = [aligned(PIECE_BYTES)]
     try:
         while (job := state.next_job()) is not None:
-            for key, start, stop in job:
+            for piece in job:
+                _copy(source, state.sink, piece, buffers, state)
                 if state.stop.is_set():
                     return
-                step = piece_bytes(source, key)
-                if len(buffer) < min(step, stop - start):
-                    buffer = aligned(min(step, stop - start))
-                for position in range(start, stop, step):
-                    view = buffer[: min(step, stop - position)]
-                    source.read_into(key, position, view)
-                    state.sink.write(key, position, view)
-                    state.wrote(len(view))
-                    if state.stop.is_set():
-                        return
     except BaseException as error:  # noqa: BLE001 - handed to the thread that called run
         state.fail(error)
+
+
+def _copy(
+    source: Source, sink: SafetensorsSink, piece: Piece, buffers: list[memoryview], state: _State | None = None
+) -> None:
+    """Read a piece in the portions that the source wants, and write them; `buffers` holds one, grown as needed."""
+    key, start, stop = piece
+    step = piece_bytes(source, key)
+    if len(buffers[0]) < min(step, stop - start):
+        buffers[0] = aligned(min(step, stop - start))
+    for position in range(start, stop, step):
+        view = buffers[0][: min(step, stop - position)]
+        source.read_into(key, position, view)
+        sink.write(key, position, view)
+        if state is not None:
+            state.wrote(len(view))
+            if state.stop.is_set():
+                return
 
 
 def piece_bytes(source: Source, key: str) -> int:

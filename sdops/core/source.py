@@ -7,6 +7,7 @@ run yet. Verbs compose Sources and hand the last one to a sink.
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -51,7 +52,8 @@ def aligned(nbytes: int) -> memoryview:
     malloc puts large blocks 16 bytes behind one, where copies from page-aligned file offsets take five times as long on
     some processors (AMD Zen 3).
     """
-    return memoryview(mmap.mmap(-1, max(nbytes, 1)))[:nbytes]
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}  # not shared after a fork
+    return memoryview(mmap.mmap(-1, max(nbytes, 1), **private))[:nbytes]
 
 
 def read(source: Source, key: str) -> bytearray:

@@ -1,0 +1,130 @@
+"""Share tasks among forked processes.
+
+numpy lets go of Python's lock for every array operation and takes it again, and a thread that finds it taken sleeps:
+with operations of 20 microseconds two threads are hardly faster than one. Processes do not get in each other's way, and
+a fork costs milliseconds and little memory, as long as torch is not loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NoReturn, TypeVar
+
+from sdops.errors import SdopsError
+
+Task = TypeVar("Task")
+
+
+def can_fork() -> bool:
+    """Whether forking is safe and cheap here: on Linux, as long as torch and its threads are not there."""
+    return sys.platform == "linux" and "torch" not in sys.modules
+
+
+def share(
+    tasks: Sequence[Task],
+    count: int,
+    perform: Callable[[Task], int],
+    tally: Callable[[], Any],
+    progress: Callable[[int], None],
+) -> list[Any]:
+    """Perform all tasks in `count` processes; the i-th takes every count-th task, beginning with the i-th.
+
+    Args:
+        tasks: What is to be done.
+        count: Number of processes.
+        perform: Does one task and returns how many bytes it wrote; called in a forked process.
+        tally: Called there after the last task; what it returns must be picklable.
+        progress: Called here with the bytes of each finished task.
+
+    Returns:
+        What the `tally` of each process returned.
+
+    Raises:
+        SdopsError: as `perform` raised it, or a process was killed. The other processes are killed then, as they
+            are when this one is interrupted; when this one is killed, they end at their next task.
+    """
+    pipes: list[Connection] = []
+    children: list[int] = []
+    try:
+        for index in range(count):
+            receiver, sender = Pipe(duplex=False)
+            pipes.append(receiver)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # our other threads hold no lock that is needed
+                child = os.fork()
+            if child == 0:
+                _child(tasks[index::count], perform, tally, sender, pipes)
+            children.append(child)
+            sender.close()
+        return _collect(pipes, progress)
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)  # those that have ended are not reaped yet and do not mind
+        for child in children:
+            os.waitpid(child, 0)
+        for pipe in pipes:
+            pipe.close()
+
+
+def _child(
+    tasks: Sequence[Task],
+    perform: Callable[[Task], int],
+    tally: Callable[[], Any],
+    sender: Connection,
+    pipes: Sequence[Connection],
+) -> NoReturn:
+    """Work, report, and leave without any of the parent's clean-up."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        for pipe in pipes:
+            pipe.close()  # so that writing fails once the parent is gone
+        for task in tasks:
+            sender.send(perform(task))
+        sender.send(("done", tally()))
+    except BrokenPipeError:
+        pass
+    except BaseException as error:  # noqa: BLE001 - raised again in the parent
+        sender.send(("failed", _picklable(error)))
+    finally:
+        os._exit(0)
+
+
+def _picklable(error: BaseException) -> BaseException:
+    try:
+        ForkingPickler.dumps(error)
+    except Exception:  # noqa: BLE001 - whatever keeps it from being sent
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _collect(pipes: Sequence[Connection], progress: Callable[[int], None]) -> list[Any]:
+    """Listen until every process has told its tally."""
+    tallies: dict[int, Any] = {}
+    open_pipes = {id(pipe): index for index, pipe in enumerate(pipes)}
+    while open_pipes:
+        for pipe in wait([pipe for pipe in pipes if id(pipe) in open_pipes]):
+            if not isinstance(pipe, Connection):
+                continue
+            try:
+                message = pipe.recv()
+            except EOFError:
+                raise SdopsError(
+                    "a worker process was killed, perhaps for lack of memory",
+                    hint="`--jobs 1` works in one process and takes the least memory",
+                ) from None
+            if isinstance(message, int):
+                progress(message)
+                continue
+            kind, content = message
+            if kind == "failed":
+                raise content
+            tallies[open_pipes.pop(id(pipe))] = content
+    return [tallies[index] for index in range(len(pipes))]
