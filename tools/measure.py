@@ -1,8 +1,8 @@
 """Run a command and say what it cost: time of the wall and of the processor, and memory.
 
-Measured by the kernel for the process and the children it waited for (wait4). Memory is that of the process itself:
-`peak_mb` counts everything that was resident, pages of mapped files included; `anonymous_mb` is what the process
-really took, read every few milliseconds from /proc, so that very short peaks are missed. Linux only.
+Measured by the kernel for the process and the children it waited for (wait4). `peak_mb` is the most that the process
+itself had resident, pages of mapped files included; `anonymous_mb` is what it and its worker processes really took
+together, read every few milliseconds from /proc, so that very short peaks are missed. Linux only.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def run(
         talk = (talk + (process.stderr.read() or b""))[-4000:]
         if pid:
             break
-        anonymous = max(anonymous, _anonymous_mb(process.pid))
+        family = [process.pid, *_children(process.pid)]
+        anonymous = max(anonymous, sum(map(_anonymous_mb, family)))
         if anonymous > limit_mb:
             error = f"killed: it took more than {limit_mb:,.0f} MB"
             process.send_signal(signal.SIGKILL)
@@ -67,6 +68,13 @@ def run(
     if code and not error:
         error = talk.decode(errors="replace").strip().rpartition("\n")[2]
     return Cost(code, wall, usage.ru_utime, usage.ru_stime, usage.ru_maxrss * 1024 / 1e6, anonymous, error)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def _anonymous_mb(pid: int) -> float:

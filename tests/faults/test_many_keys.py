@@ -1,4 +1,4 @@
-"""Very many tensors: time and memory stay in proportion."""
+"""Very many tensors: memory stays in proportion."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from safetensors.numpy import load_file
 
 from tests.faults.cli import merge
 
-# Runs a command, then tells its CPU time and peak memory. A process of its own, for the kernel counts what pytest held
+# Runs a command, then tells its peak memory. A process of its own, for the kernel counts what pytest held
 # when it was forked as memory of the child.
 MEASURE = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(used.ru_utime + used.ru_stime, used.ru_maxrss)
+print(used.ru_maxrss)
 sys.exit(code)
 """
 
@@ -38,9 +38,8 @@ def test_many_keys(keys: int, folder: Path, tmp_path: Path) -> None:
     a, b = many(tmp_path / "a.safetensors", keys, 1.0), many(tmp_path / "b.safetensors", keys, 3.0)
     ended = merge(a, b, "-q", "-o", "out.safetensors", prefix=[sys.executable, "-c", MEASURE])
     assert (ended.code, ended.err) == (0, "")
-    name, seconds, kilobytes = ended.out.split()
+    name, kilobytes = ended.out.split()
     assert name == "out.safetensors"
-    assert float(seconds) < 2 + keys * 500e-6  # half of that at the time of writing
     assert int(kilobytes) * 1024 < 100e6 + keys * 4e3
     made = load_file(folder / "out.safetensors")
     assert len(made) == keys
