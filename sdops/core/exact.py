@@ -71,7 +71,9 @@ class ExactSum:
         self.fraction_bits = [c.denominator.bit_length() - 1 for c in self.coefficients]
         self.short_coefficients = all(Fraction(f) == c for f, c in zip(self.floats, coefficients, strict=True))
         self.affine_pair = len(self.dtypes) == 2 and sum(self.coefficients) == 1
-        self.average = sum(self.coefficients) == 1 and set(self.dtypes) == {out_dtype}
+        # equal inputs give themselves; with a negative coefficient not so for -0, whose sum is +0
+        positive = all(c > 0 for c in self.coefficients)
+        self.average = positive and sum(self.coefficients) == 1 and set(self.dtypes) == {out_dtype}
         self.all_halves = out_dtype == "F16" and all(dtype == "F16" for dtype in dtypes)
 
     def __call__(self, raws: Sequence[Raw], out: Raw, scratch: Scratch) -> int:

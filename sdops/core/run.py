@@ -1,6 +1,6 @@
-"""Copy a Source into a sink with several threads. If the Source computes its tensors, this is where the work happens.
+"""Copy a Source into a sink with several threads or processes. If the Source computes its tensors, this is where the work happens.
 
-Memory is bounded by the pieces in flight. The bytes written do not depend on the number of threads: a piece's place
+Memory is bounded by the pieces in flight. The bytes written do not depend on the number of workers: a piece's place
 in the file and its value are functions of its position in the tensor alone.
 """
 
@@ -65,7 +65,7 @@ def run(source: Source, sink: SafetensorsSink, *, jobs: int, progress: Progress 
     Args:
         source: Where tensors come from; must be readable from several threads.
         sink: An entered sink.
-        jobs: Number of threads.
+        jobs: Number of threads, or of processes for large outputs of a Source that forks.
         progress: Called with the number of bytes just written, from any thread.
 
     Raises:

@@ -202,3 +202,14 @@ def test_negative_zero_survives_every_path(dtype: str, alpha: float) -> None:
         out = np.empty(2, np.uint16)
         path([zeros, zeros], out, SCRATCH)
         assert out.tolist() == zeros.tolist()
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.5, -0.5])
+def test_the_sign_of_zero_does_not_depend_on_the_rest_of_the_piece(alpha: float) -> None:
+    equal = np.array([0x8000, 0x3C00], np.uint16)
+    different = np.array([0x8000, 0x3C01], np.uint16)
+    combine = ExactSum(weights(alpha), ["F16", "F16"], "F16")
+    outs = [np.empty(2, np.uint16), np.empty(2, np.uint16)]
+    combine([equal, equal], outs[0], SCRATCH)
+    combine([equal, different], outs[1], SCRATCH)
+    assert outs[0][0] == outs[1][0]
