@@ -1,4 +1,4 @@
-"""Copy a Source into a sink with several threads or processes. If the Source computes its tensors, this is where the work happens.
+"""Copy a Source into a sink with several threads or processes. A Source that computes does its work here.
 
 Memory is bounded by the pieces in flight. The bytes written do not depend on the number of workers: a piece's place
 in the file and its value are functions of its position in the tensor alone.
