@@ -1,7 +1,7 @@
 """What an adapter file (LoRA and its relatives) changes, in names alone: no torch, no values.
 
-A dialect (shelf `dialects/`) reads a file's tensor names into Patches; a family (shelf `adapters/`) knows what the parts of
-a Patch mean and computes its delta.
+A dialect (shelf `dialects/`) reads a file's tensor names into Patches; a family (shelf `adapters/`) knows what
+the parts of a Patch mean and computes its delta.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Target:
     """The weight, or the rows of a weight, that a patch changes.
 
     Attributes:
-        component: As the architecture tables call it: `unet` (also for transformers), `clip_l`, `clip_g`, `t5xxl`, ...
-        module: Dotted name without `.weight` in the canonical layout: ldm / sgm, bfl, sai or native for denoisers, hf for
-            text encoders.
+        component: As the architecture tables call it: `unet`, `transformer`, `clip_l`, `clip_g`, `t5xxl`, ...
+        module: Dotted name without `.weight` in the canonical layout: ldm / sgm, bfl, sai or native for denoisers, hf
+            for text encoders.
         share: Rows `start / total .. stop / total` of a fused matrix; None for all of them.
         swapped: The patch's rows are stored with their two halves swapped (the final modulation of Flux and SD3).
     """
