@@ -10,7 +10,8 @@ from functools import cache, lru_cache
 
 from sdops.archs.detect import Component, Detection, component_of
 from sdops.archs.junk import ema_key_of, is_ema, is_position_ids, is_schedule
-from sdops.archs.tables import Table, alternatives
+from sdops.archs.tables import Table
+from sdops.core.template import alternatives
 
 __all__ = ["BASE", "block_of", "block_slots", "component_of", "ema_key_of", "is_ema", "is_position_ids", "is_schedule"]
 

@@ -29,12 +29,13 @@ A name that begins with `/` is not prefixed. Nothing here is code: a family is a
 
 from __future__ import annotations
 
-import re
 import tomllib
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+
+from sdops.core.template import alternatives
 
 FOLDER = Path(__file__).parent
 KINDS = ("model", "control", "adapter", "vae", "text_encoder", "other")  # what a file is called after, in this order
@@ -137,28 +138,6 @@ def expand(templates: str, ranges: dict[str, int], parts: dict[str, str]) -> lis
         else:
             names += alternatives(line, ranges)
     return names
-
-
-def alternatives(template: str, ranges: dict[str, int], width: int = 0) -> list[str]:
-    """`a.{0-2}.{q,k}` -> a.0.q, a.0.k, a.1.q ...; numbers are padded to `width` digits."""
-    names = [""]
-    for index, piece in enumerate(re.split(r"[{}]", template)):  # odd pieces stood between braces
-        choices = _choices(piece, ranges, width) if index % 2 else [piece]
-        names = [name + choice for name in names for choice in choices]
-    return names
-
-
-def _choices(text: str, ranges: dict[str, int], width: int) -> list[str]:
-    choices: list[str] = []
-    for item in text.split(","):
-        first, dash, last = item.partition("-")
-        if item in ranges:
-            choices += [str(number).zfill(width) for number in range(ranges[item])]
-        elif dash and first.isdigit() and last.isdigit():
-            choices += [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
-        else:
-            choices.append(item.zfill(width) if item.isdigit() else item)
-    return choices
 
 
 @cache

@@ -10,8 +10,9 @@ import pytest
 import sdops.archs.tables as shelf
 from sdops.archs.blocks import block_of, block_slots
 from sdops.archs.detect import detect
-from sdops.archs.tables import FOLDER, KINDS, Table, alternatives, expand, read, tables
+from sdops.archs.tables import FOLDER, KINDS, Table, expand, read, tables
 from sdops.core.spec import Spec
+from sdops.core.template import alternatives
 
 FILES = sorted(FOLDER.glob("*.toml"))
 TABLES = tables()
