@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from sdops.core.processes import can_fork, share
-from sdops.core.sink import SafetensorsSink
+from sdops.core.sink import Sink
 from sdops.core.source import Source, aligned
 
 PIECE_BYTES = 1 << 20  # read at once from sources that only copy
@@ -59,7 +59,7 @@ def default_jobs() -> int:
     return min(allowed or 1, 8)
 
 
-def run(source: Source, sink: SafetensorsSink, *, jobs: int, progress: Progress | None = None) -> None:
+def run(source: Source, sink: Sink, *, jobs: int, progress: Progress | None = None) -> None:
     """Read every tensor of `sink` from `source` and write it.
 
     Args:
@@ -78,7 +78,7 @@ def run(source: Source, sink: SafetensorsSink, *, jobs: int, progress: Progress 
         _run_threads(source, sink, jobs, progress)
 
 
-def _run_processes(source: Forkable, sink: SafetensorsSink, jobs: int, progress: Progress | None) -> None:
+def _run_processes(source: Forkable, sink: Sink, jobs: int, progress: Progress | None) -> None:
     """Forked processes compute and write; a thread of this one keeps the disk busy."""
     state = _State(iter(()), sink, progress)
     buffers = [aligned(PIECE_BYTES)]
@@ -100,7 +100,7 @@ def _run_processes(source: Forkable, sink: SafetensorsSink, jobs: int, progress:
         raise state.error
 
 
-def _run_threads(source: Source, sink: SafetensorsSink, jobs: int, progress: Progress | None) -> None:
+def _run_threads(source: Source, sink: Sink, jobs: int, progress: Progress | None) -> None:
     state = _State(_jobs(source, sink), sink, progress)
     threads = [threading.Thread(target=_work, args=(source, state), daemon=True) for _ in range(jobs)]
     threads.append(threading.Thread(target=state.write_back, daemon=True))
@@ -130,7 +130,7 @@ def _join(threads: list[threading.Thread], patience: float) -> None:
 class _State:
     """What the threads of one run share."""
 
-    def __init__(self, jobs: Iterator[list[Piece]], sink: SafetensorsSink, progress: Progress | None) -> None:
+    def __init__(self, jobs: Iterator[list[Piece]], sink: Sink, progress: Progress | None) -> None:
         self.jobs = jobs
         self.sink = sink
         self.progress = progress
@@ -184,9 +184,7 @@ def _work(source: Source, state: _State) -> None:
         state.fail(error)
 
 
-def _copy(
-    source: Source, sink: SafetensorsSink, piece: Piece, buffers: list[memoryview], state: _State | None = None
-) -> None:
+def _copy(source: Source, sink: Sink, piece: Piece, buffers: list[memoryview], state: _State | None = None) -> None:
     """Read a piece in the portions that the source wants, and write them; `buffers` holds one, grown as needed."""
     key, start, stop = piece
     step = piece_bytes(source, key)
@@ -208,7 +206,7 @@ def piece_bytes(source: Source, key: str) -> int:
     return PIECE_BYTES if ask is None else ask(key)
 
 
-def _jobs(source: Source, sink: SafetensorsSink) -> Iterator[list[Piece]]:
+def _jobs(source: Source, sink: Sink) -> Iterator[list[Piece]]:
     """Portions of about JOB_BYTES in the order of the output: many small tensors together, large ones cut."""
     splits = getattr(source, "splits", lambda _: True)
     job: list[Piece] = []

@@ -1,6 +1,8 @@
-"""Write a safetensors file atomically: header first, tensors in any order, the final name only when all is well.
+"""Write a file of tensors atomically: header first, tensors in any order, the final name only when all is well.
 
-The bytes depend on the tensors, their specs and the metadata alone, not on the order or the threads of writing.
+The bytes depend on the tensors, their specs and the metadata alone, not on the order or the threads of writing. What
+all containers share is here, with safetensors as the first of them. The others have files of their own (`sink_torch`,
+`sink_gguf`), and so have outputs of several files (`sink_shards`, `sink_folder`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
 from sdops.core.spec import DTYPE_BITS, Spec
 from sdops.errors import OutputError
@@ -34,35 +36,76 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # FAT, some network shares
 
 
-class SafetensorsSink:
-    """A safetensors file in the making. Use as a context manager: leaving it with an exception removes every trace.
+class Sink(Protocol):
+    """An output in the making: a context manager that leaves nothing behind without a `commit`.
+
+    Attributes:
+        path: Where it shall be, as the user gave it.
+        specs: All tensors to be written, in the order in which they will lie on the disk.
+        nbytes: Size of everything.
+    """
+
+    path: Path
+    specs: Mapping[str, Spec]
+    nbytes: int
+
+    def __enter__(self) -> Self:
+        """Make the temporary file or folder."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove whatever was not committed."""
+
+    def write(self, key: str, start: int, data: memoryview) -> None:
+        """Write bytes `[start, start + len(data))` of a tensor, every byte once. Safe from threads and forks."""
+
+    def start_writeback(self) -> None:
+        """Send what was written so far to the disk; returns when it is there."""
+
+    def commit(self, replace_metadata: Mapping[str, str] | None = None) -> Path:
+        """Make the output durable and give it its name."""
+
+
+class FileSink:
+    """One file in the making; subclasses say what it looks like. Leaving it with an exception removes every trace.
 
     Args:
         path: Where the file shall be. Its folder must exist.
-        specs: All tensors that will be written.
-        metadata: Text for the header. Values may be replaced by ones of equal length before `commit`.
+        specs: All tensors that will be written, in the order of the file.
+        metadata: For the header. Values may be replaced by ones of equal length before `commit`.
         force: Replace an existing file.
 
     Raises:
         OutputError: the target exists, is not a regular file, cannot be written, or does not fit on the disk.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, force: bool) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, Any], *, force: bool) -> None:
         self.path = path
         self.target = check_target(path, force=force)
         self.metadata = dict(metadata)
-        self.specs = {k: specs[k] for k in sorted(specs, key=lambda k: (_ORDER[specs[k].dtype], k))}
+        self.specs = specs
         self._header = self._encode_header()
-        self.offsets: dict[str, int] = {}
-        position = len(self._header)
-        for key, spec in self.specs.items():
-            self.offsets[key] = position
-            position += spec.nbytes
-        self.nbytes = position
+        self.offsets, self.nbytes = self._place(len(self._header))
         check_space(self.target, self.nbytes)
         self._force = force
         self._temporary: Path | None = None
         self._fd = -1
+
+    def _encode_header(self) -> bytes:
+        """The bytes in front of the tensors."""
+        raise NotImplementedError
+
+    def _place(self, position: int) -> tuple[dict[str, int], int]:
+        """Where each tensor begins, with a header that ends at `position`, and the file's size."""
+        offsets = {}
+        for key, spec in self.specs.items():
+            offsets[key] = position
+            position += spec.nbytes
+        return offsets, position
+
+    def _finish(self) -> None:
+        """Write what depends on the tensors' bytes."""
 
     def __enter__(self) -> Self:
         for leftover, _ in _leftovers(self.target):
@@ -100,6 +143,11 @@ class SafetensorsSink:
 
     def commit(self, replace_metadata: Mapping[str, str] | None = None) -> Path:
         """Make the file durable and give it its name. Returns the path as the user gave it."""
+        self.seal(replace_metadata)
+        return self.publish()
+
+    def seal(self, replace_metadata: Mapping[str, str] | None = None) -> None:
+        """Complete the temporary file and make it durable."""
         if self._temporary is None:
             raise RuntimeError("commit outside of the with block")
         try:
@@ -109,10 +157,19 @@ class SafetensorsSink:
                 if len(header) != len(self._header):
                     raise ValueError("replaced metadata must keep its length")
                 self._write_at(0, memoryview(header))
+            self._finish()
             if self.target.exists():
                 os.fchmod(self._fd, stat.S_IMODE(self.target.stat().st_mode))
             os.fsync(self._fd)
-            self._publish(self._temporary)
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def publish(self) -> Path:
+        """Give the sealed file its name."""
+        if self._temporary is None:
+            raise RuntimeError("publish outside of the with block")
+        try:
+            self._link(self._temporary)
             self._discard()
             _sync_folder(self.target.parent)
         except OSError as error:
@@ -134,7 +191,7 @@ class SafetensorsSink:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
         return temporary.exists()
 
-    def _publish(self, temporary: Path) -> None:
+    def _link(self, temporary: Path) -> None:
         """Give the file its name; without `force` never that of a file which appeared meanwhile."""
         if self._force:
             os.replace(temporary, self.target)
@@ -162,6 +219,31 @@ class SafetensorsSink:
             os.close(self._fd)
             self._fd = -1
 
+    def _explained(self, error: OSError) -> OutputError:
+        name, needed = f"`{self.path}`", size(self.nbytes)
+        if error.errno in _FULL:
+            return OutputError(f"no space left while writing {name}", hint=f"it needs {needed}")
+        if error.errno == errno.EFBIG:
+            return OutputError(
+                f"{name} would have {needed}, which is more than a file may have here",
+                hint="`ulimit -f` shows the limit of this session; the file system may have one, too (FAT: 4 GB)",
+            )
+        if error.errno == errno.EEXIST:
+            return OutputError(f"{name} appeared while it was being made", hint=_REPLACE)
+        if error.errno in _FORBIDDEN:
+            return OutputError(f"`{self.target.parent}` cannot be written to: {error.strerror}", hint=_ELSEWHERE)
+        return OutputError(f"writing {name} failed: {error.strerror}", hint=_ELSEWHERE)
+
+
+class SafetensorsSink(FileSink):
+    """A safetensors file in the making, its tensors in the order of the reference: widest dtype first, then by name.
+
+    Args and errors as `FileSink`; metadata are text.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, force: bool) -> None:
+        super().__init__(path, in_safetensors_order(specs), metadata, force=force)
+
     def _encode_header(self) -> bytes:
         header: dict[str, object] = {"__metadata__": self.metadata} if self.metadata else {}
         position = 0
@@ -182,20 +264,10 @@ class SafetensorsSink:
             )
         return len(text).to_bytes(8, "little") + text
 
-    def _explained(self, error: OSError) -> OutputError:
-        name, needed = f"`{self.path}`", size(self.nbytes)
-        if error.errno in _FULL:
-            return OutputError(f"no space left while writing {name}", hint=f"it needs {needed}")
-        if error.errno == errno.EFBIG:
-            return OutputError(
-                f"{name} would have {needed}, which is more than a file may have here",
-                hint="`ulimit -f` shows the limit of this session; the file system may have one, too (FAT: 4 GB)",
-            )
-        if error.errno == errno.EEXIST:
-            return OutputError(f"{name} appeared while it was being made", hint=_REPLACE)
-        if error.errno in _FORBIDDEN:
-            return OutputError(f"`{self.target.parent}` cannot be written to: {error.strerror}", hint=_ELSEWHERE)
-        return OutputError(f"writing {name} failed: {error.strerror}", hint=_ELSEWHERE)
+
+def in_safetensors_order(specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Specs as safetensors writes them."""
+    return {key: specs[key] for key in sorted(specs, key=lambda key: (_ORDER[specs[key].dtype], key))}
 
 
 _REPLACE = "`--force` replaces it, `-o` names another file"
