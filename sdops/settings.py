@@ -2,6 +2,7 @@
 
 SDOPS_CACHE        folder of the cache; default: the platform's cache folder + `sdops`
 SDOPS_DEBUG        1 shows the traceback behind an error
+SDOPS_NATIVE       0 computes with numpy where compiled code would be used
 NO_COLOR, FORCE_COLOR, TERM=dumb        as elsewhere
 """
 
@@ -37,6 +38,11 @@ def hub_cache_directory() -> Path:
 def debug() -> bool:
     """Whether errors show their traceback."""
     return os.environ.get("SDOPS_DEBUG", "") not in ("", "0")
+
+
+def native() -> bool:
+    """Whether compiled code may be used."""
+    return os.environ.get("SDOPS_NATIVE", "") != "0"
 
 
 def colour_wish() -> bool | None:

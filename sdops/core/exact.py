@@ -14,6 +14,9 @@ split into parts that are. How a piece is added up depends on bounds on the valu
   compensated   are added up again with error-free transformations (Knuth's TwoSum) into hi + lo, rounded to odd so
                 that the one rounding into the output format sees whether anything lies beyond float64's last bit
                 (Boldo, Melquiond: Emulation of FMA and correctly rounded sums, 2008).
+
+Where core.native has compiled code for the dtypes, that does the work instead, with the same bits: `double` where it is
+exact, `compensated` elsewhere.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from math import frexp, ldexp
 
 import numpy as np
 
+from sdops.core import native
 from sdops.core.packing import (
     PACKED_SCALE,
     PIECE,
@@ -75,6 +79,9 @@ class ExactSum:
         positive = all(c > 0 for c in self.coefficients)
         self.average = positive and sum(self.coefficients) == 1 and set(self.dtypes) == {out_dtype}
         self.all_halves = out_dtype == "F16" and all(dtype == "F16" for dtype in dtypes)
+        # a value has at most 24 bits there, so a coefficient of 29 makes an exact product
+        terms = [(i, part) for i, c in enumerate(self.coefficients) for part in _short_parts(c, 29)]
+        self.native = native.make_sum(terms, self.dtypes, out_dtype)
 
     def __call__(self, raws: Sequence[Raw], out: Raw, scratch: Scratch) -> int:
         """Write the rounded sums of one piece into `out`; return how many overflowed and were clamped.
@@ -90,6 +97,12 @@ class ExactSum:
             return 0
         reach = sum(abs(c) * largest for c, (largest, _) in zip(self.floats, bounds, strict=True))
         lattice = min(lsb - bits for bits, (_, lsb) in zip(self.fraction_bits, bounds, strict=True))
+        if self.native is not None:
+            exact = reach < ldexp(1.0, lattice + 53)
+            overflow, uncertain = self.native(raws, out, scratch.words.view(np.uint32), exact=exact)
+            if len(uncertain) and overflow:  # some may be both: count again
+                return self._compensated(raws, out, scratch)
+            return overflow + (self._again(uncertain.astype(np.intp), raws, out, scratch) if len(uncertain) else 0)
         if self.out_dtype == "F64" or reach >= FORMATS[self.out_dtype].largest:
             return self._compensated(raws, out, scratch)
         if self.all_halves and reach < ldexp(1.0, lattice + 24) and lattice + WIDENED_SCALE["F16"] >= -149:
@@ -156,11 +169,12 @@ class ExactSum:
                 np.add(total, term, out=total)
         return total
 
-    def _again(self, indices: Indices, raws: Sequence[Raw], out: Raw, scratch: Scratch) -> None:
-        """Sum single elements with compensation."""
+    def _again(self, indices: Indices, raws: Sequence[Raw], out: Raw, scratch: Scratch) -> int:
+        """Sum single elements with compensation; return how many overflowed."""
         picked = np.empty(len(indices), out.dtype)
-        self._compensated([raw[indices] for raw in raws], picked, scratch)
+        overflow = self._compensated([raw[indices] for raw in raws], picked, scratch)
         out[indices] = picked
+        return overflow
 
     def _compensated(self, raws: Sequence[Raw], out: Raw, scratch: Scratch) -> int:
         """Exact sum as hi + lo (+ rest), rounded to odd into float64, then once into the output dtype."""
@@ -169,7 +183,7 @@ class ExactSum:
         for raw, dtype, coefficient in zip(raws, self.dtypes, self.coefficients, strict=True):
             value = np.empty(size)
             widen_to_double(raw, dtype, value, scratch)
-            for part, x in product(_short_parts(coefficient), _short_values(value, dtype)):
+            for part, x in product(_short_parts(coefficient, 26), _short_values(value, dtype)):
                 term = x * ldexp(part, -WIDENED_SCALE[dtype])
                 if not hi.size:
                     hi = term
@@ -206,17 +220,23 @@ def _bounds(raw: Raw, dtype: str, index: int) -> tuple[float, int]:
     target = FORMATS[dtype]
     if not len(raw):
         return 0.0, target.lsb_exponent
-    largest = largest_bits(raw, dtype)
+    measured = native.bounds(raw, dtype)
+    largest = measured[0] if measured else largest_bits(raw, dtype)
     if largest >= target.infinity:
         raise NonFiniteError(index)
     exponent = (largest >> target.mantissa) or 1
     bound = ldexp(largest % (1 << target.mantissa) + (1 << target.mantissa), target.lsb_exponent + exponent - 1)
     if dtype == "F16":
         return bound, target.lsb_exponent
-    # smallest non-zero magnitude: zero wraps to the top when 1 is subtracted
-    smallest = int(((raw & target.raw(target.sign - 1)) - target.raw(1)).min()) + 1
+    smallest = measured[1] if measured else _smallest_bits(raw, dtype)
     exponent = min((smallest >> target.mantissa) or 1, exponent)
     return bound, target.lsb_exponent + exponent - 1
+
+
+def _smallest_bits(raw: Raw, dtype: str) -> int:
+    """Bit pattern of the smallest non-zero magnitude: zero wraps to the top when 1 is subtracted."""
+    target = FORMATS[dtype]
+    return int(((raw & target.raw(target.sign - 1)) - target.raw(1)).min()) + 1
 
 
 def _two_sum(a: Doubles, b: Doubles) -> tuple[Doubles, Doubles]:
@@ -237,12 +257,12 @@ def _round_to_odd(hi: Doubles, lo: Doubles) -> Doubles:
     return s
 
 
-def _short_parts(coefficient: Fraction) -> list[float]:
-    """Split into float64 parts of at most 26 bits: their products with 27-bit values are exact."""
+def _short_parts(coefficient: Fraction, bits: int) -> list[float]:
+    """Split into float64 parts of at most so many bits: their products with (53 - bits)-bit values are exact."""
     parts: list[float] = []
     while coefficient:
         _, exponent = frexp(float(coefficient))
-        unit = Fraction(2) ** (exponent - 26)
+        unit = Fraction(2) ** (exponent - bits)
         part = int(coefficient / unit) * unit  # toward zero, so that parts share the sign
         parts.append(float(part))
         coefficient -= part

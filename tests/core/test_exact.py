@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -9,11 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdops.core import native
 from sdops.core.exact import PIECE, ExactSum, NonFiniteError, Scratch
 from sdops.core.precision import FORMATS, decode
 
 HALVES = ["F16", "BF16"]
 SCRATCH = Scratch()
+
+
+@pytest.fixture(scope="module", params=["compiled", "numpy"], autouse=True)
+def arithmetic(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds for the compiled code and for numpy."""
+    if request.param == "compiled" and native.library() is None:
+        pytest.skip("no compiled code: the package was installed without a C compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(native, "library", lambda: None)
+        yield
 
 
 def nearest(exact: Fraction, dtype: str) -> tuple[float, bool]:
@@ -135,6 +148,9 @@ def test_fast_and_compensated_sums_agree_bit_for_bit(dtype: str, alpha: float, m
     combine = ExactSum(weights(alpha), [dtype, dtype], dtype)
     fast = np.empty(PIECE, FORMATS[dtype].raw)
     combine(raws, fast, SCRATCH)
+    combine.native = None  # what follows are numpy's ways
+    plain = np.empty_like(fast)
+    combine(raws, plain, SCRATCH)
     with_ties = np.empty_like(fast)
     monkeypatch.setattr(ExactSum, "_ties_impossible", lambda *_: False)
     combine(raws, with_ties, SCRATCH)
@@ -143,6 +159,7 @@ def test_fast_and_compensated_sums_agree_bit_for_bit(dtype: str, alpha: float, m
     combine(raws, inexact, SCRATCH)
     compensated = np.empty_like(fast)
     combine._compensated(raws, compensated, SCRATCH)
+    assert np.array_equal(fast, plain)
     assert np.array_equal(fast, with_ties)
     assert np.array_equal(fast, inexact)
     assert np.array_equal(fast, compensated)

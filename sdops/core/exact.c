@@ -1,0 +1,267 @@
+/* Correctly rounded linear combinations of half, bfloat16 and single tensors: the arithmetic of core/exact.py as
+ * machine code. It must give the same bits; tests/core/test_native.py compares the two.
+ *
+ * Optional: compiled when the package is installed on a machine with a C compiler (hatch_build.py), loaded by
+ * core/native.py, and replaced by numpy where it is missing. Without -ffast-math and with -ffp-contract=off: the
+ * error-free transformations below depend on every single rounding. Loops are written so that compilers vectorize them.
+ */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif !defined(__aarch64__)
+#error "half precision conversions are written for x86-64 and aarch64"
+#endif
+
+enum dtype { F16, BF16, F32 }; /* the order of core/native.py */
+enum { BLOCK = 512 };          /* elements staged at once: all buffers fit the first-level cache */
+enum { VERSION = 1 };          /* of the functions below, as core/native.py expects them */
+
+/* VERSION, or 0 if this processor lacks instructions that the file was compiled for. */
+int sdops_version(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c")) return 0;
+#endif
+    return VERSION;
+}
+
+/* ---- one block between its format and double ---- */
+
+static void widen_half(const uint16_t *raw, size_t count, double *out) {
+    size_t i = 0;
+#if defined(__x86_64__)
+    for (; i + 8 <= count; i += 8) {
+        __m256 values = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(raw + i)));
+        _mm256_storeu_pd(out + i, _mm256_cvtps_pd(_mm256_castps256_ps128(values)));
+        _mm256_storeu_pd(out + i + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(values, 1)));
+    }
+    for (; i < count; i++) out[i] = _cvtsh_ss(raw[i]);
+#else
+    for (; i < count; i++) {
+        __fp16 value;
+        memcpy(&value, raw + i, 2);
+        out[i] = value;
+    }
+#endif
+}
+
+static void widen(const void *raw, int dtype, size_t start, size_t count, double *restrict out) {
+    if (dtype == F16) {
+        widen_half((const uint16_t *)raw + start, count, out);
+    } else if (dtype == BF16) {
+        const uint16_t *bits = (const uint16_t *)raw + start;
+        for (size_t i = 0; i < count; i++) {
+            uint32_t word = (uint32_t)bits[i] << 16;
+            float value;
+            memcpy(&value, &word, 4);
+            out[i] = value;
+        }
+    } else {
+        const float *values = (const float *)raw + start;
+        for (size_t i = 0; i < count; i++) out[i] = values[i];
+    }
+}
+
+/* Round to single toward zero, last bit set if anything was cut off: rounding that once more, to a format of at most
+ * 22 bits, is correct. The double's 29 last bits decide. */
+static void to_odd_singles(const double *restrict values, size_t count, float *restrict singles) {
+    const uint64_t cut = (UINT64_C(1) << 29) - 1;
+    for (size_t i = 0; i < count; i++) {
+        uint64_t bits;
+        double odd;
+        memcpy(&bits, values + i, 8);
+        bits = (bits | ((bits & cut) + cut)) & ~cut; /* the addition carries into bit 29 unless all are zero */
+        memcpy(&odd, &bits, 8);
+        singles[i] = (float)odd;
+    }
+}
+
+/* The same below 2**-126, where singles have fewer bits. */
+static float to_odd_single(double value) {
+    float nearest = (float)value;
+    double back = nearest;
+    uint32_t bits;
+    memcpy(&bits, &nearest, 4);
+    bits = (bits - (fabs(back) > fabs(value))) | (back != value);
+    memcpy(&nearest, &bits, 4);
+    return nearest;
+}
+
+/* Replace infinities by the largest finite number; how many there were. */
+static size_t clamp(uint16_t *out, size_t count, uint16_t infinity) {
+    uint16_t most = 0;
+    for (size_t i = 0; i < count; i++) {
+        uint16_t magnitude = out[i] & 0x7FFF;
+        most = magnitude > most ? magnitude : most;
+    }
+    if (most < infinity) return 0;
+    size_t overflow = 0;
+    for (size_t i = 0; i < count; i++) {
+        if ((out[i] & 0x7FFF) != infinity) continue;
+        out[i] = (uint16_t)((out[i] & 0x8000) | (infinity - 1));
+        overflow++;
+    }
+    return overflow;
+}
+
+static size_t narrow_single(const double *restrict values, size_t count, float *restrict out) {
+    size_t overflow = 0;
+    for (size_t i = 0; i < count; i++) {
+        out[i] = (float)values[i];
+        overflow += fabsf(out[i]) > 0x1.fffffep127f;
+    }
+    if (overflow)
+        for (size_t i = 0; i < count; i++)
+            if (fabsf(out[i]) > 0x1.fffffep127f) out[i] = copysignf(0x1.fffffep127f, out[i]);
+    return overflow;
+}
+
+static void narrow_half(const float *singles, size_t count, uint16_t *out) {
+    size_t i = 0;
+#if defined(__x86_64__)
+    for (; i + 8 <= count; i += 8)
+        _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(singles + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i < count; i++) out[i] = _cvtss_sh(singles[i], _MM_FROUND_TO_NEAREST_INT);
+#else
+    for (; i < count; i++) {
+        __fp16 half = (__fp16)singles[i];
+        memcpy(out + i, &half, 2);
+    }
+#endif
+}
+
+static void narrow_bfloat(const double *restrict values, float *restrict singles, size_t count, uint16_t *out) {
+    int tiny = 0;
+    for (size_t i = 0; i < count; i++) tiny |= (fabs(values[i]) < 0x1p-126) & (values[i] != 0);
+    if (tiny)
+        for (size_t i = 0; i < count; i++) singles[i] = to_odd_single(values[i]);
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, singles + i, 4);
+        out[i] = (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    }
+}
+
+static size_t narrow(const double *restrict values, size_t count, void *out, int dtype, size_t start) {
+    float singles[BLOCK];
+    uint16_t *halves = (uint16_t *)out + start;
+    if (dtype == F32) return narrow_single(values, count, (float *)out + start);
+    to_odd_singles(values, count, singles);
+    if (dtype == F16)
+        narrow_half(singles, count, halves);
+    else
+        narrow_bfloat(values, singles, count, halves);
+    return clamp(halves, count, dtype == F16 ? 0x7C00 : 0x7F80);
+}
+
+/* ---- sums ---- */
+
+/* a + b = sum + error exactly (Knuth). */
+static inline double two_sum(double a, double b, double *error) {
+    double sum = a + b, t = sum - a;
+    *error = (a - (sum - t)) + (b - t);
+    return sum;
+}
+
+/* The double nearest to hi + lo toward zero, last bit set if anything was cut off. */
+static void to_odd_doubles(double *restrict hi, const double *restrict lo, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        double error, sum = two_sum(hi[i], lo[i], &error);
+        uint64_t inexact = error != 0, bits;
+        memcpy(&bits, &sum, 8);
+        bits = (bits - (inexact & ((error < 0) != (sum < 0)))) | inexact;
+        memcpy(&sum, &bits, 8);
+        hi[i] = lo[i] == 0 ? hi[i] : sum; /* keeps the sign of zero */
+    }
+}
+
+static size_t indices_of_nonzero(const double *values, size_t count, size_t start, uint32_t *indices) {
+    size_t found = 0;
+    uint64_t any = 0;
+    for (size_t i = 0; i < count; i++) any |= values[i] != 0;
+    if (any)
+        for (size_t i = 0; i < count; i++)
+            if (values[i] != 0) indices[found++] = (uint32_t)(start + i);
+    return found;
+}
+
+/* One block of products added to hi + lo + rest. */
+static void add_exactly(double coefficient, const double *restrict values, size_t count, double *restrict hi,
+                        double *restrict lo, double *restrict rest) {
+    for (size_t i = 0; i < count; i++) {
+        double error, lost;
+        hi[i] = two_sum(hi[i], coefficient * values[i], &error);
+        lo[i] = two_sum(lo[i], error, &lost);
+        rest[i] += fabs(lost);
+    }
+}
+
+/* out = round(sum over terms of coefficient * input), rounded once to nearest, ties to even, overflow clamped.
+ *
+ * inputs, dtypes      where each input's elements lie, and what they are
+ * coefficients        of each term; `term_inputs` says which input it multiplies; terms of one input are neighbours.
+ *                     Every product must be exact in double.
+ * exact               the caller knows that plain addition in double is exact
+ * uncertain           receives the indices of elements that need more than twice double's precision; the caller must
+ *                     do those again. Room for `count` of them. Not used if `exact`.
+ *
+ * Returns the number of overflows.
+ */
+size_t sdops_sum(const void *const *inputs, const int *dtypes, const double *coefficients, const int *term_inputs,
+                 int terms, size_t count, void *out, int out_dtype, int exact, uint32_t *uncertain,
+                 size_t *uncertain_count) {
+    double values[BLOCK], hi[BLOCK], lo[BLOCK], rest[BLOCK];
+    size_t overflow = 0;
+    *uncertain_count = 0;
+    for (size_t start = 0; start < count; start += BLOCK) {
+        size_t size = count - start < BLOCK ? count - start : BLOCK;
+        for (int term = 0; term < terms; term++) {
+            double coefficient = coefficients[term];
+            if (term == 0 || term_inputs[term] != term_inputs[term - 1])
+                widen(inputs[term_inputs[term]], dtypes[term_inputs[term]], start, size, values);
+            if (term == 0) {
+                for (size_t i = 0; i < size; i++) hi[i] = coefficient * values[i];
+                if (!exact)
+                    for (size_t i = 0; i < size; i++) lo[i] = 0, rest[i] = 0;
+            } else if (exact) {
+                for (size_t i = 0; i < size; i++) hi[i] += coefficient * values[i];
+            } else {
+                add_exactly(coefficient, values, size, hi, lo, rest);
+            }
+        }
+        if (!exact) {
+            to_odd_doubles(hi, lo, size);
+            *uncertain_count += indices_of_nonzero(rest, size, start, uncertain + *uncertain_count);
+        }
+        overflow += narrow(hi, size, out, out_dtype, start);
+    }
+    return overflow;
+}
+
+/* Bit pattern of the largest magnitude, and of the smallest that is not zero (all ones if there is none). */
+void sdops_bounds(const void *raw, int dtype, size_t count, uint32_t *largest, uint32_t *smallest) {
+    if (dtype == F32) {
+        const uint32_t *bits = raw;
+        uint32_t most = 0, least = UINT32_MAX;
+        for (size_t i = 0; i < count; i++) {
+            uint32_t magnitude = bits[i] & 0x7FFFFFFF, below = magnitude - 1; /* zero wraps to the top */
+            most = magnitude > most ? magnitude : most;
+            least = below < least ? below : least;
+        }
+        *largest = most, *smallest = least + 1 ? least + 1 : UINT32_MAX;
+    } else {
+        const uint16_t *bits = raw;
+        uint16_t most = 0, least = UINT16_MAX;
+        for (size_t i = 0; i < count; i++) {
+            uint16_t magnitude = bits[i] & 0x7FFF, below = (uint16_t)(magnitude - 1);
+            most = magnitude > most ? magnitude : most;
+            least = below < least ? below : least;
+        }
+        *largest = most, *smallest = least == UINT16_MAX ? UINT32_MAX : (uint32_t)least + 1;
+    }
+}
