@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Report": ("sdops.report", "Report"),
     "SdopsError": ("sdops.errors", "SdopsError"),
+    "diff": ("sdops.verbs.diff", "diff"),
     "env": ("sdops.verbs.env", "env"),
     "hash": ("sdops.verbs.hash", "hash_files"),
     "inspect": ("sdops.verbs.inspect", "inspect"),

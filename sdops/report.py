@@ -9,6 +9,7 @@ Names that come out of files may hold anything. They are kept verbatim in `data`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from unicodedata import east_asian_width
 
 SCHEMA = 1  # of as_dict(); raised when a field changes its meaning or goes away
 
-Style = Callable[[str, str], str]  # (kind, text) -> text; kinds: heading, dim
+Style = Callable[[str, str], str]  # (kind, text) -> text; kinds: heading, dim, heat0 ... heat4
+HEAT = "·░▒▓█"  # shades of a heat map, coldest first
 
 # progress(label, total_bytes) is a context that gives `advance(nbytes)`, to be called from any thread.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -49,12 +51,14 @@ class Section:
         columns: Column titles; those that end in `>` are aligned right.
         rows: Cells; fewer cells than columns are fine.
         detail: Shown only when asked for more (`-v`).
+        heat: Runs of HEAT characters are shades of a heat map; styled `heat0` (coldest) to `heat4`.
     """
 
     heading: str
     rows: Sequence[Sequence[str]]
     columns: Sequence[str] = ()
     detail: bool = False
+    heat: bool = False
 
 
 @dataclass(slots=True)
@@ -126,6 +130,8 @@ def _lines(section: Section, style: Style) -> Iterator[str]:
         line = _row(row, widths, right)
         if not titles and len(row) > 1:  # a pair: the name stands out
             line = style("dim", line[: len(row[0])]) + line[len(row[0]) :]
+        if section.heat:
+            line = re.sub(f"[{HEAT}]+", lambda found: style(f"heat{HEAT.index(found[0][0])}", found[0]), line)
         yield indent + line
 
 

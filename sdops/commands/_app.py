@@ -15,6 +15,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "inspect": "Show what a model file is and what is in it",
         "hash": "Show the hashes of model files, in all the forms in use",
         "verify": "Read every tensor and report damage",
+        "diff": "Compare two models, tensor by tensor and block by block",
     },
     "Merging": {
         "merge": "Merge checkpoints into one",

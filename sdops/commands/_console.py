@@ -24,6 +24,11 @@ _CODES = {
     "dim": "2",
     "warning": "33",
     "error": "1;31",
+    "heat0": "2",
+    "heat1": "34",
+    "heat2": "36",
+    "heat3": "33",
+    "heat4": "31",
 }
 _STEP = 0.1  # a progress line is due every tenth of the work ...
 _QUIET_SECONDS, _LONG_SECONDS = 2.0, 30.0  # ... but not sooner than, and at the latest after so many seconds

@@ -1,0 +1,121 @@
+"""The difference of two models as one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import log10
+from typing import TYPE_CHECKING
+
+from sdops.core.compare import Measure
+from sdops.report import Report
+from sdops.text import count
+from sdops.verbs import _html
+from sdops.verbs._difference import KINDS, Difference, total
+from sdops.verbs.diff import cosine, relative
+
+if TYPE_CHECKING:
+    from sdops.verbs.diff import Compared
+
+_COLDEST, _HOTTEST = -4, 0  # powers of ten of the relative change
+_STEPS = 4  # columns of the histogram per power of ten
+_ROWS = 40
+_LISTED = 2000
+
+
+def page(found: Compared, report: Report) -> str:
+    """The whole document."""
+    a, b = found.a.origin.name, found.b.origin.name
+    return _html.page(f"{a} -> {b}", _parts(found, report))
+
+
+def _parts(found: Compared, report: Report) -> Iterator[_html.Html]:
+    yield _html.heading(f"{found.a.origin.name} → {found.b.origin.name}", 1)
+    verdict = "The tensors are the same." if found.same else "The tensors differ."
+    yield _html.paragraph(verdict, "good" if found.same else "bad")
+    yield _html.facts([row for row in report.sections[0].rows if row[0] != "result"])
+    for text in report.warnings:
+        yield _html.paragraph(text, "bad")
+    if found.changed:
+        yield from _pictures(found)
+        yield from _most_changed(found.changed)
+    yield from _lists(found)
+
+
+def _pictures(found: Compared) -> Iterator[_html.Html]:
+    kinds = [kind for kind in KINDS if any(kind in cells for cells in found.blocks.values())]
+    yield _html.heading("Change by block")
+    yield _html.paragraph(
+        "Relative change |B - A| / |A| of the tensors that differ, by block and by what they do: attention to the image"
+        " (self) and to the text (cross), feed-forward layers, embeddings and modulation, convolutions, norms."
+        " The colour is logarithmic, from 0.01 % to 100 %.",
+        "dim",
+    )
+    rows = [
+        (block, [_cell(total(cells.values())), *(_cell(cells.get(kind)) for kind in kinds)])
+        for block, cells in found.blocks.items()
+    ]
+    yield _html.heat_map(["all", *kinds], rows)
+    yield _html.heading("How much the tensors changed")
+    yield _histogram(found.changed)
+
+
+def _cell(measure: Measure | None) -> _html.Heat | None:
+    if measure is None:
+        return None
+    if not measure.changed:
+        return _html.Heat(None, "=", "the same")
+    title = f"cosine {cosine(measure.cosine) or 'unknown'}, largest change {measure.largest:.4g}"
+    change = measure.relative
+    if change is None:
+        return _html.Heat(1.0, "≠", title)
+    return _html.Heat(_warmth(change), "<0.01%" if change < 1e-4 else f"{100 * change:.2g}%", title)
+
+
+def _warmth(change: float) -> float:
+    """Where a relative change lies between the coldest and the hottest, logarithmically."""
+    return (log10(max(change, 10.0**_COLDEST)) - _COLDEST) / (_HOTTEST - _COLDEST)
+
+
+def _histogram(changed: Iterable[Difference]) -> _html.Html:
+    counts = [0] * ((_HOTTEST - _COLDEST) * _STEPS)
+    known = [r.measure.relative for r in changed if r.measure and r.measure.relative is not None]
+    for change in known:
+        counts[min(max(int(_warmth(change) * len(counts)), 0), len(counts) - 1)] += 1
+    ends = ["≤0.01%", "0.1%", "1%", "10%", "≥100%"]
+    return _html.histogram(counts, ends, f"{count(len(known), 'tensor')} by relative change, logarithmic scale")
+
+
+def _most_changed(changed: list[Difference]) -> Iterator[_html.Html]:
+    top = changed[:_ROWS]
+    yield _html.heading("Most changed tensors")
+    highest = max((r.measure.relative or 0.0 for r in top if r.measure), default=0.0) or 1.0
+    rows: list[list[_html.Cell]] = [
+        [
+            r.key,
+            _html.bar((m.relative or 0.0) / highest),
+            relative(m.relative),
+            cosine(m.cosine),
+            f"{m.largest:.3g}",
+            " → ".join(dict.fromkeys(str(spec) for spec in r.specs)),
+        ]
+        for r in top
+        if (m := r.measure)
+    ]
+    yield _html.table(("tensor", "", "change>", "cosine>", "largest>", "dtype, shape"), rows)
+    if len(changed) > _ROWS:
+        yield _html.paragraph(f"and {len(changed) - _ROWS:,} more", "dim")
+
+
+def _lists(found: Compared) -> Iterator[_html.Html]:
+    lists = {
+        "of another shape": [r.key for r in found.records if r.state == "shape"],
+        "of equal values, stored in another dtype or shape": [r.key for r in found.records if r.state == "equal"],
+        f"only in {found.a.origin.name}": found.only_a,
+        f"only in {found.b.origin.name}": found.only_b,
+    }
+    if any(lists.values()):
+        yield _html.heading("Tensors that have no equal")
+    for what, keys in lists.items():
+        if keys:
+            rest = [f"... and {len(keys) - _LISTED:,} more"] if len(keys) > _LISTED else []
+            yield _html.folded(f"{count(len(keys), 'tensor')} {what}", keys[:_LISTED] + rest)

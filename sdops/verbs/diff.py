@@ -1,0 +1,306 @@
+"""What differs between two model files: tensors, values, dtypes, shapes, metadata; block by block."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdops.report import HEAT, Progress, Report, Section, silent
+from sdops.text import count, shorten
+from sdops.verbs._each import FilePath
+
+if TYPE_CHECKING:
+    from sdops.core.compare import Measure
+    from sdops.verbs._counterparts import Counterparts, Model
+    from sdops.verbs._difference import Difference
+
+_ROWS = 12  # of a list; `-v` shows up to _MORE, the JSON has all
+_MORE = 200
+_NAME = 80
+_WORDS = {
+    "identical": "identical",
+    "equal": "of equal values, stored in another dtype or shape",
+    "changed": "with other values",
+    "shape": "of another shape",
+}
+
+# Relative change -> shade of report.HEAT. Fixed bounds, so that two reports can be compared.
+BOUNDS = (0.001, 0.01, 0.03, 0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Two models and all that was found."""
+
+    a: Model
+    b: Model
+    seen: Counterparts
+    records: list[Difference]
+    blocks: dict[str, dict[str, Measure]]
+    only_a: list[str]
+    only_b: list[str]
+
+    @property
+    def same(self) -> bool:
+        """Whether all tensors are there on both sides, with the same bits."""
+        return not (self.only_a or self.only_b or any(record.state != "identical" for record in self.records))
+
+    @property
+    def changed(self) -> list[Difference]:
+        """Tensors whose values differ, the relatively largest change first."""
+        found = [record for record in self.records if record.state == "changed"]
+        return sorted(found, key=lambda record: -_rank(record.measure))
+
+
+def diff(
+    a: FilePath,
+    b: FilePath,
+    *,
+    html: FilePath | None = None,
+    force: bool = False,
+    jobs: int | None = None,
+    progress: Progress = silent,
+) -> Report:
+    """Compare two models tensor by tensor, whatever their containers, dtypes, prefixes and layouts.
+
+    Per tensor x of `a` and y of `b`: relative change |y - x| / |x| in Euclidean norms, cosine of the angle between
+    them, largest |y - x|, and the number of elements that differ. Sums over a block are over its tensors that differ.
+    Scaled fp8 weights are compared by value. `report.failed` says that tensors differ; metadata do not count.
+
+    Args:
+        a: The old model: a file or folder.
+        b: The new one.
+        html: Write a self-contained report with pictures to this file.
+        force: Replace that file if it exists.
+        jobs: Threads or processes; default: one per core.
+        progress: Called as `progress(label, total_bytes)`.
+
+    Raises:
+        SdopsError: a file cannot be read, or changes meanwhile.
+        OutputError: the HTML file exists or cannot be written.
+    """
+    from sdops.verbs._counterparts import open_model
+
+    if html is not None:
+        _check_page(Path(html), (Path(a), Path(b)), force)
+    old = open_model(Path(a))
+    try:
+        new = open_model(Path(b))
+        try:
+            found = _compare(old, new, jobs, progress)
+            old.origin.check_unchanged()
+            new.origin.check_unchanged()
+        finally:
+            new.origin.close()
+    finally:
+        old.origin.close()
+    report = _report(found)
+    if html is not None:
+        _write_page(Path(html), found, report)
+    return report
+
+
+def _compare(a: Model, b: Model, jobs: int | None, progress: Progress) -> Compared:
+    from sdops.core.compare import compare
+    from sdops.core.run import default_jobs
+    from sdops.verbs._counterparts import counterparts
+    from sdops.verbs._difference import by_block, differences, pairs
+
+    seen = counterparts(b, a)
+    work = pairs(a, seen, b)
+    with progress("comparing", sum(pair.nbytes for pair in work)) as advance:
+        measures = compare(work, jobs=jobs or default_jobs(), progress=advance)
+    records = differences(a, seen, b, measures)
+    both = a.source.specs.keys() & seen.source.specs.keys()
+    return Compared(
+        a,
+        b,
+        seen,
+        records,
+        by_block(a, records),
+        only_a=[key for key in a.source.specs if key not in both],
+        only_b=[seen.keys[key] for key in seen.source.specs if key not in both],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+def _report(found: Compared) -> Report:
+    states = Counter(record.state for record in found.records)
+    report = Report("diff", failed=not found.same)
+    report.data = _facts(found, states)
+    report.result = [f"{r.state} {r.key}" for r in found.records if r.state != "identical"]
+    report.result += [f"only-a {key}" for key in found.only_a] + [f"only-b {key}" for key in found.only_b]
+    report.sections = [
+        Section(f"{found.a.origin.path} -> {found.b.origin.path}", _summary(found, states)),
+        heat_map(found.blocks),
+        *_lists(found),
+    ]
+    report.warnings = _warnings(found)
+    return report
+
+
+def _facts(found: Compared, states: Mapping[str, int]) -> dict[str, Any]:
+    from sdops.verbs._difference import STATES, measured, total
+
+    return {
+        "a": str(found.a.origin.path),
+        "b": str(found.b.origin.path),
+        "same": found.same,
+        "architecture": [found.a.detection.family, found.b.detection.family],
+        "layout": [found.a.detection.layout, found.b.detection.layout],
+        "respelled": dict(found.seen.notes),
+        "tensors": {state: states[state] for state in STATES}
+        | {"only_a": len(found.only_a), "only_b": len(found.only_b)},
+        **measured(total(record.measure for record in found.changed if record.measure)),
+        "blocks": {
+            block: measured(total(cells.values())) | {"kinds": {kind: measured(cell) for kind, cell in cells.items()}}
+            for block, cells in found.blocks.items()
+        },
+        "differences": {record.key: record.facts() for record in found.records if record.state != "identical"},
+        "only_a": found.only_a,
+        "only_b": found.only_b,
+        "metadata": _metadata(found),
+    }
+
+
+def _metadata(found: Compared) -> dict[str, list[str]]:
+    a, b = found.a.origin.metadata, found.b.origin.metadata
+    return {
+        "only_a": sorted(a.keys() - b.keys()),
+        "only_b": sorted(b.keys() - a.keys()),
+        "changed": sorted(key for key in a.keys() & b.keys() if a[key] != b[key]),
+    }
+
+
+def _summary(found: Compared, states: Mapping[str, int]) -> list[list[str]]:
+    """The name-value pairs at the top; only what there is."""
+    from sdops.verbs._difference import total
+
+    whole = total(record.measure for record in found.changed if record.measure)
+    titles = dict.fromkeys(model.detection.title for model in (found.a, found.b))
+    rows = [["result", "the same" if found.same else "different"], ["architecture", " / ".join(titles)]]
+    rows += [
+        ["spelling", f"{name}: B has it in the {how}"] for name, how in found.seen.notes.items() if "layout" in how
+    ]
+    counts = [f"{states[state]:,} {words}" for state, words in _WORDS.items() if states[state]]
+    counts += [f"{len(keys):,} only in {side}" for keys, side in _sides(found) if keys]
+    rows += [["" if index else "tensors", text] for index, text in enumerate(counts)]
+    if found.changed:
+        rows.append(["elements", f"{whole.changed:,} of {whole.elements:,} differ in the tensors with other values"])
+        rows.append(["relative change", relative(whole.relative)])
+        rows.append(["cosine", cosine(whole.cosine)])
+        rows.append(["largest change", f"{whole.largest:.4g}"])
+    if any(names := _metadata(found).values()):
+        rows.append(["metadata", f"{count(sum(map(len, names)), 'entry')} differ (not counted)"])
+    return rows
+
+
+def _sides(found: Compared) -> tuple[tuple[list[str], str], ...]:
+    return (found.only_a, "A"), (found.only_b, "B")
+
+
+def heat_map(blocks: Mapping[str, Mapping[str, Measure]]) -> Section:
+    """Relative change of every block, shaded by what its tensors do."""
+    from sdops.verbs._difference import KINDS, total
+
+    kinds = [kind for kind in KINDS if any(kind in cells for cells in blocks.values())]
+    rows = []
+    for block, cells in blocks.items():
+        whole = total(cells.values())
+        shades = [_shade(cells.get(kind)) for kind in kinds]
+        rows.append([block, *shades, relative(whole.relative), cosine(whole.cosine)])
+    if not any(measure.changed for cells in blocks.values() for measure in cells.values()):
+        return Section("", [])
+    bounds = [f"< {100 * bound:g}%" for bound in BOUNDS] + ["more"]
+    legend = "  ".join(f"{shade * 2} {bound}" for shade, bound in zip(HEAT, bounds, strict=True))
+    rows += [["== the same  " + legend]]
+    return Section("Change by block", rows, ("block", *kinds, "change>", "cosine>"), heat=True)
+
+
+def _shade(measure: Measure | None) -> str:
+    if measure is None:
+        return ""
+    if not measure.changed:
+        return "=="
+    found = measure.relative
+    return HEAT[-1 if found is None else sum(found >= bound for bound in BOUNDS)] * 2
+
+
+def relative(value: float | None) -> str:
+    """A relative change as people read it."""
+    if value is None:
+        return "-"
+    if not value:
+        return "0"
+    return f"{value:.3%}" if value >= 1e-4 else f"{value:.1e}"
+
+
+def cosine(value: float | None) -> str:
+    """A cosine, with digits that tell it from 1."""
+    return "" if value is None else f"{value:.7f}"
+
+
+def _lists(found: Compared) -> Iterable[Section]:
+    """The tensors behind the numbers; more of them with `-v`."""
+    rows = [
+        [shorten(r.key, _NAME), _specs(r), relative(m.relative), cosine(m.cosine), f"{m.largest:.4g}"]
+        for r in found.changed
+        if (m := r.measure)
+    ]
+    columns = ("tensor", "dtype, shape", "change>", "cosine>", "largest>")
+    yield from _short_and_long("Most changed tensors", rows, columns)
+    for state, heading in (("shape", "Other shapes"), ("equal", "Same values in another form")):
+        chosen = [[shorten(r.key, _NAME), _specs(r)] for r in found.records if r.state == state]
+        yield from _short_and_long(heading, chosen, ("tensor", "dtype, shape"))
+    for keys, side in _sides(found):
+        yield from _short_and_long(f"Only in {side}", [[shorten(key, _NAME)] for key in keys], ())
+    names = [[what, key] for what, keys in _metadata(found).items() for key in keys]
+    yield Section("Metadata", names, ("", "key"), detail=True)
+
+
+def _short_and_long(heading: str, rows: list[list[str]], columns: Sequence[str]) -> Iterable[Section]:
+    more = [[f"... and {len(rows) - _ROWS:,} more"]] if len(rows) > _ROWS else []
+    yield Section(heading, rows[:_ROWS] + more, columns)
+    if more:
+        yield Section(f"{heading}, continued", rows[_ROWS : _ROWS + _MORE], columns, detail=True)
+
+
+def _specs(record: Difference) -> str:
+    return " -> ".join(dict.fromkeys(str(spec) for spec in record.specs))
+
+
+def _warnings(found: Compared) -> list[str]:
+    odd = [record for record in found.changed if record.measure and record.measure.nonfinite]
+    warnings = [f"NaN or infinity in {count(len(odd), 'tensor')}: the sums leave them out"] if odd else []
+    if not found.records:
+        warnings.append(f"`{found.a.origin.name}` and `{found.b.origin.name}` have no tensor in common")
+    return warnings
+
+
+def _rank(measure: Measure | None) -> float:
+    if measure is None:
+        return 0.0
+    return float("inf") if measure.relative is None else measure.relative
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def _check_page(path: Path, inputs: Sequence[Path], force: bool) -> None:
+    from sdops.core.sink import check_inputs, check_target
+
+    check_inputs(path, inputs)
+    check_target(path, force=force)
+
+
+def _write_page(path: Path, found: Compared, report: Report) -> None:
+    from sdops.verbs._diff_page import page
+    from sdops.verbs._html import write
+
+    write(path, page(found, report))
+    report.data["html"] = str(path)
