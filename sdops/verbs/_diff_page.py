@@ -16,8 +16,9 @@ from sdops.verbs.diff import cosine, relative
 if TYPE_CHECKING:
     from sdops.verbs.diff import Compared
 
-_COLDEST, _HOTTEST = -4, 0  # powers of ten of the relative change
-_STEPS = 4  # columns of the histogram per power of ten
+_COLDEST, _HOTTEST = -3, 0  # powers of ten of the relative change: the heat map's colours
+_LEFT, _RIGHT = -4, 0  # the same: the histogram
+_STEPS = 4  # its columns per power of ten
 _ROWS = 40
 _LISTED = 2000
 
@@ -47,7 +48,7 @@ def _pictures(found: Compared) -> Iterator[_html.Html]:
     yield _html.paragraph(
         "Relative change |B - A| / |A| of the tensors that differ, by block and by what they do: attention to the image"
         " (self) and to the text (cross), feed-forward layers, embeddings and modulation, convolutions, norms."
-        " The colour is logarithmic, from 0.01 % to 100 %.",
+        " The colour is logarithmic, from 0.1 % to 100 %.",
         "dim",
     )
     rows = [
@@ -68,20 +69,23 @@ def _cell(measure: Measure | None) -> _html.Heat | None:
     change = measure.relative
     if change is None:
         return _html.Heat(1.0, "≠", title)
-    return _html.Heat(_warmth(change), "<0.01%" if change < 1e-4 else f"{100 * change:.2g}%", title)
+    return _html.Heat(
+        _position(change, _COLDEST, _HOTTEST) ** 1.5, "<0.01%" if change < 1e-4 else f"{100 * change:.2g}%", title
+    )
 
 
-def _warmth(change: float) -> float:
-    """Where a relative change lies between the coldest and the hottest, logarithmically."""
-    return (log10(max(change, 10.0**_COLDEST)) - _COLDEST) / (_HOTTEST - _COLDEST)
+def _position(change: float, low: int, high: int) -> float:
+    """Where a number lies between two powers of ten, logarithmically: 0 to 1 if it does."""
+    return (log10(max(change, 10.0**low)) - low) / (high - low)
 
 
 def _histogram(changed: Iterable[Difference]) -> _html.Html:
-    counts = [0] * ((_HOTTEST - _COLDEST) * _STEPS)
+    counts = [0] * ((_RIGHT - _LEFT) * _STEPS)
     known = [r.measure.relative for r in changed if r.measure and r.measure.relative is not None]
     for change in known:
-        counts[min(max(int(_warmth(change) * len(counts)), 0), len(counts) - 1)] += 1
-    ends = ["≤0.01%", "0.1%", "1%", "10%", "≥100%"]
+        counts[min(int(_position(change, _LEFT, _RIGHT) * len(counts)), len(counts) - 1)] += 1
+    ends = [f"{100 * 10.0**power:g}%" for power in range(_LEFT, _RIGHT + 1)]
+    ends = [f"≤{ends[0]}", *ends[1:-1], f"≥{ends[-1]}"]
     return _html.histogram(counts, ends, f"{count(len(known), 'tensor')} by relative change, logarithmic scale")
 
 

@@ -26,7 +26,8 @@ _STYLE = """
     --hot: 226 108 20; --strength: 0.62; --bar: #e08a45; --good: #5cc48d; --bad: #ff8a80; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 1rem clamp(0.75rem, 3vw, 2.5rem) 3rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+h1, p, dd, li, td.name { overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 0.5rem; }
 p { margin: 0.4rem 0; max-width: 46rem; }
@@ -39,11 +40,13 @@ dd { margin: 0; }
 .wide { overflow-x: auto; margin: 0.5rem 0; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--dim); }
-th, td { padding: 0.2rem 0.6rem 0.2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-.number { text-align: right; white-space: nowrap; }
-td.name { min-width: 14rem; font-family: ui-monospace, monospace; font-size: 0.8rem; }
+th, td { padding: 0.2rem 0.6rem 0.2rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  white-space: nowrap; }
+.number { text-align: right; }
+td.name { min-width: 14rem; white-space: normal; font-family: ui-monospace, monospace; font-size: 0.8rem; }
 .map { border-collapse: separate; border-spacing: 2px; }
 .map th, .map td { border: 0; padding: 0.1rem 0.3rem; }
+.map th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 .map td { min-width: 3.1rem; text-align: center; font-size: 0.75rem; border-radius: 3px; background: var(--soft); }
 .map td.heat { background: rgb(var(--hot) / calc(0.08 + var(--heat) * var(--strength))); }
 .map td.none { background: none; }
@@ -57,8 +60,10 @@ svg rect { fill: var(--bar); }
 figcaption { font-size: 0.875rem; color: var(--dim); margin-top: 0.3rem; }
 ul { padding-left: 1.1rem; margin: 0.4rem 0; font-family: ui-monospace, monospace; font-size: 0.8rem; }
 summary { cursor: pointer; }
-@media (max-width: 36rem) { .map td { min-width: 2.6rem; padding: 0.1rem; font-size: 0.6875rem; }
-  dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.4rem; } }
+@media (max-width: 36rem) { .map th { font-size: 0.75rem; padding: 0.1rem; }
+  .map td { min-width: 0; padding: 0.1rem; font-size: 0.6875rem; } .bar { min-width: 4rem; }
+  td.name { min-width: 11rem; }
+  dl { grid-template-columns: 1fr; } dt { margin-top: 0.4rem; } dt:empty { display: none; } }
 @media print { .wide { overflow: visible; } }
 """
 # The page may use its own style and pictures written into it, and nothing else from anywhere.
