@@ -171,7 +171,7 @@ class FileSink:
         try:
             self._link(self._temporary)
             self._discard()
-            _sync_folder(self.target.parent)
+            sync_folder(self.target.parent)
         except OSError as error:
             raise self._explained(error) from error
         return self.path
@@ -183,7 +183,7 @@ class FileSink:
         """
         # The name is on record before the file exists, so that a signal in between leaves nothing behind. The finalizer
         # removes the file even if a signal comes just as `__exit__` begins.
-        temporary = self.target.parent / f".sdops-{_tag(self.target)}-{secrets.token_hex(4)}.tmp"
+        temporary = self.target.parent / f".sdops-{tag(self.target)}-{secrets.token_hex(4)}.tmp"
         self._temporary, self._finalizer = temporary, weakref.finalize(self, temporary.unlink, missing_ok=True)
         mode = 0o600 if self.target.exists() else 0o666  # what replaces a private file is private while it grows
         self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -279,17 +279,35 @@ def check_target(path: Path, *, force: bool) -> Path:
     Raises:
         OutputError: the folder is missing or read-only, the target exists (without `force`) or is no regular file.
     """
-    target = Path(os.path.realpath(path))
     mode = _mode(path)
     if stat.S_ISDIR(mode):
         raise OutputError(f"`{path}` is a folder", hint=f"name a file: `-o {path}/NAME.safetensors`")
     if mode and not stat.S_ISREG(mode):
         raise OutputError(f"`{path}` is not a regular file", hint=_ELSEWHERE)
+    target = _existing_parent(path)
+    if mode and not force:
+        raise OutputError(f"`{path}` exists already", hint=_REPLACE)
+    return _writable_parent(target)
+
+
+def check_parent(path: Path) -> Path:
+    """The real path to write to, symbolic links resolved, whatever may be there.
+
+    Raises:
+        OutputError: the folder above is missing or read-only.
+    """
+    return _writable_parent(_existing_parent(path))
+
+
+def _existing_parent(path: Path) -> Path:
+    target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         missing = target.parent if path.parent.is_dir() else path.parent
         raise OutputError(f"the folder of `{path}` does not exist", hint=f"`mkdir -p {missing}`")
-    if mode and not force:
-        raise OutputError(f"`{path}` exists already", hint=_REPLACE)
+    return target
+
+
+def _writable_parent(target: Path) -> Path:
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise OutputError(f"the folder `{target.parent}` is read-only", hint=_ELSEWHERE)
     return target
@@ -343,14 +361,14 @@ def check_space(target: Path, nbytes: int) -> None:
         )
 
 
-def _tag(target: Path) -> str:
+def tag(target: Path) -> str:
     """What the names of temporary files for one target have in common: short, for a name may have 255 bytes."""
     return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
 
 
 def _leftovers(target: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Temporary files of killed runs: those for this target that nobody holds a lock on."""
-    for path in target.parent.glob(f".sdops-{_tag(target)}-*.tmp"):
+    for path in target.parent.glob(f".sdops-{tag(target)}-*.tmp"):
         try:
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
@@ -364,7 +382,7 @@ def _leftovers(target: Path) -> Iterator[tuple[Path, os.stat_result]]:
             os.close(fd)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a new name durable, where a folder can be synchronised."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

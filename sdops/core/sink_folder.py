@@ -1,0 +1,233 @@
+"""Write a folder of files, such as a diffusers pipeline, that appears as a whole or not at all.
+
+The files are made inside a temporary folder beside the target, which gets its name when all of them are on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Self
+
+from sdops.core.sink import Sink, check_parent, check_space, in_safetensors_order, sync_folder, tag
+from sdops.core.sink_shards import TextSink, create_shards, split
+from sdops.core.spec import Spec
+from sdops.errors import OutputError
+
+# What tells a model's folder, which may be replaced, from any other.
+_DESCRIPTIONS = ("model_index.json", "config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """A safetensors file of the folder.
+
+    Attributes:
+        specs: Its tensors, under their names in the file.
+        metadata: Its header's text.
+        shard: Largest size of a file in bytes; larger ones are cut into shards. 0: never.
+    """
+
+    specs: Mapping[str, Spec]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    shard: int = 0
+
+    @property
+    def shards(self) -> list[dict[str, Spec]]:
+        """Tensors of each file."""
+        return split(self.specs, self.shard) if self.shard else [dict(self.specs)]
+
+
+class FolderSink:
+    """A folder in the making; see `Sink` for the attributes.
+
+    Tensors are called `SUBFOLDER/NAME` here, as in a diffusers folder that is read; those of a file at the top `NAME`.
+
+    Args:
+        path: Where the folder shall be. Its parent must exist.
+        files: Path inside the folder (`unet/config.json`) -> its bytes, or the tensors of a safetensors file.
+        force: Replace an existing model folder: one that has a model_index.json or a config.json.
+
+    Raises:
+        OutputError: the target exists, cannot be written, or does not fit on the disk.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, bytes | Tensors], *, force: bool) -> None:
+        self.path = path
+        self.target = _check_folder(path, force=force)
+        self.specs: dict[str, Spec] = {}
+        self.nbytes = 0
+        for name, content in files.items():
+            if isinstance(content, bytes):
+                self.nbytes += len(content)
+                continue
+            for shard in content.shards:
+                specs = in_safetensors_order(shard)
+                self.specs |= {_outer(name, key): spec for key, spec in specs.items()}
+                self.nbytes += sum(spec.nbytes for spec in specs.values())
+        check_space(self.target, self.nbytes)
+        self._files = files
+        self._force = force
+        self._temporary: Path | None = None
+        self._lock = -1
+        self._parts: list[Sink] = []
+        self._places: dict[str, tuple[Sink, str]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        for leftover in _leftovers(self.target):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            self._create()
+        except BaseException as error:
+            self._discard()
+            if isinstance(error, OSError):
+                raise self._explained(error) from error
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._discard()
+
+    def write(self, key: str, start: int, data: memoryview) -> None:
+        """Write bytes `[start, start + len(data))` of a tensor. Safe to call from several threads."""
+        part, inner = self._places[key]
+        part.write(inner, start, data)
+
+    def start_writeback(self) -> None:
+        """Send what was written so far to the disk; returns when it is there."""
+        for part in self._parts:
+            part.start_writeback()
+
+    def commit(self, replace_metadata: Mapping[str, str] | None = None) -> Path:
+        """Make everything durable and give the folder its name. Returns the path as the user gave it.
+
+        Args:
+            replace_metadata: Values of equal length for the headers of those files that have such metadata.
+        """
+        if self._temporary is None:
+            raise RuntimeError("commit outside of the with block")
+        for part in self._parts:
+            part.commit(replace_metadata if part.specs else None)
+        try:
+            folders = {self._temporary / parent for name in self._files for parent in PurePosixPath(name).parents}
+            for folder in sorted(folders, reverse=True):
+                sync_folder(folder)
+            self._publish(self._temporary)
+            self._finalizer.detach()
+            self._temporary = None
+            sync_folder(self.target.parent)
+        except OSError as error:
+            raise self._explained(error) from error
+        return self.path
+
+    def _create(self) -> None:
+        """Make the temporary folder, lock it, and begin its files."""
+        temporary = self.target.parent / f".sdops-{tag(self.target)}-{secrets.token_hex(4)}.tmp"
+        self._temporary = temporary
+        self._finalizer = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
+        temporary.mkdir()
+        self._lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # a network share without locks
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with ExitStack() as stack:
+            for name, content in self._files.items():
+                file = temporary / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                part = self._part(file, content)
+                self._parts.append(stack.enter_context(part))
+                self._places |= {_outer(name, key): (part, key) for key in part.specs}
+            self._stack = stack.pop_all()
+
+    def _part(self, file: Path, content: bytes | Tensors) -> Sink:
+        if isinstance(content, bytes):
+            return TextSink(file, content, force=False)
+        limit = content.shard or sum(spec.nbytes for spec in content.specs.values())
+        return create_shards(file, content.specs, content.metadata, shard=limit, force=False)
+
+    def _publish(self, temporary: Path) -> None:
+        """Give the folder its name; an old one goes when the new one is there."""
+        if not (self._force and self.target.exists()):
+            os.rename(temporary, self.target)  # fails where something is, except an empty folder
+            return
+        old = temporary.with_suffix(".old")
+        os.rename(self.target, old)
+        try:
+            os.rename(temporary, self.target)
+        except OSError:
+            os.rename(old, self.target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _discard(self) -> None:
+        self._stack.close()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._finalizer.detach()
+            self._temporary = None
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _explained(self, error: OSError) -> OutputError:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return OutputError(f"`{self.path}` appeared while it was being made", hint=_ANOTHER)
+        return OutputError(f"writing the folder `{self.path}` failed: {error.strerror}", hint=_ANOTHER)
+
+
+_ANOTHER = "name another folder with `-o`"
+
+
+def _outer(name: str, key: str) -> str:
+    """A tensor's name for the run: the folder of its file, and its own."""
+    folder = PurePosixPath(name).parent
+    return key if folder == PurePosixPath() else f"{folder}/{key}"
+
+
+def _check_folder(path: Path, *, force: bool) -> Path:
+    """The real path to write to.
+
+    Raises:
+        OutputError: something is there that must not be replaced, or the parent is missing or read-only.
+    """
+    target = check_parent(path)
+    if not os.path.lexists(target):
+        return target
+    if not target.is_dir():
+        raise OutputError(f"`{path}` is a file, the output is a folder", hint=_ANOTHER)
+    inside = os.listdir(target)
+    if inside and not any(name in inside for name in _DESCRIPTIONS):
+        raise OutputError(f"the folder `{path}` exists and holds other things than a model", hint=_ANOTHER)
+    if inside and not force:
+        raise OutputError(
+            f"the folder `{path}` exists already", hint="`--force` replaces it, `-o` names another folder"
+        )
+    return target
+
+
+def _leftovers(target: Path) -> Iterator[Path]:
+    """Temporary folders of killed runs: those for this target that nobody holds a lock on."""
+    for path in target.parent.glob(f".sdops-{tag(target)}-*.tmp"):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue  # a file, or somebody else's
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield path
+        except OSError:
+            continue  # a run that is still alive
+        finally:
+            os.close(fd)
