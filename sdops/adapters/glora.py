@@ -51,7 +51,7 @@ def check(shapes: Shapes, shape: Shape | None) -> Facts:
     for part in REQUIRED:
         if len(shapes[part]) < 2:
             raise refused(part, shapes[part], "it should have two or more dimensions")
-    a1, a2, b1, b2 = _orientation(shapes)
+    a1, a2, b1, b2 = _orientation(shapes, shape)
     rank, rows, channels = shapes[a2][0], shapes[b1][0], shapes[a1][0]
     kernel = shapes["bm"][2:] if "bm" in shapes else shapes[b2][2:]
     check_shape(a1, shapes[a1], (channels, rank))
@@ -77,7 +77,7 @@ def delta(parts: Parts, shape: Shape, weight: Tensor | None = None, **settings: 
 
     parts, weight = working(parts, weight)
     weight = needed(weight, shape, "GLoRA")
-    a1, a2, b_up, b_down = _matrices(parts)
+    a1, a2, b_up, b_down = _matrices(parts, shape)
     turned = torch.einsum("oi...,ir,rj->oj...", weight, a1, a2)
     return _scale(parts, len(a2), settings) * (turned + (b_up @ b_down).reshape(shape))
 
@@ -92,7 +92,7 @@ def factors(parts: Parts, shape: Shape, weight: Tensor | None = None, **settings
 
     parts, weight = working(parts, weight)
     weight = needed(weight, shape, "GLoRA")
-    a1, a2, b_up, b_down = _matrices(parts)
+    a1, a2, b_up, b_down = _matrices(parts, shape)
     turned = torch.einsum("oi...,ir->or...", weight, a1).flatten(1)  # [o, r kh kw]
     kernel = torch.eye(prod(shape[2:]), dtype=a2.dtype, device=a2.device)
     up = torch.cat([turned, b_up], dim=1) * _scale(parts, len(a2), settings)
@@ -104,15 +104,19 @@ def _scale(parts: Parts, rank: int, settings: dict[str, Any]) -> float:
     return chosen.strength * scale_of(parts, rank, chosen)
 
 
-def _matrices(parts: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _matrices(parts: Parts, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a1 [i, r], a2 [r, i], b1 [o, r], b2 [r, i kh kw] of either orientation."""
-    a1, a2, b1, b2 = (parts[part] for part in _orientation({name: tuple(part.shape) for name, part in parts.items()}))
+    shapes = {name: tuple(part.shape) for name, part in parts.items()}
+    a1, a2, b1, b2 = (parts[part] for part in _orientation(shapes, shape))
     b2 = unfolded(parts["bm"], b2) if "bm" in parts else b2
     return a1.flatten(1), a2.flatten(1), b1.flatten(1), b2.flatten(1)
 
 
-def _orientation(shapes: Shapes) -> tuple[str, str, str, str]:
+def _orientation(shapes: Shapes, shape: Shape | None) -> tuple[str, str, str, str]:
     """Which parts are a1, a2, b1, b2 as the formula has them: in old files their partners."""
     is_new = shapes["a2"][0] == shapes["a1"][1] == shapes["b1"][1] == shapes["b2"][0]
     is_old = shapes["a1"][0] == shapes["a2"][1] == shapes["b2"][1] == shapes["b1"][0]
+    if is_new and is_old:  # o = i, so that the larger dimension is i and the smaller one r, unless the weight tells
+        channels = max(shapes["a1"][:2]) if shape is None else shape[1]
+        is_new = shapes["a1"][0] == channels
     return ("a2", "a1", "b2", "b1") if is_old and not is_new else REQUIRED

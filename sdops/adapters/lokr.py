@@ -86,12 +86,10 @@ def _check_side(shapes: Shapes, side: str) -> tuple[int, int, int | None]:
 
 def delta(parts: Parts, shape: Shape, weight: Tensor | None = None, **settings: Any) -> Tensor:
     """The change in the weight's shape; with a magnitude that of DoRA, which needs the weight."""
-    import torch
-
     parts, weight = working(parts, weight)
     chosen = Settings(**settings)
     w1, w2 = _matrix(parts, "1"), _matrix(parts, "2")
-    product = torch.kron(w1 * _scale(parts, chosen), w2)  # [o, i kh kw]
+    product = _kron(w1 * _scale(parts, chosen), w2)  # [o, i kh kw]
     return _dora.applied(product.reshape(shape), parts, weight, chosen)
 
 
@@ -99,14 +97,12 @@ def factors(
     parts: Parts, _shape: Shape, _weight: Tensor | None = None, **settings: Any
 ) -> tuple[Tensor, Tensor] | None:
     """(up1 down1) (x) (up2 down2) = (up1 (x) up2) (down1 (x) down2), where a full w is w times the identity."""
-    import torch
-
     if any(part in parts for part in _dora.PARTS):
         return None
     parts, _ = working(parts)
     chosen = Settings(**settings)
     (up1, down1), (up2, down2) = _pair(parts, "1"), _pair(parts, "2")
-    return torch.kron(up1 * (_scale(parts, chosen) * chosen.strength), up2), torch.kron(down1, down2)
+    return _kron(up1 * (_scale(parts, chosen) * chosen.strength), up2), _kron(down1, down2)
 
 
 def fit(parts: Parts, _shape: Shape, rank: int, **settings: Any) -> tuple[Tensor, Tensor, float] | None:
@@ -148,6 +144,12 @@ def _matrix(parts: Parts, side: str) -> Tensor:
         return parts[f"w{side}"].flatten(1)
     up, down = _pair(parts, side)
     return up @ down
+
+
+def _kron(left: Tensor, right: Tensor) -> Tensor:
+    """left (x) right of two matrices; torch.kron refuses some transposed ones."""
+    product = left[:, None, :, None] * right[None, :, None, :]
+    return product.flatten(2).flatten(0, 1)
 
 
 def _pair(parts: Parts, side: str) -> tuple[Tensor, Tensor]:
