@@ -118,7 +118,10 @@ def layouts(family: str, component: str) -> tuple[str, ...]:
 
 @cache
 def modules(family: str, component: str, variant: str = "") -> tuple[str, ...]:
-    """The names of all modules with a weight, in the canonical layout, as `a.b.c` without `.weight`."""
+    """The names of all modules with a weight, in the canonical layout, as `a.b.c` without `.weight`.
+
+    Without `variant` those of all variants are given.
+    """
     keys = [part.key for _, parts in _from_canonical(family, component, variant) for part in parts]
     return tuple(dict.fromkeys(key.removesuffix(".weight") for key in keys if key.endswith(".weight")))
 
@@ -127,8 +130,9 @@ def modules(family: str, component: str, variant: str = "") -> tuple[str, ...]:
 def aliases(family: str, component: str, variant: str = "") -> Mapping[str, Part]:
     """Module names of all other layouts -> what they are in the canonical layout: module, share of its rows, operation.
 
-    All names are without `.weight`; a name may be the same in both, or mean another module there (Wan). A module that is fused in the other layout only (OpenCLIP's `in_proj`) has none.
-    `variant` is one of the table's own (`3.5-large` of `sd3`), where the depth decides what a name means.
+    All names are without `.weight`. One may be the same in both layouts, or be another module in each (Wan's norms). A
+    module that is fused in the other layout only (OpenCLIP's `in_proj`) has none. Without `variant` the names of all
+    variants are given; the depth decides what `norm1_context.linear` in block 23 of SD3 means: see `3.5-large`.
     """
     found: dict[str, Part] = {}
     for name, parts in _from_canonical(family, component, variant):
@@ -143,7 +147,8 @@ def _from_canonical(family: str, component: str, variant: str) -> list[Recipe]:
     found: list[Recipe] = []
     for table in _of(family, component):
         if table.canonical in table.layouts:
-            found += _recipes(table, table.canonical, variant)
+            for each in [variant] if variant else ["", *(other.name for other in table.variants)]:
+                found += _recipes(table, table.canonical, each)
     return found
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import time
 from functools import cache
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,35 @@ MAPS = {
     "sdxl-base-unet": ("sdxl", "unet", "sdxl-base-sgm", "model.diffusion_model.", "sgm"),
     "sdxl-clipg": ("sdxl", "clip_g", "sdxl-base-sgm", "conditioner.embedders.1.model.", "openclip"),
     "vae4": ("vae", "vae", "sd15-ldm", "first_stage_model.", "ldm"),
+}
+
+# component and key list -> the first digits of the SHA-256 of what is made of it
+MADE = {
+    ("unet", "sd15-ldm"): "f3fd1c9a7a757d6c",
+    ("unet", "sd21-ldm"): "f3fd1c9a7a757d6c",
+    ("unet", "sdxl-base-sgm"): "b2aa4941d279dc4e",
+    ("unet", "sdxl-refiner-sgm"): "33d62a769bd32a3b",
+    ("controlnet", "controlnet-sd15-ldm"): "0463467d70f1b9df",
+    ("vae", "sd15-ldm"): "649cce568ec2e9fd",
+    ("vae", "sd21-ldm"): "649cce568ec2e9fd",
+    ("vae", "sdxl-base-sgm"): "649cce568ec2e9fd",
+    ("vae", "sd3-medium-sai"): "7b7ce233b47dc558",
+    ("vae", "flux-ae-ldm"): "7b7ce233b47dc558",
+    ("clip_g", "sdxl-base-sgm"): "82e8f5e2cfdb7d0a",
+    ("clip_g", "sdxl-refiner-sgm"): "82e8f5e2cfdb7d0a",
+    ("clip_h", "sd21-ldm"): "957974cc7b456688",
+    ("transformer", "sd3-medium-sai"): "0afd89c9f1aa262d",
+    ("transformer", "sd35-medium-sai"): "f4e0e0ac10969d87",
+    ("transformer", "sd35-large-sai"): "d6df6f5259716180",
+    ("transformer", "flux1-dev-bfl-transformer"): "882a77f6899662ed",
+    ("transformer", "flux1-schnell-bfl-transformer"): "f3183177fb2121db",
+    ("transformer", "chroma-bfl-transformer"): "fc80d4f473c204e6",
+    ("transformer", "flux2-dev-bfl-transformer"): "84e55f21bd5c974f",
+    ("transformer", "flux2-klein4b-bfl-transformer"): "d2ded9310a68f81a",
+    ("transformer", "flux2-klein9b-bfl-transformer"): "5effdc9579535785",
+    ("transformer", "z-image-comfy-transformer"): "71aa5ef5ac752c23",
+    ("transformer", "wan21-t2v-1.3b-native-transformer"): "174420fd955a80e1",
+    ("transformer", "wan21-t2v-14b-native-transformer"): "44e681f3dafb6207",
 }
 
 Shapes = dict[str, tuple[int, ...]]
@@ -188,6 +218,16 @@ def test_rows_agree_with_the_published_converters(name: str) -> None:
     }
 
 
+@both_spellings
+def test_nothing_has_moved(
+    family: str, component: str, left: tuple[str, str, str], right: tuple[str, str, str]
+) -> None:
+    """The rows were once compared with those that diffusers 0.42.1's own converters make of numbered tensors."""
+    made = made_of(family, component, left[2], right[2], shapes(*left[:2]))
+    text = json.dumps(sorted(made.items()))
+    assert sha256(text.encode()).hexdigest()[:16] == MADE[component, left[0]]
+
+
 def test_what_no_rule_knows_is_left_to_the_caller() -> None:
     keys = {"conv_in.weight": 0, "conv_in.weight_scale": 0, "motion.weight": 0, "down_blocks.7.resnets.0.norm1.bias": 0}
     assert made_of("sd1", "unet", "diffusers", "ldm", keys) == {"input_blocks.0.0.weight": (Part("conv_in.weight"),)}
@@ -314,6 +354,16 @@ def test_modules_are_those_of_the_model(
             key.removesuffix(".scale") for key in shapes(file, prefix) if "_blocks" in key and key.endswith(".scale")
         }
     assert named == real | extra
+
+
+def test_adapters_of_all_depths_are_told_and_the_deep_ones_exactly() -> None:
+    context = "norm1_context.linear"
+    every, large = aliases("sd3", "transformer"), aliases("sd3", "transformer", "3.5-large")
+    assert every["transformer_blocks.37.attn.to_q"] == ("joint_blocks.37.x_block.attn.qkv", (0, 1, 3), "")
+    assert every[f"transformer_blocks.23.{context}"].operation == "swap"
+    assert large[f"transformer_blocks.23.{context}"].operation == ""
+    assert large[f"transformer_blocks.37.{context}"].operation == "swap"
+    assert set(large) <= set(every)
 
 
 def test_layouts_are_called_as_in_the_architecture_tables() -> None:
