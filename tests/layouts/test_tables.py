@@ -292,6 +292,7 @@ def test_flat_text_encoders() -> None:
         ("flux1-fill-bfl-transformer", "", "flux1", "transformer", "bfl", "diffusers"),
         ("controlnet-sdxl-diffusers", "", "controlnet", "controlnet", "diffusers", "ldm"),
         ("clip_g-hf", "", "text_encoder", "clip_g", "hf", "openclip"),
+        ("lumina2-diffusers-transformer", "", "lumina2", "transformer", "diffusers", "comfy"),
         ("qwen-image-diffusers-transformer", "", "qwen_image", "transformer", "diffusers", "diffusers"),
         ("t5xxl-hf", "", "flux1", "t5xxl", "hf", "hf"),
         ("clip_l-hf", "", "sd1", "clip_l", "hf", "hf-flat"),
@@ -304,6 +305,19 @@ def test_every_key_of_files_without_a_twin(
     there = made_of(family, component, source, target, keys)
     assert {piece.key for parts in there.values() for piece in parts} == set(keys)
     assert set(made_of(family, component, target, source, there)) == set(keys)
+
+
+@pytest.mark.parametrize("name", ["ssd-1b", "vega", "lcm", "unclip-h", "schnell", "3.5-medium", "klein-4b", "14b"])
+def test_variants_of_the_architecture_tables(name: str) -> None:
+    """All keys of a variant in one spelling become all of its keys in the other."""
+    listed = [(table, each) for table in archs() for each in table.variants if each.name == name and table.keys]
+    assert len({table.layout for table, _ in listed}) == 2
+    for source, variant in listed:
+        for target, same in listed:
+            if (source.family, source.name) == (target.family, target.name) and source.layout != target.layout:
+                keys = source.expected((variant,)) + (source.optional_names() if name == "lcm" else [])
+                wanted = target.expected((same,)) + (target.optional_names() if name == "lcm" else [])
+                assert set(made_of(source.family, source.name, source.layout, target.layout, keys)) == set(wanted)
 
 
 def test_one_file_may_have_more_layers_than_the_other() -> None:
