@@ -23,6 +23,7 @@ _PUBLIC = {
     "hash": ("sdops.verbs.hash", "hash_files"),
     "inspect": ("sdops.verbs.inspect", "inspect"),
     "merge": ("sdops.verbs.merge", "merge"),
+    "meta": ("sdops.verbs.meta", "meta"),
     "methods": ("sdops.verbs.methods", "methods"),
     "open": ("sdops.formats", "open_source"),
     "verify": ("sdops.verbs.verify", "verify"),

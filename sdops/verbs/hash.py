@@ -91,7 +91,7 @@ def stored_hashes(path: Path, found: Digests) -> dict[str, dict[str, Any]]:
     stored = {}
     for key in STORED:
         if key in metadata:
-            true = found.tensors if key in OF_TENSORS else _training_legacy(path, header)
+            true = found.tensors if key in OF_TENSORS else training_legacy(path, header)
             stored[key] = {"value": metadata[key], "state": _state(metadata[key], true)}
     return stored
 
@@ -105,7 +105,7 @@ def _state(stored: str, true: str | None) -> str:
     return "empty" if len(digits) >= 8 and _NOTHING.startswith(digits) else "differs"
 
 
-def _training_legacy(path: Path, header: dict[str, Any]) -> str | None:
+def training_legacy(path: Path, header: dict[str, Any]) -> str | None:
     """kohya's `sshs_legacy_hash`: AutoV1 of the file as it would be with the `ss_*` metadata alone.
 
     Only the length of that other header matters, since it shifts the 64 KiB of tensor data that are hashed.
