@@ -66,6 +66,7 @@ class Adapter:
         source: Where the tensors are.
         dialect: Name of a file on the `dialects/` shelf.
         architecture: Family of the architecture tables: `sd1`, `sdxl`, `flux1`, ...
+        variant: The family's variant where the depth decides what a name means: `3.5-large` of `sd3`; else empty.
         patches: In the file's order.
         extras: Tensors that are understood and no patches, e.g. bundled embeddings -> what they are.
         unknown: Tensors that are not understood.
@@ -79,3 +80,4 @@ class Adapter:
     extras: Mapping[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    variant: str = ""

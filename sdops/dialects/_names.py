@@ -1,7 +1,7 @@
 """The modules of one architecture under all the names that they have.
 
-Handed in by the caller, because this shelf knows no models. Underscored names (`down_blocks_0_attentions_0`) cannot be split by
-rule, so they are looked up.
+Handed in by the caller, because this shelf knows no models. Underscored names (`down_blocks_0_attentions_0`) cannot be
+split by rule, so they are looked up.
 """
 
 from __future__ import annotations

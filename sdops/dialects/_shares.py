@@ -1,7 +1,8 @@
 """Fused matrices and their parts: cut a patch to some rows of its module, join patches of several rows. Exact.
 
 Cutting a LoRA takes rows of `up` and shares `down`; joining puts the `up`s below each other where all else is equal
-(files that were split before), and block-diagonally where it is not, with the `down`s below each other and the ranks added up.
+(files that were split before), and block-diagonally where it is not, with the `down`s below each other and the ranks
+added up.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def scale(item: Draft, values: Values) -> float:
     """What a LoRA's `up @ down` is multiplied by: lora_alpha / r, or / sqrt(r) for rsLoRA; 1 without an alpha."""
     rank = item.parts["down"].spec.shape[0]
     alpha = alpha_of(item, values)
-    if alpha is None or alpha == 0:  # 0 is how LyCORIS and kohya are told to take the rank
+    if alpha is None:
         return 1.0
     return float(alpha / rank**0.5) if item.settings.get("use_rslora") else alpha / rank
 

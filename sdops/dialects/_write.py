@@ -59,6 +59,8 @@ def write(adapter: Adapter, spelling: Spelling, names: Names, values: Values) ->
     if homeless:
         raise cannot_hold(spelling.name, homeless, "it has no name for these layers")
     _place_extras(adapter, spelling, written)
+    if not written.tensors and spelling.name != "cloneofsimo":  # which places tokens itself
+        raise cannot_hold(spelling.name, list(adapter.extras), "it has no place for embeddings")
     return written
 
 

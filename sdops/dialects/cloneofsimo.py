@@ -31,6 +31,7 @@ _STAGES = ("down_blocks", "up_blocks", "mid_block")
 _LAYOUT = "cloneofsimo"
 _TARGETS = {"unet": ["CrossAttention", "Attention", "GEGLU"], "text_encoder": ["CLIPAttention"]}
 _FIRST_WIDTH = 320  # of the U-Nets of SD1 and SD2
+_SD2_LAYERS = 23  # of 24: diffusers leaves out the last, which is not used
 SUFFIXES = {("lora", "up"): ":up", ("lora", "down"): ":down"}
 SPELLING = Spelling(
     "cloneofsimo",
@@ -63,9 +64,10 @@ def _stems(names: Names, *, feed_forward: bool) -> dict[str, Target]:
     if names.denoiser != "unet" or not names.text_encoders:
         return {}
     unet = names.modules(names.denoiser, DIFFUSERS)
-    text = names.modules(names.text_encoders[0], CANONICAL)
+    encoder = names.text_encoders[0]
+    text = names.modules(encoder, CANONICAL)
     numbered = {f"unet:{i}": unet[name] for i, name in enumerate(_unet_order(unet, feed_forward)) if name in unet}
-    return numbered | {f"text_encoder:{i}": text[name] for i, name in enumerate(_text_order(text))}
+    return numbered | {f"text_encoder:{i}": text[name] for i, name in enumerate(_text_order(text, encoder))}
 
 
 def _unet_order(modules: Collection[str], feed_forward: bool) -> list[str]:
@@ -79,8 +81,9 @@ def _unet_order(modules: Collection[str], feed_forward: bool) -> list[str]:
     return order
 
 
-def _text_order(modules: Collection[str]) -> list[str]:
+def _text_order(modules: Collection[str], encoder: str) -> list[str]:
     layers = sorted((found["layer"] for name in modules if (found := _LAYER.fullmatch(name))), key=_numbers)
+    layers = layers[:_SD2_LAYERS] if encoder == "clip_h" else layers
     return [f"{layer}.self_attn.{projection}" for layer in layers for projection in _TEXT]
 
 

@@ -1,6 +1,7 @@
 """diffusers of 2023: `...attn1.processor.to_q_lora.down.weight`.
 
-Text encoders: `text_encoder...q_proj.lora_linear_layer.down.weight`. The oldest files hold a U-Net alone, without the prefix `unet.`. Attention only, no alpha.
+Text encoders: `text_encoder...q_proj.lora_linear_layer.down.weight`. The oldest files hold a U-Net alone, without the
+prefix `unet.`. Attention only, no alpha.
 """
 
 from __future__ import annotations

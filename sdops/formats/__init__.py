@@ -9,13 +9,16 @@ and executes nothing that a file contains.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from sdops.core.source import Source
+from sdops.core.spec import Spec
 from sdops.formats._file import read_head, unreadable
 from sdops.formats._guess import unknown
+from sdops.formats._torch import Tensor
 
 # Asked in this order, because a shard is a safetensors file as well.
 _FILES = ("safetensors", "torch_zip", "torch_legacy")
@@ -78,6 +81,44 @@ def load_object(path: str | os.PathLike[str]) -> Any:
         if module.sniff(path, head):
             return module.load(path)
     raise unknown(path, head)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file beside a model.
+
+    Raises:
+        FormatError: it is no JSON object.
+    """
+    from sdops.formats._json import read
+
+    return read(path)
+
+
+def open_list(path: str | os.PathLike[str], names: Callable[[list[Spec]], list[str]]) -> FileSource | None:
+    """A torch file that holds nothing but a list of tensors, under the names that `names` gives to their specs.
+
+    Returns None if it holds something else, or is no torch file.
+
+    Raises:
+        SdopsError: as `open_source`.
+    """
+    path = Path(path)
+    head = b"" if path.is_dir() else read_head(path)
+    for name in ("torch_zip", "torch_legacy"):
+        module = import_module(f"{__name__}.{name}")
+        if not module.sniff(path, head):
+            continue
+        tensors = module.load(path)
+        if type(tensors) is not list or not tensors or not all(type(item) is Tensor for item in tensors):
+            return None
+        given = names([item.spec for item in tensors])
+        return _open_named(module, path, given)
+    return None
+
+
+def _open_named(module: Any, path: Path, names: list[str]) -> FileSource:
+    source: FileSource = module.open(path, lambda root: dict(zip(names, root, strict=True)))
+    return source
 
 
 def _first_match(path: Path, head: bytes, names: tuple[str, ...]) -> FileSource:

@@ -20,7 +20,7 @@ from sdops.errors import FormatError
 from sdops.formats._file import InputFile
 from sdops.formats._pickle import BYTES_LIMIT, PickleError, refuse
 from sdops.formats._torch import Storage, load_object
-from sdops.formats._torch_file import TorchFile, Window
+from sdops.formats._torch_file import Naming, TorchFile, Window, unchanged
 
 if TYPE_CHECKING:
     from zipfile import ZipInfo
@@ -44,8 +44,8 @@ def sniff(path: Path, head: bytes) -> bool:
     return member in (b"data.pkl", b"version", b"byteorder", b"constants.pkl") or member.startswith(b"data/")
 
 
-def open(path: Path) -> TorchFile:  # noqa: A001 -- the shelf's contract names it
-    """Open a checkpoint by reading its pickle.
+def open(path: Path, named: Naming = unchanged) -> TorchFile:  # noqa: A001 -- the shelf's contract names it
+    """Open a checkpoint by reading its pickle; `named` gives names to the tensors of an object that has none.
 
     Raises:
         SdopsError: the file is missing.
@@ -54,7 +54,7 @@ def open(path: Path) -> TorchFile:  # noqa: A001 -- the shelf's contract names i
     file = InputFile(path)
     try:
         members = _members(file)
-        return TorchFile(file, _read_object(file, members), big_endian=_is_big_endian(file, members))
+        return TorchFile(file, named(_read_object(file, members)), big_endian=_is_big_endian(file, members))
     except BaseException:
         file.close()
         raise
