@@ -311,7 +311,7 @@ def test_every_key_of_files_without_a_twin(
 def test_variants_of_the_architecture_tables(name: str) -> None:
     """All keys of a variant in one spelling become all of its keys in the other."""
     listed = [(table, each) for table in archs() for each in table.variants if each.name == name and table.keys]
-    assert len({table.layout for table, _ in listed}) == 2
+    assert len({table.layout for table, _ in listed}) >= 2
     for source, variant in listed:
         for target, same in listed:
             if (source.family, source.name) == (target.family, target.name) and source.layout != target.layout:
