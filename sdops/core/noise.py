@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,8 +69,9 @@ class Noise:
             like: The chunk to fill: the elements offset .. offset + numel of the tensor in row-major order.
             stream: Tells apart several draws of one method for the same elements.
         """
-        words, lead = self._words(model, stream, like.numel())
-        flat = words.reshape(-1)[lead : lead + like.numel()]
+        import torch
+
+        flat = self.words(model, like.numel(), stream)
         flat >>= np.uint32(8)
         values = flat.astype(np.float32)
         values *= np.float32(2.0**-24)
@@ -83,6 +83,8 @@ class Noise:
         Words (0, 1) and (2, 3) of a counter make a pair each:
             r = sqrt(-2 ln((w0 + 1) / 2^32)),   t = 2 pi w1 / 2^32,   (r cos t, r sin t)
         """
+        import torch
+
         words, lead = self._words(model, stream, like.numel())
         pairs = words.reshape(-1, 2)
         radius = torch.from_numpy(np.sqrt(-2.0 * np.log((pairs[:, 0] + 1.0) * 2.0**-32)))
@@ -91,6 +93,11 @@ class Noise:
         values[:, 0] = radius * angle.cos()  # numpy's sine and cosine take twice the time of torch's
         values[:, 1] = radius * angle.sin()
         return values.reshape(-1)[lead : lead + like.numel()].reshape(like.shape).to(like.device)
+
+    def words(self, model: int, numel: int, stream: int = 0) -> NDArray[np.uint32]:
+        """Random words for the `numel` elements from `offset` on, (numel,); needs no torch."""
+        words, lead = self._words(model, stream, numel)
+        return words.reshape(-1)[lead : lead + numel]
 
     def _words(self, model: int, stream: int, numel: int) -> tuple[NDArray[np.uint32], int]:
         """Words (groups, 4) of all counters that the chunk touches; position of its first element in them."""

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sdops.core.fp8 import fp8_values
 from sdops.core.precision import FORMATS, Doubles, decode, encode
 from sdops.core.source import Source, read, splits
 from sdops.core.spec import FP8, Spec
@@ -136,7 +136,7 @@ class Dequantised(View):
         count, first = len(buffer) // 4, start // 4
         codes = bytearray(count)
         self.source.read_into(key, first, memoryview(codes))
-        values = _fp8_table(spec.dtype)[np.frombuffer(codes, np.uint8)]
+        values = fp8_values(spec.dtype)[np.frombuffer(codes, np.uint8)]
         if key in self.scales:
             scale = _values(self.source, self.scales[key]).astype(np.float32).reshape(-1)
             rows = np.arange(first, first + count) // (spec.numel // spec.shape[0]) if scale.size > 1 else 0
@@ -163,24 +163,6 @@ def _scale_of(key: str, source: Source) -> str | None:
 def _is_quantisation_marker(key: str) -> bool:
     name = key.rpartition(".")[2]
     return name in ("scaled_fp8", "comfy_quant", "scale_input", "input_scale")
-
-
-def _fp8_table(dtype: str) -> NDArray[np.float32]:
-    """Values of all 256 codes, float32."""
-    exponent_bits, bias = {"F8_E4M3": (4, 7), "F8_E5M2": (5, 15), "F8_E4M3FNUZ": (4, 8), "F8_E5M2FNUZ": (5, 16)}[dtype]
-    mantissa_bits = 7 - exponent_bits
-    codes = np.arange(256)
-    exponent, mantissa = codes >> mantissa_bits & ((1 << exponent_bits) - 1), codes & ((1 << mantissa_bits) - 1)
-    fraction = mantissa / 2.0**mantissa_bits + (exponent > 0)
-    values: Doubles = np.ldexp(fraction, np.maximum(exponent, 1) - bias) * np.where(codes & 0x80, -1.0, 1.0)
-    if dtype.endswith("FNUZ"):
-        values[0x80] = np.nan
-    elif dtype == "F8_E4M3":
-        values[[0x7F, 0xFF]] = np.nan
-    else:
-        values[exponent == 31] = np.where(mantissa[exponent == 31], np.nan, np.inf)
-        values[0xFC] = -np.inf
-    return values.astype(np.float32)
 
 
 def _values(source: Source, key: str) -> Doubles:

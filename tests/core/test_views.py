@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from sdops.core.fp8 import fp8_values
 from sdops.core.source import read
 from sdops.core.spec import Spec
-from sdops.core.views import Dequantised, Renamed, WithChannels, _fp8_table
+from sdops.core.views import Dequantised, Renamed, WithChannels
 from sdops.errors import FormatError
 
 
@@ -44,7 +45,7 @@ def values(source: object, key: str, dtype: type = np.float32) -> np.ndarray:
 )
 def test_every_fp8_code(name: str, dtype: torch.dtype) -> None:
     expected = torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
-    np.testing.assert_array_equal(_fp8_table(name), expected)
+    np.testing.assert_array_equal(fp8_values(name), expected)
 
 
 def test_renamed_hides_what_is_not_named() -> None:
