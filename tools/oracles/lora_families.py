@@ -5,7 +5,7 @@
     PYTHONPATH=. ENV/bin/python tools/oracles/lora_families.py
 
 Each case makes the program's own module on a random layer, fills it with random numbers, takes the tensors that it
-would save, computes the change from those with sdops, and compares it in float32 with what the program does to the layer:
+would save, computes the change from those with sdops, and compares it in float32 with what the program does:
 
     merged    its merge function, minus the layer's weight
     forward   the layer's output with the adapter minus that without, against the change applied to the input
