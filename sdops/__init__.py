@@ -20,6 +20,8 @@ _PUBLIC = {
     "SdopsError": ("sdops.errors", "SdopsError"),
     "diff": ("sdops.verbs.diff", "diff"),
     "env": ("sdops.verbs.env", "env"),
+    "extract": ("sdops.verbs.extract", "extract"),
+    "fix": ("sdops.verbs.fix", "fix"),
     "hash": ("sdops.verbs.hash", "hash_files"),
     "inspect": ("sdops.verbs.inspect", "inspect"),
     "merge": ("sdops.verbs.merge", "merge"),

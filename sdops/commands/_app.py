@@ -15,12 +15,16 @@ COMMANDS: dict[str, dict[str, str]] = {
         "inspect": "Show what a model file is and what is in it",
         "hash": "Show the hashes of model files, in all the forms in use",
         "verify": "Read every tensor and report damage",
+        "fix": "Repair a model file: broken position ids, names, hashes, junk",
         "meta": "Show or change a model's metadata",
         "diff": "Compare two models, tensor by tensor and block by block",
     },
     "Merging": {
         "merge": "Merge checkpoints into one",
         "methods": "List the merge methods, or explain one",
+    },
+    "LoRA": {
+        "extract": "Extract a LoRA: the difference of a fine-tune to its base",
     },
     "Help": {
         "env": "Show versions, devices and caches, for a bug report",

@@ -8,7 +8,6 @@ tensors are not touched at any time. A new file goes through the sink: it has it
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdops.core.sink import FileSink
+from sdops.core.sink import FileSink, sync_folder, tag
 from sdops.core.spec import Spec
 from sdops.errors import ChangedError, OutputError, SdopsError
 
@@ -90,7 +89,7 @@ def replace_header(path: Path, old: bytes, new: bytes) -> None:
             raise
         finally:
             journal.unlink()
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
 
 
 def recover(path: Path) -> bool:
@@ -113,7 +112,7 @@ def recover(path: Path) -> bool:
             _overwrite(fd, found[1])
         for leftover in (journal, draft):
             leftover.unlink(missing_ok=True)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     return torn
 
 
@@ -127,7 +126,7 @@ def _is_mixture(fd: int, old: bytes, new: bytes) -> bool:
 
 def _journal(target: Path) -> Path:
     """Where the journal of a file is; its name is short, for that of the file may have 255 bytes."""
-    return target.parent / f".sdops-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]}.undo"
+    return target.parent / f".sdops-{tag(target)}.undo"
 
 
 def _draft(target: Path) -> Path:
@@ -147,7 +146,7 @@ def _write_journal(target: Path, size: int, old: bytes, new: bytes) -> Path:
         os.replace(draft, journal)
     finally:
         draft.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     return journal
 
 
@@ -195,13 +194,3 @@ def _overwrite(fd: int, data: bytes) -> None:
     while done < len(data):
         done += os.pwrite(fd, data[done:], done)
     os.fsync(fd)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make new and removed names durable, where a folder can be synchronised."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -40,16 +40,22 @@ class Header:
         metadata: Text -> text.
         offsets: Tensor name -> position of its first byte in the file.
         data_start: Position of the first byte after the header.
+        surplus: Bytes after the last tensor; only where they are put up with.
     """
 
     specs: dict[str, Spec]
     metadata: dict[str, str]
     offsets: dict[str, int]
     data_start: int
+    surplus: int = 0
 
 
 class SafetensorsFile:
-    """One safetensors file as a Source; see `Header` for `specs`, `metadata`, `offsets` and `data_start`.
+    """One safetensors file as a Source; see `Header` for `specs`, `metadata`, `offsets`, `data_start` and `surplus`.
+
+    Args:
+        path: As the user gave it.
+        lenient: Put up with bytes after the last tensor, as some programs do.
 
     Attributes:
         name: The file's name.
@@ -60,10 +66,10 @@ class SafetensorsFile:
         warnings: None.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, lenient: bool = False) -> None:
         self._file = InputFile(path)
         try:
-            header = _read_header(self._file)
+            header = _read_header(self._file, lenient=lenient)
         except BaseException:
             self._file.close()
             raise
@@ -77,6 +83,7 @@ class SafetensorsFile:
         self.metadata: Mapping[str, str] = header.metadata
         self.offsets = header.offsets
         self.data_start = header.data_start
+        self.surplus = header.surplus
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on.
@@ -124,7 +131,7 @@ def read_header(path: Path) -> Header:
         file.close()
 
 
-def _read_header(file: InputFile) -> Header:
+def _read_header(file: InputFile, *, lenient: bool = False) -> Header:
     head = bytes(file.read(0, min(HEAD, file.size)))
     length = int.from_bytes(head[:8], "little")
     if not sniff(file.path, head):
@@ -139,7 +146,7 @@ def _read_header(file: InputFile) -> Header:
         )
     raw = head[8 : 8 + length] if 8 + length <= len(head) else file.read(8, length)
     with _no_garbage_collection():
-        return _interpret(file, _parse(file.path, raw), 8 + length)
+        return _interpret(file, _parse(file.path, raw), 8 + length, lenient=lenient)
 
 
 @contextmanager
@@ -165,17 +172,18 @@ def _parse(path: Path, raw: bytes | bytearray) -> dict[str, Any]:
         _refuse(path, shorten(str(error)))
 
 
-def _interpret(file: InputFile, header: dict[str, Any], data_start: int) -> Header:
+def _interpret(file: InputFile, header: dict[str, Any], data_start: int, *, lenient: bool) -> Header:
     """Specs and offsets, once all of them are found to fit together."""
     metadata = _metadata(file.path, header.pop("__metadata__", None))
     entries = sorted([_entry(file.path, key, info) for key, info in header.items()], key=_span)
     end = _check_layout(file.path, entries)
-    _check_size(file, data_start + end)
+    surplus = _check_size(file, data_start + end, lenient=lenient)
     return Header(
         specs={key: spec for key, spec, _, _ in entries},
         metadata=metadata,
         offsets={key: data_start + begin for key, _, begin, _ in entries},
         data_start=data_start,
+        surplus=surplus,
     )
 
 
@@ -234,7 +242,8 @@ def _check_layout(path: Path, entries: Iterable[tuple[str, Spec, int, int]]) -> 
     return position
 
 
-def _check_size(file: InputFile, expected: int) -> None:
+def _check_size(file: InputFile, expected: int, *, lenient: bool) -> int:
+    """Refuse a file that is too short or too long; returns how much too long it is."""
     if file.size < expected:
         raise FormatError(
             f"`{file.path}` is cut short: {expected - file.size:,} of {expected:,} bytes are missing"
@@ -243,10 +252,11 @@ def _check_size(file: InputFile, expected: int) -> None:
             path=file.path,
             missing=expected - file.size,
         )
-    if file.size > expected:
+    if file.size > expected and not lenient:
         raise FormatError(
             f"`{file.path}` has {file.size - expected:,} bytes after its last tensor",
-            hint=f"`head -c {expected} {quote(str(file.path))} > repaired.safetensors` cuts them off",
+            hint=f"`sdops fix {quote(str(file.path))}` cuts them off",
             path=file.path,
             extra=file.size - expected,
         )
+    return file.size - expected

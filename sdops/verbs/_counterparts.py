@@ -90,6 +90,7 @@ def _plain(part: Component) -> str:
 
 def _moved(key: str, own: Component, wanted: Component, first: Model) -> str:
     """A key under the other's prefix, with `text_model.` if the other has it."""
-    name = own.table.strip + key.removeprefix(own.prefix)
-    candidates = (wanted.prefix + name, wanted.prefix + name.removeprefix(wanted.table.strip))
-    return next((new for new in candidates if new in first.source.specs), candidates[1])
+    name = key.removeprefix(own.prefix)
+    spellings = (own.table.strip + name, name, name.removeprefix(wanted.table.strip))
+    candidates = [wanted.prefix + spelling for spelling in spellings]
+    return next((new for new in candidates if new in first.source.specs), candidates[0])
