@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import update_wrapper
 from typing import Any
@@ -63,3 +64,19 @@ files_argument = click.argument(
     type=FILE,
     help="Model files or diffusers folders",
 )
+
+_UNITS = ("", "k", "m", "g")
+
+
+def size_option(name: str, **attributes: Any) -> Function:
+    """An option whose value is a number of bytes, written as 300MB, 2G or 1.5GiB."""
+    return click.option(name, metavar="SIZE", callback=_bytes, **attributes)
+
+
+def _bytes(_ctx: click.Context, _option: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)(i?)b?\s*", value, re.IGNORECASE)
+    if not found:
+        raise click.BadParameter(f"`{value}` is not an amount of memory such as 300MB or 2G")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS.index(found[2].lower()))

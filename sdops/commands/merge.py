@@ -10,11 +10,10 @@ import click
 
 from sdops.card import Card, Knob, find
 from sdops.commands._console import Console
-from sdops.commands._options import FILE, general_options
+from sdops.commands._options import FILE, general_options, size_option
 from sdops.errors import UsageError
 
 DEFAULT_METHOD = "weighted-sum"
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 class MergeCommand(click.Command):
@@ -75,16 +74,6 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -
         raise click.BadParameter(f"`{value}` is not a list of numbers such as 0.5,0.3,0.2") from None
 
 
-def _bytes(_ctx: click.Context, _option: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)(i?)b?\s*", value, re.IGNORECASE)
-    if not found:
-        raise click.BadParameter(f"`{value}` is not an amount of memory such as 300MB or 2G")
-    unit = _UNITS[found[2].lower()]
-    return int(float(found[1]) * (1024 ** list(_UNITS.values()).index(unit) if found[3] else unit))
-
-
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.argument("models", metavar="A B [C ...]", nargs=-1, required=True, type=FILE, help="Model files"),
     click.option("-m", "--method", default=DEFAULT_METHOD, show_default=True, allow_from_autoenv=False, help="How"),
@@ -113,7 +102,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--prune", is_flag=True, help="Leave out EMA weights, noise schedules and other ballast"),
     click.option("--seed", type=int, default=0, show_default=True, help="For random methods"),
     click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),
-    click.option("--memory", metavar="SIZE", callback=_bytes, help="Stay below this, e.g. 300MB"),
+    size_option("--memory", help="Stay below this, e.g. 300MB"),
     click.option("--no-hash", is_flag=True, help="Do not record the inputs' SHA-256"),
 )
 

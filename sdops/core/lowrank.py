@@ -33,6 +33,7 @@ CONVERGED = (
     2e-3  # of the squared error: what one more iteration may gain; the error is then within 0.1 % of the optimum
 )
 MOST_BLOCKS = 8
+RUN = 1 << 14  # elements whose squares are summed in float32; the sum is good to 6 digits
 CHUNK = 1 << 20  # elements that are looked at together where a whole copy of the matrix would be needed otherwise
 
 
@@ -144,9 +145,9 @@ def inner(up_a: Tensor, down_a: Tensor, up_b: Tensor, down_b: Tensor) -> float:
 
 
 def squared_norm(tensor: Tensor) -> float:
-    """Sum of squares; squares in the tensor's dtype, sums in float64."""
+    """Sum of squares: of short runs in the tensor's dtype, of these in float64."""
     flat = tensor.reshape(-1)  # a copy only where the tensor is not contiguous
-    return math.fsum(part.square().sum(dtype=torch.float64).item() for part in torch.split(flat, CHUNK))
+    return math.fsum(torch.dot(part, part).item() for part in torch.split(flat, RUN))
 
 
 def generator(seed: int, name: str) -> torch.Generator:
@@ -199,12 +200,15 @@ def _krylov(x: Tensor, rule: Rule, total: float, guess: int, random: torch.Gener
         fresh = torch.randn(x.shape[1], width - start.shape[1], generator=random, dtype=x.dtype)
         basis = torch.linalg.qr(torch.cat([start, x @ fresh], dim=1)).Q  # [m, width]
         images = x.T @ basis  # [n, width]
+        products = images.double().T @ images.double()  # (Q^T X)(Q^T X)^T
         captured = -math.inf
         for _ in range(MOST_BLOCKS):
             if basis.shape[1] < m:
                 block = _orthonormal(x @ images[:, -width:], basis)
-                basis, images = torch.cat([basis, block], dim=1), torch.cat([images, x.T @ block], dim=1)
-            spectrum, vectors = _within(images, total, _shape(x))
+                image = x.T @ block
+                products = _extended(products, images, image)
+                basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
+            spectrum, vectors = _within(products, total, _shape(x))
             rank = rule(spectrum)
             if rank is None or (rank > guess and basis.shape[1] < m):
                 break
@@ -226,10 +230,16 @@ def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
     return block
 
 
-def _within(images: Tensor, total: float, shape: tuple[int, int]) -> tuple[Spectrum, Tensor]:
-    """Singular values of Q^T X, and the left vectors [k, k], of its transpose [n, k]; descending."""
-    wide = images.double()
-    squares, vectors = torch.linalg.eigh(wide.T @ wide)
+def _extended(products: Tensor, images: Tensor, image: Tensor) -> Tensor:
+    """P^T P for P = [images, image], given that of `images`; float64."""
+    new = image.double()
+    cross = images.double().T @ new
+    return torch.cat([torch.cat([products, cross], dim=1), torch.cat([cross.T, new.T @ new], dim=1)])
+
+
+def _within(products: Tensor, total: float, shape: tuple[int, int]) -> tuple[Spectrum, Tensor]:
+    """Singular values of Q^T X, and its left vectors [k, k], from (Q^T X)(Q^T X)^T; descending."""
+    squares, vectors = torch.linalg.eigh(products)
     values = squares.flip(0).clamp(min=0).sqrt()
     return Spectrum(values, total, shape), vectors.flip(1)
 

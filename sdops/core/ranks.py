@@ -121,21 +121,18 @@ def noise_floor(least: float, most: float) -> Rule:
     return rule
 
 
-def at_most(rank: int, rule: Rule) -> Rule:
-    """What another rule says, but no more than `rank`.
+def lowest(*rules: Rule) -> Rule:
+    """The lowest of what several rules say: `lowest(fixed(64), energy(0.99))` keeps at most 64 values.
 
-    Args:
-        rank: The cap.
-        rule: One that says None only if it wants at least all values that it was shown: any but `quantile`.
+    A rule that wants more values than it was shown is no obstacle if another is content with what is there. So
+    `quantile` has a cap of its own: it wants to see all values, not to keep them.
     """
 
-    def limited(spectrum: Spectrum) -> int | None:
-        wanted = rule(spectrum)
-        if wanted is None:
-            return rank if len(spectrum.values) >= rank else None
-        return min(wanted, rank)
+    def rule(spectrum: Spectrum) -> int | None:
+        said = [wanted for each in rules if (wanted := each(spectrum)) is not None]
+        return min(said, default=None)
 
-    return limited
+    return rule
 
 
 def _above(spectrum: Spectrum, threshold: float) -> int | None:

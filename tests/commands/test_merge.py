@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from sdops.card import cards
-from sdops.commands.merge import _bytes, _method_in
+from sdops.commands._options import _bytes
+from sdops.commands.merge import _method_in
 from tests import tiny
 
 

@@ -39,9 +39,9 @@ LEADING = Spectrum(VALUES[:2], 85.0, (4, 9))
         (ranks.quantile(0.9), 2, None),
         (ranks.quantile(0.1), 1, None),
         (ranks.quantile(0.99, most=1), 1, None),
-        (ranks.at_most(2, ranks.absolute(0.5)), 2, 2),
-        (ranks.at_most(3, ranks.absolute(0.5)), 3, None),
-        (ranks.at_most(1, ranks.absolute(5.0)), 1, 1),
+        (ranks.lowest(ranks.fixed(2), ranks.absolute(0.5)), 2, 2),
+        (ranks.lowest(ranks.fixed(3), ranks.absolute(0.5)), 3, None),
+        (ranks.lowest(ranks.fixed(1), ranks.absolute(5.0)), 1, 1),
     ],
 )
 def test_rules(rule: ranks.Rule, whole: int, leading: int | None) -> None:
