@@ -3,8 +3,9 @@
     python tools/floor.py OUT A B [C ...] [--threads N] [--passes N]
 
 Several threads, pieces of 1 MiB, buffers used again and again, a temporary file with fsync before it gets its name:
-what any merge that streams must do at least. The output's bytes are those of A. With two passes all inputs are read
-twice, as methods must that first measure and then combine.
+what any merge that streams must do at least. One thread writes at a time: the system allows no more, and one that
+waits for it by spinning keeps another from reading. The output's bytes are those of A. With two passes all inputs are
+read twice, as methods must that first measure and then combine.
 """
 
 from __future__ import annotations
@@ -40,25 +41,33 @@ def copy(output: Path, inputs: list[Path], *, threads: int, passes: int) -> None
 
 def _pass(sources: list[int], target: int | None, size: int, end: int, threads: int) -> None:
     offsets = iter(range(0, end, PIECE))
-    lock = threading.Lock()
-    workers = [threading.Thread(target=_work, args=(sources, target, size, offsets, lock)) for _ in range(threads)]
+    locks = threading.Lock(), threading.Lock()
+    workers = [threading.Thread(target=_work, args=(sources, target, size, offsets, *locks)) for _ in range(threads)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
 
 
-def _work(sources: list[int], target: int | None, size: int, offsets: Iterator[int], lock: threading.Lock) -> None:
+def _work(
+    sources: list[int],
+    target: int | None,
+    size: int,
+    offsets: Iterator[int],
+    counting: threading.Lock,
+    writing: threading.Lock,
+) -> None:
     # page-aligned: 16 bytes behind a page boundary, where malloc puts large blocks, copies are five times as slow
     buffers = [memoryview(mmap.mmap(-1, PIECE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) for _ in sources]
     while True:
-        with lock:
+        with counting:
             offset = next(offsets, None)
         if offset is None:
             return
         counts = [os.preadv(fd, [buffer], offset) for fd, buffer in zip(sources, buffers, strict=True)]
         if target is not None and offset < size:
-            os.pwrite(target, buffers[0][: counts[0]], offset)
+            with writing:
+                os.pwrite(target, buffers[0][: counts[0]], offset)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdops.core import native
 from sdops.core.exact import PIECE, ExactSum, NonFiniteError, Scratch
 from sdops.core.inputs import nonfinite
 from sdops.core.linear import coefficients
@@ -63,9 +64,13 @@ class Merged:
 
     @property
     def forks(self) -> bool:
-        """Whether forked processes may do the work: linear methods on files."""
+        """Whether forked processes should do the work: linear methods on files, where numpy has to compute."""
         sources = {id(i.source): i.source for step in self.plan.steps.values() for i in step.inputs}
-        return self.method.execution == "linear" and not any(hasattr(s, "piece_bytes") for s in sources.values())
+        return (
+            self.method.execution == "linear"
+            and native.library() is None
+            and not any(hasattr(s, "piece_bytes") for s in sources.values())
+        )
 
     def tally(self) -> tuple[dict[str, int], Any]:
         """What was counted in this process."""

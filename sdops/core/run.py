@@ -41,7 +41,8 @@ class Forkable(Source, Protocol):
     """A Source that may be read in forked processes; what it counts there comes back as a tally.
 
     Attributes:
-        forks: Whether it makes sense: much numpy, no torch, nothing that is shared between tensors.
+        forks: Whether it makes sense: much numpy, no torch, nothing that is shared between tensors. Compiled code
+            needs no processes.
     """
 
     forks: bool

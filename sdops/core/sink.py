@@ -17,6 +17,7 @@ import resource
 import secrets
 import shutil
 import stat
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -89,6 +90,8 @@ class FileSink:
         self.offsets, self.nbytes = self._place(len(self._header))
         check_space(self.target, self.nbytes)
         self._force = force
+        # the system lets one thread at a time write to a file; others would spin where they can sleep
+        self._writing = threading.Lock()
         self._temporary: Path | None = None
         self._fd = -1
 
@@ -205,10 +208,11 @@ class FileSink:
             os.replace(temporary, self.target)
 
     def _write_at(self, offset: int, data: memoryview) -> None:
-        while data:
-            written = os.pwrite(self._fd, data, offset)
-            offset += written
-            data = data[written:]
+        with self._writing:
+            while data:
+                written = os.pwrite(self._fd, data, offset)
+                offset += written
+                data = data[written:]
 
     def _discard(self) -> None:
         if self._temporary is not None:

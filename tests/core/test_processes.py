@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdops.core import processes, run
+from sdops.core import native, processes, run
 from sdops.errors import FormatError, SdopsError
 from sdops.verbs.merge import Merge, merge
 from tests import tiny
@@ -18,6 +18,7 @@ from tests import tiny
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every merge in more than one process, however small, and although the tests have torch loaded."""
+    monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(run, "FORK_BYTES", 0)
     monkeypatch.setattr(run, "can_fork", lambda: True)
     monkeypatch.setattr(run, "JOB_BYTES", 1000)

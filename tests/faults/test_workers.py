@@ -15,6 +15,12 @@ from tests.faults.cli import end, leftovers, merge, sparse, start, wait_until
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
+@pytest.fixture(autouse=True)
+def numpy_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code works in threads; processes are for numpy."""
+    monkeypatch.setenv("SDOPS_NATIVE", "0")
+
+
 @pytest.fixture
 def huge(tmp_path: Path) -> tuple[Path, Path]:
     """Two models of 300 MB that take no room on the disk."""
