@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdops.archs.detect import Component, Detection, component_of, detect
+from sdops.archs.detect import Component, Detection, detect
 from sdops.core.source import Source
 from sdops.core.spec import FP8
-from sdops.core.views import Dequantised, Renamed
+from sdops.core.views import Dequantised
+from sdops.errors import MismatchError
 from sdops.formats import FileSource, open_source
+from sdops.layouts.tables import Part, made_of
 from sdops.verbs._inputs import FLAT
+from sdops.verbs._relaid import Relaid
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Counterparts:
 
     Attributes:
         source: Its tensors, under the other's names where the other has them.
-        keys: Name there -> name in the model's own file.
+        keys: Name there -> name in the model's own file; of several, the first.
         notes: Component -> how its spelling differs (`prefix`, `layout`).
     """
 
@@ -62,21 +65,39 @@ class Counterparts:
 
 
 def counterparts(model: Model, first: Model) -> Counterparts:
-    """Give the tensors of `model` the names that `first` has for the same components."""
+    """Give the tensors of `model` the names and the layouts that `first` has for the same components."""
     own, wanted = _components(model), _components(first)
+    made = {key: (Part(key),) for key in model.source.specs}
     notes: dict[str, str] = {}
-    for name in own.keys() & wanted.keys():
-        if _plain(own[name]) != _plain(wanted[name]):
-            notes[name] = f"{own[name].layout} layout"
-        elif (own[name].prefix, own[name].layout) != (wanted[name].prefix, wanted[name].layout):
-            notes[name] = f"prefix `{own[name].prefix}`"
-    keys = {}
-    for key in model.source.specs:
-        name = component_of(model.detection, key)
-        keys[_moved(key, own[name], wanted[name], first) if name in notes else key] = key
-    if all(new == old for new, old in keys.items()):
-        return Counterparts(model.source, keys, notes)
-    return Counterparts(Renamed(model.source, keys), keys, notes)
+    for name in [name for name in own if name in wanted]:
+        part, other = own[name], wanted[name]
+        if (part.prefix, part.layout) == (other.prefix, other.layout):
+            continue
+        keys = [key for key in part.keys if key in made]
+        if _plain(part) != _plain(other):
+            moved, notes[name] = _relaid(part, other, keys, model), f"{part.layout} layout"
+        else:
+            moved = {_moved(key, part, other, first): (Part(key),) for key in keys}
+            notes[name] = f"prefix `{part.prefix}`"
+        used = {piece.key for pieces in moved.values() for piece in pieces}
+        made = {key: pieces for key, pieces in made.items() if key not in used} | moved
+    keys_of = {key: pieces[0].key for key, pieces in made.items()}
+    return Counterparts(Relaid(model.source, made) if notes else model.source, keys_of, notes)
+
+
+def _relaid(part: Component, wanted: Component, keys: list[str], model: Model) -> dict[str, tuple[Part, ...]]:
+    """How a component's tensors make those of another layout; none if no way is known."""
+    names = [key.removeprefix(part.prefix) for key in keys]
+    try:
+        made = made_of(part.family, part.name, part.layout, wanted.layout, names)
+    except MismatchError:
+        return {}
+    found = {}
+    for name, pieces in made.items():
+        full = tuple(piece._replace(key=part.prefix + piece.key) for piece in pieces)
+        if len({model.source.specs[piece.key].dtype for piece in full}) == 1:
+            found[wanted.prefix + name] = full
+    return found
 
 
 def _components(model: Model) -> dict[str, Component]:

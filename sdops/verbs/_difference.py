@@ -40,7 +40,7 @@ class Difference:
     Attributes:
         key: Its name in the first model.
         key_b: In the second.
-        specs: Dtype and shape as they are in the files.
+        specs: Dtype as it is in the files, shape as it is in the first one's layout.
         block: Merge slot, or the component where it has none.
         kind: What it does, one of KINDS.
         measure: How far the values are apart; None if the shapes do not allow to say.
@@ -60,14 +60,7 @@ class Difference:
             return "shape"
         if self.measure.changed:
             return "changed"
-        alike = self.specs[0] == self.specs[1] or self._laid_out
-        return "identical" if self.measure.same_bytes and alike else "equal"
-
-    @property
-    def _laid_out(self) -> bool:
-        """Whether only the layout makes the shapes differ: 1x1 convolutions are matrices elsewhere."""
-        a, b = self.specs
-        return self.key != self.key_b and a.dtype == b.dtype
+        return "identical" if self.measure.same_bytes and self.specs[0] == self.specs[1] else "equal"
 
     def facts(self) -> dict[str, Any]:
         """For JSON."""
@@ -102,7 +95,7 @@ def differences(a: Model, b: Counterparts, b_model: Model, found: Mapping[str, M
     for key in a.source.specs:
         if key not in b.source.specs:
             continue
-        specs = _stored(a, key, key), _stored(b_model, b.keys[key], key)
+        specs = _stored(a, key, a.source.specs[key]), _stored(b_model, b.keys[key], b.source.specs[key])
         records.append(Difference(key, b.keys[key], specs, block(a, key), kind(key), found.get(key)))
     return records
 
@@ -136,9 +129,9 @@ def total(measures: Iterable[Measure]) -> Measure:
     return whole
 
 
-def _stored(model: Model, key: str, name: str) -> Spec:
-    """A tensor as the file has it."""
-    return model.origin.specs.get(key) or model.source.specs[name]
+def _stored(model: Model, key: str, seen: Spec) -> Spec:
+    """A tensor in the dtype that the file has."""
+    return Spec(model.origin.specs[key].dtype, seen.shape)
 
 
 def _squeezed(spec: Spec) -> tuple[int, ...]:
