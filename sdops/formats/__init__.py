@@ -21,7 +21,7 @@ from sdops.formats._guess import unknown
 from sdops.formats._torch import Tensor
 
 # Asked in this order, because a shard is a safetensors file as well.
-_FILES = ("safetensors", "torch_zip", "torch_legacy")
+_FILES = ("safetensors", "torch_zip", "gguf", "torch_legacy")
 ORDER = ("sharded", *_FILES, "diffusers")
 
 

@@ -14,7 +14,6 @@ _UNPACK = "unpack it and give the model inside"
 
 # First bytes -> what it is, what to do.
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
-    (b"GGUF", "a GGUF file, which sdops does not read", "use the safetensors version of the model"),
     (b"PK\3\4", "a zip archive without a torch model inside", _UNPACK),
     (b"PK\5\6", "an empty zip archive", _AGAIN),
     (b"\x1f\x8b", "a gzip archive", _UNPACK),

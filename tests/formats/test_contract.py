@@ -54,7 +54,8 @@ TENSORS = st.dictionaries(
 def test_the_shelf_is_asked_in_full():
     files = {path.stem for path in SHELF.glob("[!_]*.py")}
     assert files == set(formats.ORDER)
-    assert {name.partition("-")[0] for name in WRITERS} == files
+    # GGUF holds fewer dtypes and shapes than these tests write: it has tests of its own
+    assert {name.partition("-")[0] for name in WRITERS} == files - {"gguf"}
 
 
 @pytest.mark.parametrize("name", formats.ORDER)
