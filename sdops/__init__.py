@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Report": ("sdops.report", "Report"),
     "SdopsError": ("sdops.errors", "SdopsError"),
+    "apply": ("sdops.verbs.apply", "apply"),
     "diff": ("sdops.verbs.diff", "diff"),
     "env": ("sdops.verbs.env", "env"),
     "extract": ("sdops.verbs.extract", "extract"),
@@ -28,6 +29,7 @@ _PUBLIC = {
     "meta": ("sdops.verbs.meta", "meta"),
     "methods": ("sdops.verbs.methods", "methods"),
     "open": ("sdops.formats", "open_source"),
+    "resize": ("sdops.verbs.resize", "resize"),
     "verify": ("sdops.verbs.verify", "verify"),
 }
 

@@ -15,16 +15,18 @@ COMMANDS: dict[str, dict[str, str]] = {
         "inspect": "Show what a model file is and what is in it",
         "hash": "Show the hashes of model files, in all the forms in use",
         "verify": "Read every tensor and report damage",
-        "fix": "Repair a model file: broken position ids, names, hashes, junk",
+        "fix": "Repair a model file, telling every repair",
         "meta": "Show or change a model's metadata",
-        "diff": "Compare two models, tensor by tensor and block by block",
+        "diff": "Compare two models, through containers, prefixes and layouts",
     },
     "Merging": {
         "merge": "Merge checkpoints into one",
         "methods": "List the merge methods, or explain one",
     },
     "LoRA": {
+        "apply": "Add LoRAs to a model's weights",
         "extract": "Extract a LoRA: the difference of a fine-tune to its base",
+        "resize": "Give a LoRA lower ranks, with the least error that they allow",
     },
     "Help": {
         "env": "Show versions, devices and caches, for a bug report",

@@ -1,0 +1,259 @@
+"""Add LoRAs to a model's weights.
+
+sdops.apply("model.safetensors", lora=["style.safetensors:0.8"], output="styled.safetensors")     writes a file
+lazy = sdops.apply("model.safetensors", lora=[("style.safetensors", 0.8)])                        a Source
+sdops.merge(lazy, "other.safetensors", alpha=0.3, output="both.safetensors")                      one pass
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdops import __version__
+from sdops.core.run import default_jobs, run
+from sdops.core.sink import SafetensorsSink, check_inputs, check_space, check_target
+from sdops.errors import UsageError
+from sdops.report import Progress, Report, silent
+from sdops.verbs._apply_base import check_architecture, check_matched, foreign_base, open_base, output_of
+from sdops.verbs._apply_loras import Lora, Wish, open_loras
+from sdops.verbs._apply_report import done_report, dry_report
+from sdops.verbs._hashes import Hashes, part_record
+from sdops.verbs._inputs import Model, Opened
+from sdops.verbs._provenance import LONGEST_NAME, RECIPE, metadata, with_hashes, without_hashes
+
+if TYPE_CHECKING:
+    from sdops.core.applied import Applied
+
+DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+ROUNDINGS = ("nearest", "stochastic")
+DORA = ("lerp", "peft")
+_SUFFIX = ".safetensors"
+
+
+def apply(
+    model: Model,
+    *,
+    lora: Sequence[Wish],
+    output: str | os.PathLike[str] | None = None,
+    dtype: str = "keep",
+    touched_dtype: str = "keep",
+    rounding: str = "nearest",
+    seed: int = 0,
+    dora_strength: str = "lerp",
+    sequential: bool = False,
+    allow_unmatched: bool = False,
+    allow_unknown: bool = False,
+    jobs: int | None = None,
+    force: bool = False,
+    hash_inputs: bool = True,
+    progress: Progress = silent,
+) -> Apply | Report:
+    """Add LoRAs, and their relatives of all families and dialects, to a model's weights.
+
+    W' = round(W + sum_l t_l b_l delta_l): all deltas are made from the original weights, added up in float32, and the
+    sum is rounded once. t is a LoRA's strength and b its block weight; both are linear for all families, DoRA included:
+    W + t (W' - W).
+
+    Args:
+        model: A path or Source: a checkpoint of any layout, or some of its components.
+        lora: For each LoRA its path, `"PATH:STRENGTH"` (see `_apply_loras` for block weights and components), or a pair
+            of path and strength. A strength is a dial: a number, or one per block, component or pattern.
+        output: Where to write; None returns the result as a Source without writing anything.
+        dtype: Of the result: keep (as the model's, per tensor), fp32, fp16 or bf16.
+        touched_dtype: The same for the tensors that a LoRA changes alone.
+        rounding: nearest, or stochastic: on average nothing of a small change is lost, at the cost of noise.
+        seed: Of stochastic rounding.
+        dora_strength: lerp, or peft: what DoRA adds is scaled before its norm, as PEFT does.
+        sequential: Families whose change depends on the weight see it with the LoRAs before, as in ComfyUI.
+        allow_unmatched: Leave out layers that the model does not have.
+        allow_unknown: Leave out tensors of an adapter that are not understood.
+        jobs: Threads; default: one per core.
+        force: Replace an existing output.
+        hash_inputs: Record the inputs' SHA-256 (remembered between runs).
+        progress: Called as `progress(label, total_bytes)`.
+
+    Returns:
+        A report if `output` is given, else a lazy `Apply`.
+
+    Raises:
+        UsageError: an unknown word, a malformed strength, or no LoRA.
+        MismatchError: a LoRA is for another architecture, has layers that the model lacks, or does not fit its shapes.
+        FormatError: an input is damaged, holds NaN, or is not understood.
+        OutputError: the output exists, is an input, or does not fit on the disk.
+    """
+    for option, value, allowed in (
+        ("dtype", dtype, DTYPES),
+        ("touched_dtype", touched_dtype, DTYPES),
+        ("rounding", rounding, ROUNDINGS),
+        ("dora_strength", dora_strength, DORA),
+    ):
+        if value not in allowed:
+            raise UsageError(f"`{option}` cannot be `{value}`", hint=f"choose one of {', '.join(allowed)}")
+    if not lora:
+        raise UsageError("no LoRA was given", hint="name one with `--lora FILE:STRENGTH`")
+    settings = {
+        "dtype": dtype,
+        "touched_dtype": touched_dtype,
+        "rounding": rounding,
+        "seed": seed,
+        "dora_strength": dora_strength,
+        "sequential": sequential,
+        "allow_unmatched": allow_unmatched,
+    }
+    opened = open_base(model)
+    made = Apply(opened, open_loras(lora, opened, allow_unknown=allow_unknown), settings)
+    if output is None:
+        return made
+    return made.save(output, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
+
+
+class Apply:
+    """A model with LoRAs, planned: a Source of the result, which `save` writes to a file. Made by `apply`.
+
+    Args:
+        model: The model as it is written where nothing changes.
+        loras: What is added, in order.
+        settings: The options of `apply`.
+        wide: The same model with more digits, for the weights that change: a merge in progress as float32.
+
+    Attributes:
+        parts: The inputs by role: model, lora1, lora2 ...
+        changes: What every tensor gains.
+        made: The recipe, with placeholders for hashes.
+        warnings: What the user should know, one sentence each.
+
+    Raises:
+        MismatchError: as `apply`.
+    """
+
+    def __init__(
+        self, model: Opened, loras: Sequence[Lora], settings: Mapping[str, Any], wide: Opened | None = None
+    ) -> None:
+        from sdops.verbs._apply_changes import Changes  # numpy
+
+        self.model = model
+        self.loras = loras
+        self.settings = settings
+        self.parts = {"model": model, **{f"lora{i}": lora.opened for i, lora in enumerate(loras, start=1)}}
+        for lora in loras:
+            check_architecture(lora, model)
+        self.changes = Changes(wide or model, loras, peft_dora=settings["dora_strength"] == "peft")
+        if not settings["allow_unmatched"]:
+            check_matched(loras, self.changes, model)
+        self.warnings = [text for lora in loras for text in (*lora.adapter.notes, *foreign_base(lora, model))]
+        self.made = self._recipe()
+        self.name = self.derived_name()
+        self._wide = wide
+        self.computed = self._computed()
+        self.specs = self.computed.specs
+        names = [model.name, *(lora.name for lora in loras)]
+        title = self.name.removesuffix(_SUFFIX)
+        self.metadata = metadata(model.source.metadata, model.detection.modelspec, title, names, self.made)
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """Compute bytes of a tensor."""
+        self.computed.read_into(key, start, buffer)
+
+    def piece_bytes(self, key: str) -> int:
+        """Portions in which `key` is computed."""
+        return self.computed.piece_bytes(key)
+
+    def splits(self, key: str) -> bool:
+        """Whether threads may share the tensor."""
+        return self.computed.splits(key)
+
+    def close(self) -> None:
+        """Close the inputs."""
+        for part in self.parts.values():
+            part.source.close()
+
+    def derived_name(self) -> str:
+        """What the file is called when nobody names it: `model+style0.8.safetensors`."""
+        stems = [Path(self.model.name).stem, *(Path(lora.name).stem + lora.spelled for lora in self.loras)]
+        encoded = os.fsencode("+".join(stems))
+        return os.fsdecode(encoded[: LONGEST_NAME - len(_SUFFIX)]) + _SUFFIX
+
+    def check(self, output: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Everything that can be known to go wrong before a tensor of the model is read.
+
+        Raises:
+            OutputError: the output exists, is an input, cannot be written or does not fit.
+            FormatError: a LoRA holds NaN or infinity.
+        """
+        from sdops.verbs._apply_changes import check_finite
+
+        path = Path(output)
+        check_inputs(path, [file for part in self.parts.values() for leaf in part.leaves() for file in leaf.files])
+        check_space(check_target(path, force=force), sum(spec.nbytes for spec in self.specs.values()))
+        for lora in self.loras:
+            check_finite(lora)
+
+    def save(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        jobs: int | None = None,
+        force: bool = False,
+        hash_inputs: bool = True,
+        progress: Progress = silent,
+    ) -> Report:
+        """Write the result to a file.
+
+        Args:
+            output: The file; its folder must exist.
+            jobs: Threads; default: one per core.
+            force: Replace an existing file.
+            hash_inputs: Record the inputs' SHA-256, computed beside the work if they are not remembered.
+            progress: Called as `progress(label, total_bytes)`.
+
+        Raises:
+            OutputError, FormatError, ChangedError: as `apply`.
+        """
+        from sdops.core.blas import one_thread
+
+        self.check(output, force=force)
+        begin = time.monotonic()
+        self.computed = self._computed()  # counts begin at zero
+        header = dict(self.metadata)
+        if not hash_inputs:
+            header[RECIPE] = without_hashes(header[RECIPE])
+        with SafetensorsSink(Path(output), self.specs, header, force=force) as sink:
+            with Hashes(self.parts.values(), enabled=hash_inputs) as hashes:
+                with progress("applying", sink.nbytes) as advance, one_thread():
+                    run(self.computed, sink, jobs=jobs or default_jobs(), progress=advance)
+                digests = hashes.wait(progress)
+            for part in self.parts.values():
+                part.check_unchanged()
+            if hash_inputs:
+                header[RECIPE] = with_hashes(header[RECIPE], digests)
+            sink.commit({RECIPE: header[RECIPE]})
+        return done_report(self, Path(output), time.monotonic() - begin, json.loads(header[RECIPE]))
+
+    def dry_run(self, output: str | os.PathLike[str], *, force: bool = False) -> Report:
+        """What `save` would do, after the same checks."""
+        self.check(output, force=force)
+        return dry_report(self, Path(output))
+
+    def _computed(self) -> Applied:
+        """The Source that does the work."""
+        seed = self.settings["seed"] if self.settings["rounding"] == "stochastic" else None
+        dtypes = DTYPES[self.settings["dtype"]], DTYPES[self.settings["touched_dtype"]]
+        weights = (self._wide or self.model).source
+        return output_of(self.model, weights, self.changes, dtypes, sequential=self.settings["sequential"], seed=seed)
+
+    def _recipe(self) -> dict[str, Any]:
+        """Everything needed to make the file again; defaults are left out."""
+        default = {"dtype": "keep", "touched_dtype": "keep", "rounding": "nearest", "dora_strength": "lerp"}
+        own = {name: value for name, value in self.settings.items() if value not in (default.get(name), False)}
+        if self.settings["rounding"] == "nearest":
+            own.pop("seed", None)
+        strengths = [{}, *({"strength": lora.strength.to_json()} for lora in self.loras)]
+        inputs = [
+            part_record(role, part) | more for (role, part), more in zip(self.parts.items(), strengths, strict=True)
+        ]
+        return {"version": __version__, "verb": "apply", **own, "inputs": inputs}
