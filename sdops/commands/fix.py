@@ -35,7 +35,7 @@ _LIST = "\n".join(f"      {name:19}{text}" for name, text in _EXPLAINED.items())
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be done, write nothing")
 @general_options
 def command(console: Console, file: str, **options: Any) -> int:
-    """Repair a model file; every repair is told."""
+    """Repair a model file, telling every repair."""
     from sdops.verbs.fix import fix
 
     return console.show(fix(file, **options, progress=console.progress))

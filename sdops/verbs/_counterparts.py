@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdops.archs.detect import Component, Detection, detect
+from sdops.core.assembled import Assembled, Made, joined, rows
 from sdops.core.source import Source
 from sdops.core.spec import FP8
 from sdops.core.views import Dequantised
 from sdops.errors import MismatchError
 from sdops.formats import FileSource, open_source
-from sdops.layouts.tables import Part, made_of
+from sdops.layouts.tables import made_of
 from sdops.verbs._inputs import FLAT
-from sdops.verbs._relaid import Relaid
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Counterparts:
 def counterparts(model: Model, first: Model) -> Counterparts:
     """Give the tensors of `model` the names and the layouts that `first` has for the same components."""
     own, wanted = _components(model), _components(first)
-    made = {key: (Part(key),) for key in model.source.specs}
+    made = {key: rows(model.source, key) for key in model.source.specs}
     notes: dict[str, str] = {}
     for name in [name for name in own if name in wanted]:
         part, other = own[name], wanted[name]
@@ -75,28 +76,26 @@ def counterparts(model: Model, first: Model) -> Counterparts:
             continue
         keys = [key for key in part.keys if key in made]
         if _plain(part) != _plain(other):
-            moved, notes[name] = _relaid(part, other, keys, model), f"{part.layout} layout"
+            moved, notes[name] = _relaid(part, other, keys, model.source), f"{part.layout} layout"
         else:
-            moved = {_moved(key, part, other, first): (Part(key),) for key in keys}
+            moved = {_moved(key, part, other, first): made[key] for key in keys}
             notes[name] = f"prefix `{part.prefix}`"
-        used = {piece.key for pieces in moved.values() for piece in pieces}
-        made = {key: pieces for key, pieces in made.items() if key not in used} | moved
-    keys_of = {key: pieces[0].key for key, pieces in made.items()}
-    return Counterparts(Relaid(model.source, made) if notes else model.source, keys_of, notes)
+        used = {piece.key for each in moved.values() for piece in each.ranges}
+        made = {key: each for key, each in made.items() if key not in used} | moved
+    keys_of = {key: each.ranges[0].key for key, each in made.items()}
+    source = Assembled(model.source.name, made, model.source.metadata) if notes else model.source
+    return Counterparts(source, keys_of, notes)
 
 
-def _relaid(part: Component, wanted: Component, keys: list[str], model: Model) -> dict[str, tuple[Part, ...]]:
-    """How a component's tensors make those of another layout; none if no way is known."""
+def _relaid(part: Component, wanted: Component, keys: list[str], source: Source) -> dict[str, Made]:
+    """A component's tensors in another layout, as far as a way is known and their shapes allow it."""
     names = [key.removeprefix(part.prefix) for key in keys]
-    try:
-        made = made_of(part.family, part.name, part.layout, wanted.layout, names)
-    except MismatchError:
-        return {}
     found = {}
-    for name, pieces in made.items():
-        full = tuple(piece._replace(key=part.prefix + piece.key) for piece in pieces)
-        if len({model.source.specs[piece.key].dtype for piece in full}) == 1:
-            found[wanted.prefix + name] = full
+    with suppress(MismatchError):
+        for name, parts in made_of(part.family, part.name, part.layout, wanted.layout, names).items():
+            with suppress(MismatchError):
+                pieces = [rows(source, part.prefix + each.key, each.share, each.operation) for each in parts]
+                found[wanted.prefix + name] = joined(pieces)
     return found
 
 
