@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sdops.core.fp8 import fp8_values
+from sdops.core.casting import cast
 from sdops.core.precision import FORMATS, Doubles, decode, encode
 from sdops.core.source import Source, read, splits
 from sdops.core.spec import FP8, Spec
@@ -136,7 +136,8 @@ class Dequantised(View):
         count, first = len(buffer) // 4, start // 4
         codes = bytearray(count)
         self.source.read_into(key, first, memoryview(codes))
-        values = fp8_values(spec.dtype)[np.frombuffer(codes, np.uint8)]
+        values = np.empty(count, np.float32)
+        cast(np.frombuffer(codes, np.uint8), spec.dtype, values.view(np.uint32), "F32")
         if key in self.scales:
             scale = _values(self.source, self.scales[key]).astype(np.float32).reshape(-1)
             rows = np.arange(first, first + count) // (spec.numel // spec.shape[0]) if scale.size > 1 else 0
