@@ -33,7 +33,7 @@ class Target:
 
     def __str__(self) -> str:
         rows = "" if self.share is None else f"[{self.share[0]}/{self.share[2]}:{self.share[1]}/{self.share[2]}]"
-        return f"{self.component}:{self.module}{rows}"
+        return f"{self.component}:{self.module}{rows}{'~' if self.swapped else ''}"
 
     @property
     def order(self) -> tuple[str, str, Share, bool]:

@@ -17,9 +17,13 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows and columns of a tensor of the file, times a factor, put so that the first element is `at` (row, column)."""
+    """Rows and columns of a tensor of the file, times a factor, put so that the first element is `at` (row, column).
+
+    `size` is the rows and columns that the whole tensor has.
+    """
 
     key: str
+    size: tuple[int, int]
     rows: Range
     columns: Range
     at: tuple[int, int] = (0, 0)
@@ -28,16 +32,15 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A tensor to write: `value` in every element, or else zeros with blocks on them."""
+    """A tensor to write: `value` in every element, or else zeros with blocks on them.
+
+    `matrix` is the rows and columns of the zeros; the result is then given the spec's shape.
+    """
 
     spec: Spec
+    matrix: tuple[int, int] = (1, 1)
     blocks: tuple[Block, ...] = ()
     value: float | None = None
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """The tensor's rows and columns."""
-        return matrix(self.spec.shape)
 
     @property
     def copied(self) -> str | None:
@@ -45,8 +48,8 @@ class Recipe:
         if len(self.blocks) != 1 or self.blocks[0].factor != 1.0:
             return None
         block = self.blocks[0]
-        everything = block.at == (0, 0) and (block.rows[0], block.columns[0]) == (0, 0)
-        return block.key if everything and (block.rows[1], block.columns[1]) == self.matrix else None
+        everything = (block.rows, block.columns) == ((0, block.size[0]), (0, block.size[1]))
+        return block.key if everything and block.size == self.matrix else None
 
     def number(self, values: Values) -> float:
         """The first element."""
@@ -73,8 +76,8 @@ def matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 def whole(key: str, specs: Mapping[str, Spec]) -> Recipe:
     """A tensor as it is."""
-    rows, columns = matrix(specs[key].shape)
-    return Recipe(specs[key], (Block(key, (0, rows), (0, columns)),))
+    rows, columns = size = matrix(specs[key].shape)
+    return Recipe(specs[key], size, (Block(key, size, (0, rows), (0, columns)),))
 
 
 def number(value: float) -> Recipe:
@@ -83,11 +86,8 @@ def number(value: float) -> Recipe:
 
 
 def reshaped(recipe: Recipe, shape: tuple[int, ...]) -> Recipe:
-    """The same values in order in another shape. Only for what is one row or one column in both."""
-    rows, columns = matrix(shape)
-    (block,) = recipe.blocks
-    turned = replace(block, rows=(0, rows), columns=(0, columns))
-    return replace(recipe, spec=Spec(recipe.spec.dtype, shape), blocks=(turned,))
+    """The same values in order in another shape."""
+    return replace(recipe, spec=Spec(recipe.spec.dtype, shape))
 
 
 def cut_rows(recipe: Recipe, rows: Range) -> Recipe:
@@ -108,17 +108,18 @@ def _cut(recipe: Recipe, rows: Range, columns: Range) -> Recipe:
     shape[0] = rows[1] - rows[0]
     if len(shape) > 1 and columns != (0, recipe.matrix[1]):
         shape[1] = columns[1] - columns[0]
-    return Recipe(Spec(recipe.spec.dtype, tuple(shape)), (part,))
+    return Recipe(Spec(recipe.spec.dtype, tuple(shape)), matrix(shape), (part,))
 
 
 def swapped(recipe: Recipe) -> Recipe:
     """The two halves of the rows of a whole tensor, exchanged."""
-    count, columns = recipe.matrix
+    count = recipe.matrix[0]
     half = count // 2
     (block,) = recipe.blocks
-    upper = replace(block, rows=(half, count), columns=(0, columns), at=(0, 0))
-    lower = replace(block, rows=(0, half), columns=(0, columns), at=(count - half, 0))
-    return Recipe(recipe.spec, (upper, lower))
+    first = block.rows[0]
+    upper = replace(block, rows=(first + half, first + count), at=(0, 0))
+    lower = replace(block, rows=(first, first + half), at=(count - half, 0))
+    return replace(recipe, blocks=(upper, lower))
 
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:
@@ -127,7 +128,7 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
         return recipe
     blocks = tuple(replace(block, factor=block.factor * factor) for block in recipe.blocks)
     dtype = recipe.spec.dtype if recipe.spec.dtype == "F64" else "F32"
-    return Recipe(Spec(dtype, recipe.spec.shape), blocks)
+    return replace(recipe, spec=Spec(dtype, recipe.spec.shape), blocks=blocks)
 
 
 def placed(parts: Sequence[tuple[Recipe, tuple[int, int]]], shape: tuple[int, ...]) -> Recipe:
@@ -138,4 +139,4 @@ def placed(parts: Sequence[tuple[Recipe, tuple[int, int]]], shape: tuple[int, ..
         for recipe, (row, column) in parts
         for block in recipe.blocks
     )
-    return Recipe(Spec(dtypes.pop() if len(dtypes) == 1 else "F32", shape), blocks)
+    return Recipe(Spec(dtypes.pop() if len(dtypes) == 1 else "F32", shape), matrix(shape), blocks)

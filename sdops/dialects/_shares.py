@@ -94,9 +94,18 @@ def fitted(items: Sequence[Draft], share: Share, is_swapped: bool, values: Value
     Raises:
         MismatchError: the family cannot be cut or joined by rows.
     """
+    if len(items) == 1 and _same(items[0].share, share):
+        return turned(items[0], is_swapped)
     pieces = [cut(turned(item, False), share, values) for item in items]
     one = len(pieces) == 1 and _same(pieces[0].share, share)
     return turned(pieces[0] if one else join(pieces, share, values), is_swapped)
+
+
+def is_idle(item: Draft, values: Values) -> bool:
+    """Whether a LoRA's `up` is zero throughout, as that of rows which were put in to fill a fused matrix."""
+    if item.family != "lora" or "dora_scale" in item.parts or "magnitude" in item.parts or "up_bias" in item.parts:
+        return False
+    return all(values.nonzero_columns(b.key, b.rows) == (0, 0) for b in item.parts["up"].blocks)
 
 
 def turned(item: Draft, is_swapped: bool) -> Draft:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from sdops.core.patch import Adapter, Patch, Target
 from sdops.dialects._names import Names
 from sdops.dialects._recipes import Recipe, Values, matrix, number, reshaped, scaled, whole
-from sdops.dialects._shares import ALL, Draft, draft, fitted, overlap, scale
+from sdops.dialects._shares import ALL, Draft, draft, fitted, is_idle, overlap, scale
 from sdops.dialects._spelling import Spelling
 from sdops.dialects._suffixes import LYCORIS
 from sdops.errors import MismatchError
@@ -80,12 +80,17 @@ def grouped(patches: Iterable[Patch]) -> list[list[Patch]]:
 def placed_drafts(
     drafts: Sequence[Draft], places: Sequence[tuple[str, Target]], values: Values
 ) -> list[tuple[str, Draft]]:
-    """Each place that the patches reach, with the one patch that goes there."""
+    """Each place that the patches reach, with the one patch that goes there.
+
+    Where a fused patch is split, shares in which it changes nothing are left out, unless that is all of them.
+    """
     found = []
     for stem, place in places:
         hits = [item for item in drafts if overlap(item, place.share or ALL)]
         if hits:
             found.append((stem, fitted(hits, place.share or ALL, place.swapped, values)))
+    if len(found) > len(drafts):
+        return [(stem, item) for stem, item in found if not is_idle(item, values)] or found
     return found
 
 

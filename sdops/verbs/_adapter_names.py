@@ -177,16 +177,16 @@ def _candidates(file: Contents) -> Sequence[Architecture]:
 
 
 def _closeness(file: Contents, architecture: Architecture, reading: Reading) -> tuple[float, ...]:
-    """Keys understood, less those whose sizes contradict; then what the header says.
+    """Keys understood; patches whose sizes contradict; what the header says.
 
     Names and sizes of attention-only files for Flux in diffusers' names fit Qwen-Image as well. Flux files nearly
     always have single blocks, which Qwen-Image lacks: so a file without them counts as Qwen-Image's, by order.
     """
     understood = len(file.specs) - len(reading.unknown)
-    wrong = sum(len(patch.parts) for patch in reading.patches if _contradicts(patch, file.specs, architecture))
+    wrong = sum(_contradicts(patch, file.specs, architecture) for patch in reading.patches)
     said = " ".join(file.metadata.get(name, "") for name in ("ss_base_model_version", "modelspec.architecture"))
     hinted = any(word in said.lower() for word in _SAID.get(architecture.family, ()))
-    return understood - 2 * wrong, float(hinted)
+    return understood, -wrong, hinted
 
 
 def _contradicts(patch: Patch, specs: Mapping[str, Spec], architecture: Architecture) -> bool:
