@@ -219,7 +219,7 @@ def _krylov(x: Tensor, rule: Rule, total: float, guess: int, random: torch.Gener
             leading = vectors[:, :rank].to(x.dtype)
             return basis @ leading, leading.T @ images.T, spectrum
         start = basis @ vectors[:, :width].to(x.dtype)
-        guess = max(2 * guess, rank or 0)
+        guess = max(rank or 4 * guess, guess + 1)
 
 
 def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from sdops.verbs._extract_difference import Difference, difference
 from sdops.verbs._extract_pairs import Pair
 from sdops.verbs._extract_store import Place, Store
 
-MEMORY = 384 << 20  # bytes of differences that are held at the same time, unless a single one is larger
+MEMORY = 384 << 20  # bytes that the work on layers may hold at the same time, unless a single one needs more
 BATCH = 16  # with a budget, so many layers do not know of each other: results must not depend on who is faster
 USUAL_RANK = 32
+HEADER = 400  # bytes of a file's header that name the three tensors of a layer, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +56,28 @@ class Wish:
             change: Its difference.
             floor: Singular values that are too small for the budget.
         """
-        cap = [] if self.max_rank is None else [ranks.fixed(self.max_rank)]
+        most = min(break_even(pair), self.max_rank or break_even(pair))
+        cap = ranks.fixed(most)
         if (rank := self.fixed(pair)) is not None:
-            return ranks.lowest(ranks.fixed(rank), *cap)
+            return ranks.fixed(min(rank, most))
         if self.energy is not None:
-            return ranks.lowest(ranks.energy(self.energy), *cap)
+            return ranks.lowest(ranks.energy(self.energy), cap)
         if self.ratio is not None:
-            return ranks.lowest(ranks.ratio(self.ratio), *cap)
+            return ranks.lowest(ranks.ratio(self.ratio), cap)
         if self.absolute is not None:
-            return ranks.lowest(ranks.absolute(self.absolute), *cap)
+            return ranks.lowest(ranks.absolute(self.absolute), cap)
         if self.quantile is not None:
-            return ranks.quantile(self.quantile, self.max_rank)
+            return ranks.quantile(self.quantile, most)
         noise = ranks.noise_floor(change.tuned_noise, change.tuned_noise + change.base_noise)
         if self.budget is not None:
-            rows, columns = pair.matrix
-            useful = ranks.fixed(rows * columns // (rows + columns))
-            return ranks.lowest(noise, ranks.absolute(floor), useful, *cap)
-        return ranks.lowest(noise, *cap)
+            return ranks.lowest(noise, ranks.absolute(floor), ranks.fixed(min(most, break_even(pair) - 1)))
+        return ranks.lowest(noise, cap)
+
+
+def break_even(pair: Pair) -> int:
+    """The lowest rank whose factors have as many numbers as the layer itself, or more."""
+    rows, columns = pair.matrix
+    return -(-rows * columns // (rows + columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +162,8 @@ def _within_budget(
     layers: Sequence[Pair], wish: Wish, pool: ThreadPoolExecutor, work: Callable[[Pair, float], Layer]
 ) -> list[Layer]:
     """Ranks by the budget for the whole model: parameters, as many as fit into the bytes."""
-    budget = ranks.Budget((wish.budget or 0) // TORCH_DTYPES[wish.dtype].itemsize)
+    room = max((wish.budget or 0) - HEADER * len(layers), 0)
+    budget = ranks.Budget(room // TORCH_DTYPES[wish.dtype].itemsize)
     made: list[Layer] = []
     for begin in range(0, len(layers), BATCH):
         batch = layers[begin : begin + BATCH]
@@ -171,18 +178,17 @@ def _needed(pair: Pair, wish: Wish) -> int:
     """Bytes that a layer's work holds."""
     rows, columns = pair.matrix
     numbers = rows * columns
-    squares = 3 * min(rows, columns) ** 2  # of an eigenproblem
-    return 4 * numbers + (24 * numbers if wish.engine == "exact" else 0) + 8 * squares
+    low = wish.fixed(pair) is not None and wish.engine in ("auto", "krylov")
+    return 4 * numbers * (7 if wish.engine == "exact" else 1 if low else 2) + 24 * min(rows, columns) ** 2
 
 
 def _factorise(pair: Pair, wish: Wish, store: Store, floor: float) -> Layer:
     change = difference(pair)
-    rows, columns = pair.matrix
     found = decompose(
         change.values,
         wish.rule(pair, change, floor),
         engine=wish.engine,
-        guess=min(wish.fixed(pair) or USUAL_RANK, wish.max_rank or rows),
+        guess=min(wish.fixed(pair) or USUAL_RANK, break_even(pair)),
         seed=wish.seed,
         name=str(pair.target),
     )
@@ -190,10 +196,11 @@ def _factorise(pair: Pair, wish: Wish, store: Store, floor: float) -> Layer:
     if found.rank == 0:
         return Layer(pair, 0, False, energy, energy, change.weight)
     dtype = TORCH_DTYPES[wish.dtype]
-    if found.rank * (rows + columns) >= rows * columns:
+    if found.rank >= break_even(pair):
         kept = change.values.to(dtype)
-        left = squared_norm(change.values - kept.float())
-        return Layer(pair, found.rank, True, energy, left, change.weight, (), (store.put(kept),))
+        place = store.put(kept)  # first: in float32 it is the change itself
+        left = squared_norm(change.values.sub_(kept))
+        return Layer(pair, found.rank, True, energy, left, change.weight, (), (place,))
     up, down = found.up.to(dtype), found.down.to(dtype)
     left = residual(change.values, up, down)
     places = store.put(up.T), store.put(down)

@@ -138,19 +138,19 @@ def pairs(tuned: Opened, base: Opened, include: Sequence[str], exclude: Sequence
             hint=f"`sdops inspect {tuned.name} {base.name}` shows both",
         )
     for component, other in both:
-        ours, theirs = _canonical(tuned, component), _canonical(base, other)
+        ours, theirs = canonical(tuned, component), canonical(base, other)
         found.left_out["only in one of the models"] += len(ours.keys() ^ theirs.keys())
-        layers = {key for key, parts in ours.items() if len(_shape(tuned, parts[0])) > 1}
+        norms = {key for key, parts in ours.items() if len(_shape(tuned, parts[0])) == 1}
         for key in [key for key in ours if key in theirs]:
             if chosen(key, ours[key][0].key):
-                _add(found, component, key, layers, Side(tuned, ours[key], 0), Side(base, theirs[key], 1))
+                _add(found, component, key, norms, Side(tuned, ours[key], 0), Side(base, theirs[key], 1))
             else:
                 found.left_out["not asked for"] += 1
     chosen.check(tuned)
     return found
 
 
-def _canonical(model: Opened, component: Component) -> Mapping[str, tuple[Part, ...]]:
+def canonical(model: Opened, component: Component) -> Mapping[str, tuple[Part, ...]]:
     """Names of a component's tensors in the canonical layout -> what makes them.
 
     Raises:
@@ -171,14 +171,14 @@ def _canonical(model: Opened, component: Component) -> Mapping[str, tuple[Part, 
     return {new: tuple(part._replace(key=component.prefix + part.key) for part in parts) for new, parts in made.items()}
 
 
-def _add(found: Pairs, component: Component, key: str, layers: Set[str], tuned: Side, base: Side) -> None:
+def _add(found: Pairs, component: Component, key: str, norms: Set[str], tuned: Side, base: Side) -> None:
     """Put a tensor of both models where it belongs, or say why it is left out.
 
     Args:
         found: Grows.
         component: The fine-tune's.
         key: The tensor in the canonical layout.
-        layers: Weights of the component that have more than one dimension.
+        norms: Weights of the component that have one dimension.
         tuned, base: Where it is.
     """
     module, _, part = key.rpartition(".")
@@ -192,7 +192,7 @@ def _add(found: Pairs, component: Component, key: str, layers: Set[str], tuned: 
     elif shape != base.shape:
         _refuse_shapes(found, tuned, base)
     elif len(shape) == 1:
-        is_norm = f"{module}.weight" not in layers
+        is_norm = f"{module}.weight" in norms
         found.vectors.append(Pair(Target(component.name, module), "norm" if is_norm else "bias", part, tuned, base))
     else:
         kind: Kind = "conv" if len(shape) > 2 and prod(shape[2:]) > 1 else "linear"

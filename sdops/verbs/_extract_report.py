@@ -143,7 +143,9 @@ def _counts(pairs: Iterable[Pair]) -> dict[str, int]:
 
 def _words(wishes: Mapping[str, Any]) -> str:
     """The rank rule as the command line spells it."""
-    rules = ("rank", "conv_rank", "te_rank", "energy", "ratio", "absolute", "quantile", "budget", "max_rank")
-    said = [f"{name.replace('_', '-')} {wishes[name]}" for name in rules if name in wishes]
-    floor = not any(name in wishes for name in rules if name != "max_rank")
-    return ", ".join((["above rounding noise"] if floor else []) + said)
+    rules = ("rank", "energy", "ratio", "absolute", "quantile", "budget")
+    said = [f"{name} {size(wishes[name]) if name == 'budget' else wishes[name]}" for name in rules if name in wishes]
+    said = said or ["above rounding noise"]
+    said += [f"{name.partition('_')[0]} {wishes[name]}" for name in ("conv_rank", "te_rank") if name in wishes]
+    said += [f"at most {wishes['max_rank']}"] if "max_rank" in wishes else []
+    return ", ".join(said)

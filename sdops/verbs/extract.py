@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 ENGINES = ("auto", "exact", "gram", "krylov")
-RULES = ("rank", "energy", "ratio", "absolute", "quantile", "budget")  # of which one may be given
+RULES = ("rank", "energy", "ratio", "absolute", "quantile", "noise_floor", "budget")  # of which one may be given
+MOST = 128  # ranks without a rule: a full fine-tune may change above rounding in nearly all directions
 _SHARES = ("energy", "ratio", "quantile")
 
 
@@ -48,6 +49,7 @@ def extract(
     ratio: float | None = None,
     absolute: float | None = None,
     quantile: float | None = None,
+    noise_floor: bool = False,
     budget: int | None = None,
     max_rank: int | None = None,
     svd: str = "auto",
@@ -68,8 +70,8 @@ def extract(
 
     Every layer's difference D [o, i kh kw] becomes up @ down with the least ||D - up @ down||_F that its rank allows
     (Eckart and Young), without any clamping. Without a rule for the ranks, singular values are kept that stand above
-    what rounding the checkpoint to its dtype makes of itself (core.ranks.noise_floor). Layers where factors would be
-    larger than the difference are kept as they are.
+    what rounding the checkpoint to its dtype makes of itself (core.ranks.noise_floor), at most 128 per layer. Layers
+    where factors would be larger than the difference are kept as they are.
 
     Args:
         tuned: Path or Source of the fine-tune.
@@ -82,6 +84,7 @@ def extract(
         ratio: Keep singular values above this share of the largest.
         absolute: Keep singular values above this.
         quantile: Keep this share of the sum of the singular values, as LyCORIS does.
+        noise_floor: Keep all that stands above rounding noise, without the limit of 128.
         budget: Bytes for all factors together, spread so that the error of the whole is least.
         max_rank: No layer gets more.
         svd: auto (core.lowrank.decompose), exact, gram or krylov.
@@ -115,6 +118,7 @@ def extract(
         ratio=ratio,
         absolute=absolute,
         quantile=quantile,
+        noise_floor=noise_floor or None,
         budget=budget,
         max_rank=max_rank,
     )
@@ -161,7 +165,8 @@ def _wishes(**given: float | None) -> dict[str, Any]:
     wishes = {name: value for name, value in given.items() if value is not None}
     rules = [name for name in RULES if name in wishes]
     if len(rules) > 1:
-        raise UsageError(f"`--{rules[0]}` and `--{rules[1]}` exclude each other", hint="give one rule for the ranks")
+        first, second = (f"`--{name.replace('_', '-')}`" for name in rules[:2])
+        raise UsageError(f"{first} and {second} exclude each other", hint="give one rule for the ranks")
     for name, value in wishes.items():
         if name in _SHARES and not 0 <= value <= 1:
             raise UsageError(f"`{name}` is a share from 0 to 1, not {value:g}", hint=f"e.g. `--{name} 0.9`")
@@ -169,6 +174,9 @@ def _wishes(**given: float | None) -> dict[str, Any]:
             raise UsageError(f"`{name.replace('_', '-')}` must be at least 1, not {value:g}", hint="e.g. `--rank 32`")
         if name in ("absolute", "budget") and value < 0:
             raise UsageError(f"`{name}` cannot be negative", hint=f"`sdops extract --help` explains `--{name}`")
+    if not rules:
+        wishes.setdefault("max_rank", max(MOST, wishes.get("conv_rank", 0), wishes.get("te_rank", 0)))
+    wishes.pop("noise_floor", None)
     return wishes
 
 
