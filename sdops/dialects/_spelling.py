@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 from sdops.core.patch import Target
@@ -49,14 +50,10 @@ class Spelling:
 
     def stems(self, names: Names) -> Mapping[str, Target]:
         """Every stem that the dialect reads, in all layouts -> what it is."""
-        found: dict[str, Target] = {}
-        for component in (names.denoiser, *names.text_encoders):
-            for prefix in self.prefixes(names, component):
-                for module, target in self._modules(names, component):
-                    found.setdefault(prefix + module.replace(".", self.joint), target)
-        return found
+        return _stems(self, names)
 
-    def _modules(self, names: Names, component: str) -> Iterator[tuple[str, Target]]:
+    def modules(self, names: Names, component: str) -> Iterator[tuple[str, Target]]:
+        """Dotted names in all layouts, the written one first."""
         first = self.writes(names, component)
         for layout in (first, *(layout for layout in names.layouts(component) if layout != first)):
             for module, target in names.modules(component, layout).items():
@@ -65,6 +62,16 @@ class Spelling:
                     yield renamed, target
                 if renamed != module:
                     yield module, target
+
+
+@cache
+def _stems(spelling: Spelling, names: Names) -> Mapping[str, Target]:
+    found: dict[str, Target] = {}
+    for component in (names.denoiser, *names.text_encoders):
+        for prefix in spelling.prefixes(names, component):
+            for module, target in spelling.modules(names, component):
+                found.setdefault(prefix + module.replace(".", spelling.joint), target)
+    return found
 
 
 def diffusers(names: Names, component: str) -> str:

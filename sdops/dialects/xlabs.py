@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import cache
 
 from sdops.core.patch import Adapter, Target
 from sdops.dialects._names import CANONICAL, Names
@@ -48,6 +49,7 @@ def _spelled(target: Target) -> tuple[str, Target] | None:
     return f"{head}.processor.proj_lora", target
 
 
+@cache
 def _with_layout(names: Names) -> Names:
     """The names with XLabs' layout added, and no text encoders."""
     modules = names.modules(names.denoiser, CANONICAL).values()
