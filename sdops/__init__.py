@@ -19,6 +19,7 @@ _PUBLIC = {
     "Report": ("sdops.report", "Report"),
     "SdopsError": ("sdops.errors", "SdopsError"),
     "apply": ("sdops.verbs.apply", "apply"),
+    "convert": ("sdops.verbs.convert", "convert"),
     "diff": ("sdops.verbs.diff", "diff"),
     "env": ("sdops.verbs.env", "env"),
     "extract": ("sdops.verbs.extract", "extract"),

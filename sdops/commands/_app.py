@@ -15,6 +15,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "inspect": "Show what a model file is and what is in it",
         "hash": "Show the hashes of model files, in all the forms in use",
         "verify": "Read every tensor and report damage",
+        "convert": "Convert a model to another container, layout or dtype",
         "fix": "Repair a model file, telling every repair",
         "meta": "Show or change a model's metadata",
         "diff": "Compare two models, through containers, prefixes and layouts",

@@ -101,7 +101,7 @@ def joined(parts: Sequence[Made]) -> Made:
     if len(parts) == 1:
         return first
     shape = (sum(part.spec.shape[0] for part in parts), *first.spec.shape[1:])
-    return Made(Spec(first.spec.dtype, shape), tuple(range for part in parts for range in part.ranges))
+    return Made(Spec(first.spec.dtype, shape), tuple(each for part in parts for each in part.ranges))
 
 
 def _made(source: Source, key: str, start: int, stop: int) -> Made:

@@ -114,7 +114,7 @@ def _middle(shapes: Shapes) -> str | None:
     return "UNetMidBlock2DCrossAttn" if _count(shapes, "mid_block.attentions.") else "UNetMidBlock2D"
 
 
-# ------------------------------------------------------------------------------------------------- VAE and text encoders
+# ------------------------------------------------------------------------------------------ VAE and text encoders
 
 
 def _vae(shapes: Shapes) -> Config:

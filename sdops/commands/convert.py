@@ -1,0 +1,75 @@
+"""`sdops convert FILE --to KIND`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from sdops.commands._console import Console
+from sdops.commands._options import FILE, general_options, size_option
+
+_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.argument("file", metavar="FILE", type=FILE, help="A model file, a shard, or a folder of diffusers"),
+    click.option(
+        "--to",
+        required=True,
+        help="diffusers (a folder), original (one file as its authors spell it), safetensors, ckpt or gguf",
+    ),
+    click.option("-o", "--output", type=FILE, help="Where to write; default: a derived name, in this folder"),
+    click.option("-f", "--force", is_flag=True, help="Replace an existing output"),
+    click.option("-n", "--dry-run", is_flag=True, help="Check everything, show what would be done, write nothing"),
+    click.option("--dtype", metavar="DTYPE", help="fp16, bf16, fp32, fp8_e4m3 ..., or by component: fp16,vae=fp32"),
+    click.option("--include", multiple=True, metavar="PATTERN", help="Cast only tensors of these names"),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="Do not cast tensors of these names"),
+    click.option("--components", metavar="A,B", help="Convert only these: unet, vae, clip_l, text_encoder ..."),
+    click.option(
+        "--ema",
+        type=click.Choice(["keep", "drop", "use"]),
+        default="keep",
+        show_default=True,
+        help="The moving average; use = in place of the U-Net",
+    ),
+    click.option("--prune", is_flag=True, help="Leave out the moving average, noise schedules and other ballast"),
+    click.option("--vae", type=FILE, help="Take the VAE from this file"),
+    click.option("--text-encoder", type=FILE, help="Take the text encoders from this file"),
+    click.option("--keep-unknown", "unknown", flag_value="keep", help="Keep tensors that no layout has a place for"),
+    click.option("--drop-unknown", "unknown", flag_value="drop", help="Leave them out"),
+    click.option("--prefix/--no-prefix", default=None, help="Of a component that is alone in a single file"),
+    size_option("--shard", help="Cut into files of at most this size, e.g. 5GB"),
+    click.option("--reference", type=FILE, help="Take configurations and tokenizers from this diffusers folder"),
+    click.option("--strict", is_flag=True, help="Refuse values that are too large for the dtype instead of clamping"),
+    click.option("--seed", type=int, help="Round at random with this seed instead of to nearest"),
+    click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),
+)
+
+
+def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+@click.command(
+    epilog="""\b
+    Examples:
+      sdops convert model.ckpt --to safetensors --prune
+      sdops convert model.safetensors --to diffusers
+      sdops convert folder --to original -o model.safetensors
+      sdops convert model.safetensors --to safetensors --dtype fp16,vae=fp32
+      sdops convert model.safetensors --to original --components vae
+    """
+)
+@_with_options
+@general_options
+def command(console: Console, file: str, components: str | None, unknown: str | None, **options: Any) -> int:
+    """Convert a model to another container, layout or dtype.
+
+    Layouts are changed by copying; a folder made here becomes the same file again, byte for byte.
+    """
+    from sdops.verbs.convert import convert
+
+    names = [name.strip() for name in (components or "").split(",") if name.strip()]
+    report = convert(file, components=names, unknown=unknown or "refuse", **options, progress=console.progress)
+    return console.show(report)

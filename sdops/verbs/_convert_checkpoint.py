@@ -1,0 +1,238 @@
+"""Convert a checkpoint: a plan from headers alone, then one pass of copying ranges of bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdops import __version__
+from sdops.archs.detect import Detection, detect
+from sdops.core.run import default_jobs, run
+from sdops.core.sink import Sink
+from sdops.core.source import Source
+from sdops.errors import FormatError
+from sdops.formats import FileSource, open_source
+from sdops.report import Progress, Report
+from sdops.verbs import _convert_extra
+from sdops.verbs._convert_draft import Draft, Entry, check_quantised, restore_header, single_file
+from sdops.verbs._convert_dtypes import wanted_dtypes
+from sdops.verbs._convert_folder import Placed, folder
+from sdops.verbs._convert_output import (
+    assembled,
+    carried_metadata,
+    check_output,
+    extra_tensors,
+    file_sink,
+    folder_sink,
+)
+from sdops.verbs._convert_report import done, planned
+from sdops.verbs._convert_select import select, take
+from sdops.verbs._convert_wish import ALL, Wish
+
+_ENDINGS = {"ckpt": ".ckpt", "gguf": ".gguf", "diffusers": ""}
+_SIDE = {"vae": "vae", "text_encoder": "text_encoder"}  # role -> kind of component that the file replaces
+
+
+class Conversion:
+    """A planned conversion of a checkpoint.
+
+    Args:
+        origin: The opened model.
+        donors: Files whose VAE or text encoders are taken, by role.
+        output: Where to write; None derives a name.
+        wish: The request.
+        force: Replace an existing output.
+
+    Attributes:
+        draft: Every tensor of the output.
+        dtypes: Those that are cast, and to what.
+        sink: The output, not begun.
+
+    Raises:
+        UsageError, MismatchError, FormatError, OutputError: it cannot be done.
+    """
+
+    def __init__(
+        self,
+        origin: FileSource,
+        donors: Mapping[str, FileSource],
+        output: Path | None,
+        wish: Wish,
+        *,
+        force: bool = False,
+    ) -> None:
+        self.origin, self.donors, self.wish = origin, donors, wish
+        self.name = origin.name
+        self.path = output or derived_name(origin.path, wish)
+        self.warnings = [*origin.warnings, *(line for donor in donors.values() for line in donor.warnings)]
+        self.is_folder = origin.path.is_dir()
+        self.extra = _convert_extra.open_extra(origin.path) if self.is_folder else None
+        self.relay = wish.to in ("diffusers", "original") or (origin.path / "model_index.json").is_file()
+        self.source, self.detection = self._readable(origin)
+        check_output(self.path, [file for each in (origin, *donors.values()) for file in each.files])
+        self.placed: list[Placed] = []
+        self.draft = self._draft()
+        self.dtypes: dict[str, str] = {}
+        self.lazy, self.sink = self._sink(force=force)
+
+    def save(self, *, jobs: int | None = None, progress: Progress) -> Report:
+        """Write the output.
+
+        Raises:
+            OutputError: it cannot be written.
+            ChangedError: an input changed meanwhile.
+            FormatError: with `strict`, a value is too large for its new dtype.
+        """
+        begin = time.monotonic()
+        with self.sink:
+            with progress("converting", self.sink.nbytes) as advance:
+                run(self.lazy, self.sink, jobs=jobs or default_jobs(), progress=advance)
+            for each in (self.origin, *self.donors.values()):
+                each.check_unchanged()
+            counts = self._counts()
+            self._check_strict(counts)
+            self.sink.commit()
+        return done(self, time.monotonic() - begin, counts)
+
+    def dry_run(self) -> Report:
+        """What `save` would do, after the same checks."""
+        report = planned(self)
+        report.data["dry_run"] = True
+        report.hints.append("nothing was written; leave `--dry-run` away to convert")
+        return report
+
+    def close(self) -> None:
+        """Close the inputs."""
+        for each in (self.origin, *self.donors.values()):
+            each.close()
+        if self.extra is not None:
+            self.extra.source.close()
+
+    def _readable(self, origin: Source) -> tuple[Source, Detection]:
+        """The model, its fp8 weights multiplied by their scales if the scales cannot come along."""
+        detection = detect(origin.specs)
+        scaled = [key for key, how in detection.quantised.items() if how.kind != "fp8"]
+        if not scaled or not (self.relay or self.wish.dtypes or self.wish.to == "gguf"):
+            return origin, detection
+        only_fp8 = all(how.kind in ("fp8", "fp8-scaled") for how in detection.quantised.values())
+        if not only_fp8 or not (ALL in self.wish.dtypes or self.wish.to == "gguf"):
+            hint = "it can be converted with `--dtype fp16`" if only_fp8 else "its numbers are codes, not weights"
+            check_quantised(origin, detection, hint)
+        from sdops.core.views import Dequantised
+
+        source = Dequantised(origin)
+        return source, detect(source.specs)
+
+    def _draft(self) -> Draft:
+        wish = self.wish
+        selection = select(
+            self.source, self.detection, components=wish.components or self._only(), ema=wish.ema, prune=wish.prune
+        )
+        for role, donor in self.donors.items():
+            donor_source, donor_detection = self._readable(donor)
+            take(selection, donor_source, donor_detection, _SIDE[role])
+        if wish.to == "diffusers":
+            draft, self.placed = folder(self.source, self.detection, selection, wish, self.extra)
+            return draft
+        draft = single_file(self.source, self.detection, selection, wish, self.extra, relay=self.relay)
+        if self.extra is not None and wish.keeps_everything and not self.donors:
+            restore_header(draft, self.extra)
+        draft.metadata = carried_metadata(self.extra.metadata if self.extra else self.source.metadata, self._made())
+        return draft
+
+    def _only(self) -> list[str]:
+        """A GGUF file holds one model."""
+        main = self.detection.main
+        return [main.name] if self.wish.to == "gguf" and main else []
+
+    def _sink(self, *, force: bool) -> tuple[Source, Sink]:
+        """The chain of Sources, and where it ends."""
+        draft, wish = self.draft, self.wish
+        tensors = dict(draft.tensors)
+        if wish.to == "diffusers":
+            tensors |= self._side_file()
+        self.dtypes = wanted_dtypes(tensors, self.detection, wish) if wish.dtypes else {}
+        source: Source = assembled(self.name, tensors)
+        if self.dtypes:
+            from sdops.core.cast_view import Cast
+
+            source = Cast(source, self.dtypes, seed=wish.seed)
+        self._cast = source
+        if wish.to == "diffusers":
+            return source, folder_sink(source, draft, self.placed, self.path, wish, force=force)
+        return file_sink(source, draft, self.path, wish, self.detection.family, force=force)
+
+    def _side_file(self) -> dict[str, Entry]:
+        """The tensors of the side file; sets its metadata. Folders of others need none."""
+        draft = self.draft
+        if self.is_folder and self.extra is None and not draft.aside:
+            return {}
+        exact = self.wish.keeps_everything and not self.donors
+        if self.extra is not None:
+            components, metadata = dict(self.extra.components), self.extra.metadata
+            header = self.extra.header if exact else b""
+        else:
+            components = {
+                each.chosen.name: {"layout": each.chosen.part.layout, "prefix": each.chosen.part.prefix}
+                for each in self.placed
+            }
+            header = _convert_extra.raw_header(self.source) if exact and not self.is_folder else b""
+            metadata = self.source.metadata
+        invented = [*draft.invented, *(self.extra.invented if self.extra else ())]
+        draft.metadata = _convert_extra.describe(components, invented, {} if header else metadata)
+        return extra_tensors(draft, header)
+
+    def _made(self) -> dict[str, Any] | None:
+        """The recipe, if numbers change."""
+        wish = self.wish
+        if wish.keeps_everything and not self.donors and wish.to != "gguf":
+            return None
+        told: dict[str, Any] = {"version": __version__, "verb": "convert"}
+        settings = {
+            "dtype": {name or "all": dtype for name, dtype in wish.dtypes.items()},
+            "components": list(wish.components),
+            "ema": "" if wish.ema == "keep" else wish.ema,
+            "prune": wish.prune,
+            "seed": wish.seed,
+        }
+        told |= {name: value for name, value in settings.items() if value}
+        first: dict[str, Any] = {"role": "a", "file": self.name}
+        if recipe := self.source.metadata.get("sdops"):
+            first["made"] = recipe
+        inputs = [first, *({"role": role, "file": donor.name} for role, donor in self.donors.items())]
+        return told | {"inputs": inputs}
+
+    def _counts(self) -> Mapping[str, Any]:
+        return getattr(self._cast, "counts", {})
+
+    def _check_strict(self, counts: Mapping[str, Any]) -> None:
+        overflow = [key for key, each in counts.items() if each.overflow]
+        if self.wish.strict and overflow:
+            raise FormatError(
+                f"{len(overflow)} tensors have values that are too large for the new dtype, first `{overflow[0]}`",
+                hint="`--dtype bf16` holds them; without `--strict` they are clamped",
+                keys=overflow,
+            )
+
+
+def derived_name(path: Path, wish: Wish) -> Path:
+    """What the output is called when nobody names it: in this folder, after the input."""
+    stem = path.resolve().name if path.is_dir() else path.stem.removesuffix(".safetensors.index")
+    words = [stem]
+    if wish.to == "gguf":
+        words.append(wish.gguf_type)
+    elif ALL in wish.dtypes:
+        words.append(
+            {"F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2", "BF16": "bf16"}.get(wish.dtypes[ALL], "")
+            or "fp" + wish.dtypes[ALL][1:]
+        )
+    if wish.components:
+        words.append("-".join(wish.components))
+    return Path(".".join(words) + _ENDINGS.get(wish.to, ".safetensors"))
+
+
+def open_all(file: Path, donors: Mapping[str, Path]) -> tuple[FileSource, dict[str, FileSource]]:
+    """Open a model and the files that components are taken from."""
+    return open_source(file), {role: open_source(path) for role, path in donors.items()}

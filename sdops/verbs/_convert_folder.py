@@ -1,0 +1,228 @@
+"""A folder of diffusers: its tensors, and all the small files that make it load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdops.archs.detect import OTHER, Detection
+from sdops.core.assembled import Constants, rows
+from sdops.core.source import Source
+from sdops.errors import MismatchError, UsageError
+from sdops.formats import read_json
+from sdops.pipelines import sizes
+from sdops.pipelines.tables import Component, Pipeline, pipeline
+from sdops.pipelines.tokenizer import clip_files
+from sdops.verbs._convert_draft import Draft, Entry, component_table, identity, no_folder
+from sdops.verbs._convert_extra import Extra
+from sdops.verbs._convert_layout import lay_out
+from sdops.verbs._convert_select import Chosen, Selection
+from sdops.verbs._convert_wish import Wish
+from sdops.verbs._traits import prediction
+
+VERSION = "0.36.0"  # of diffusers, whose configurations these are
+_PROJECTION = "text_projection.weight"
+_NO_PLACE = ("text_model.embeddings.position_ids",)  # newer versions of transformers refuse them
+_SMALL = 64_000_000  # bytes of a file that is taken over from another folder
+_SMALL_FILES = (".json", ".txt", ".model")
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A component and where it lies: its table, and `unet/` or nothing if it is alone."""
+
+    chosen: Chosen
+    table: Component
+    prefix: str
+
+
+def folder(
+    source: Source, detection: Detection, selection: Selection, wish: Wish, extra: Extra | None
+) -> tuple[Draft, list[Placed]]:
+    """Lay out a folder.
+
+    Raises:
+        UsageError: a component has no class in diffusers that sdops knows.
+        MismatchError: tensors are unknown, or missing where the configuration is read from them.
+    """
+    draft = Draft(dropped=dict(selection.dropped), notes=list(selection.notes))
+    found = pipeline(detection.family, _variants(source, detection))
+    placed = _placed(source, detection, selection, found)
+    for each in placed:
+        _add_component(draft, each, wish)
+    for key, kind in selection.others.items():
+        if kind == OTHER and wish.unknown != "keep":
+            draft.unknown.append(key)
+        else:
+            draft.aside[key] = Entry(rows(source, key), kind, key)
+    if wish.unknown == "drop":
+        draft.dropped |= dict.fromkeys(draft.unknown, "unknown")
+        draft.unknown = []
+    draft.check_unknown(source.name)
+    for name, key in extra.tensors.items() if extra else ():
+        draft.aside.setdefault(name, Entry(rows(extra.source, key), OTHER, name) if extra else draft.aside[name])
+    _add_files(draft, placed, found, wish)
+    return draft, placed
+
+
+def _variants(source: Source, detection: Detection) -> list[str]:
+    """Variants that archs tells, and what the model predicts."""
+    found = list(detection.variants)
+    said = prediction(source, detection)
+    if said and said[0].removeprefix("likely ").startswith("v"):
+        found.append("v")
+    if any(line.startswith("zero terminal SNR") for line in said):
+        found.append("zero-terminal-snr")
+    return found
+
+
+def _placed(source: Source, detection: Detection, selection: Selection, found: Pipeline | None) -> list[Placed]:
+    """Where every component goes.
+
+    Raises:
+        UsageError: there is no place.
+    """
+    tables = {
+        each.name: found.components[each.name]
+        if found and each.name in found.components
+        else component_table(each.name, detection.family)
+        for each in selection.parts
+    }
+    lost = [name for name, table in tables.items() if table is None]
+    if lost or not selection.parts:
+        raise no_folder(source.name, lost or ["it"])
+    alone = len(selection.parts) == 1
+    if not alone and (found is None or not found.class_name):
+        names = ", ".join(tables)
+        raise UsageError(
+            f"sdops knows no pipeline for {detection.title} with {names}",
+            hint=f"convert one at a time: `--components {selection.parts[0].name}`",
+        )
+    return [
+        Placed(each, table, "" if alone else f"{table.folder}/")
+        for each in selection.parts
+        if (table := tables[each.name]) is not None
+    ]
+
+
+def _add_component(draft: Draft, placed: Placed, wish: Wish) -> None:
+    chosen, table, prefix = placed.chosen, placed.table, placed.prefix
+    layout = "hf" if table.library == "transformers" else "diffusers"
+    laid = lay_out(chosen, layout, (*table.drop, *_NO_PLACE))
+    for name, made in laid.tensors.items():
+        draft.add(prefix + name, Entry(made, chosen.name, name))
+    if table.projection and _PROJECTION not in laid.tensors:
+        spec = laid.tensors["text_model.final_layer_norm.weight"].spec
+        made = rows(Constants("identity", {_PROJECTION: identity(spec.shape[0], spec.dtype)}), _PROJECTION)
+        draft.add(prefix + _PROJECTION, Entry(made, chosen.name, _PROJECTION))
+        draft.invented[prefix + _PROJECTION] = "the identity: the class wants a projection, the file has none"
+    unknown = set(laid.unknown)
+    for name in laid.left:
+        key = chosen.read[name]
+        if name in unknown and wish.unknown != "keep":
+            draft.unknown.append(key)
+        else:
+            draft.aside[key] = Entry(rows(chosen.source, key), chosen.name, name)
+
+
+# ---------------------------------------------------------------------------------------------------------- small files
+
+
+def _add_files(draft: Draft, placed: list[Placed], found: Pipeline | None, wish: Wish) -> None:
+    """Configurations, tokenizers and model_index.json; those of the reference go before sdops' own."""
+    for each in placed:
+        draft.files[f"{each.prefix}config.json"] = _json(_config(draft, each))
+    if found and found.class_name and placed[0].prefix:
+        index = _pipeline_files(draft, placed, found)
+        taken = _reference(draft, wish.reference) if wish.reference else {}
+        if "_class_name" in taken:
+            index = {**taken, **{name: entry for name, entry in index.items() if entry != [None, None]}}
+            index["_class_name"] = taken["_class_name"]
+        for name, entry in index.items():
+            if isinstance(entry, list) and not any(file.startswith(f"{name}/") for file in draft.files):
+                index[name] = [None, None]
+            elif isinstance(entry, list) and entry == [None, None] and isinstance(taken.get(name), list):
+                index[name] = taken[name]
+        draft.files["model_index.json"] = _json(index)
+        _tell_missing(draft, index, found)
+    elif wish.reference:
+        _reference(draft, wish.reference)
+
+
+def _config(draft: Draft, placed: Placed) -> dict[str, Any]:
+    """The configuration of a component.
+
+    Raises:
+        MismatchError: a tensor is missing that it is read from.
+    """
+    table, prefix = placed.table, placed.prefix
+    shapes = {entry.name: entry.made.spec.shape for entry in draft.tensors.values() if entry.component == table.name}
+    try:
+        found = sizes.config(table.class_name, shapes, table.config)
+    except (KeyError, StopIteration, ValueError) as error:
+        raise MismatchError(
+            f"the {table.name} lacks {error}, so that no `{table.class_name}` can be made of it",
+            hint="`sdops inspect` shows what is missing",
+        ) from error
+    if found is None:
+        raise no_folder(prefix or table.name, [table.name])
+    if table.library == "transformers":
+        return {"architectures": [table.class_name], **found}
+    return {"_class_name": table.class_name, "_diffusers_version": VERSION, **found}
+
+
+def _pipeline_files(draft: Draft, placed: list[Placed], found: Pipeline) -> dict[str, Any]:
+    """Scheduler and tokenizers; returns model_index.json."""
+    index: dict[str, Any] = {"_class_name": found.class_name, "_diffusers_version": VERSION, **found.options}
+    there = {each.table.folder: each.table for each in placed}
+    for table in found.components.values():
+        index[table.folder] = [table.library, table.class_name] if table.folder in there else [None, None]
+    scheduler = {key: value for key, value in found.scheduler.items() if key != "class"}
+    kind = found.scheduler["class"]
+    draft.files["scheduler/scheduler_config.json"] = _json(
+        {"_class_name": kind, "_diffusers_version": VERSION, **scheduler}
+    )
+    index["scheduler"] = ["diffusers", kind]
+    for tokenizer in found.tokenizers:
+        index[tokenizer["folder"]] = ["transformers", tokenizer["class"]]
+        if tokenizer["kind"] == "clip":
+            files = clip_files(tokenizer["pad"])
+            draft.files |= {f"{tokenizer['folder']}/{name}": data for name, data in files.items()}
+    return index | {name: [None, None] for name in found.absent}
+
+
+def _reference(draft: Draft, reference: Path) -> dict[str, Any]:
+    """Take over the small files of a folder; returns its model_index.json.
+
+    Raises:
+        UsageError: it is no folder.
+    """
+    if not reference.is_dir():
+        raise UsageError(f"`{reference}` is no folder", hint="`--reference` takes a folder of diffusers")
+    for path in sorted(reference.rglob("*")):
+        name = path.relative_to(reference).as_posix()
+        skipped = name == "model_index.json" or ".safetensors" in name or ".bin." in name or name.startswith(".")
+        if skipped or path.suffix not in _SMALL_FILES or not path.is_file() or path.stat().st_size > _SMALL:
+            continue
+        draft.files[name] = path.read_bytes()
+    index = reference / "model_index.json"
+    return read_json(index) if index.is_file() else {}
+
+
+def _tell_missing(draft: Draft, index: Mapping[str, Any], found: Pipeline) -> None:
+    """Say what the pipeline must be given when it is loaded."""
+    missing = [name for name, entry in index.items() if entry == [None, None] and name not in found.absent]
+    if not missing:
+        return
+    given = ", ".join(f"{name}=None" for name in missing)
+    draft.notes.append(
+        f"the folder has no {', '.join(missing)}: `--reference FOLDER` takes tokenizers from a folder of the same "
+        f"family; without them `from_pretrained` wants {given}"
+    )
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n").encode()

@@ -1,0 +1,69 @@
+"""The tensors of a component in another layout, and what is left over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from fractions import Fraction
+
+from sdops.archs.junk import is_position_ids
+from sdops.core.assembled import Made, joined, rows
+from sdops.layouts.tables import Part, made_of
+from sdops.verbs._convert_select import Chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """A component in a layout.
+
+    Attributes:
+        tensors: Name without prefix -> how it is made.
+        left: Names, in the layout that was read, that have no place in the new one.
+        unknown: Those of `left` that nobody knows.
+    """
+
+    tensors: dict[str, Made]
+    left: list[str]
+    unknown: list[str]
+
+
+def lay_out(chosen: Chosen, layout: str, drop: Sequence[str] = ()) -> Laid:
+    """Spell a component in a layout.
+
+    Args:
+        chosen: The component.
+        layout: As in archs; its own one changes nothing.
+        drop: Patterns of names, in the new layout, that there is no place for.
+
+    Raises:
+        MismatchError: there is no way from the one to the other, or a tensor's shape does not allow it.
+    """
+    part = chosen.part
+    if layout == part.layout:
+        recipes: Mapping[str, tuple[Part, ...]] = {name: (Part(name),) for name in chosen.read}
+    else:
+        recipes = made_of(part.family, part.name, part.layout, layout, chosen.read)
+    recipes = {name: parts for name, parts in recipes.items() if not _matches(name, drop)}
+    tensors = {
+        name: joined([rows(chosen.source, chosen.read[each.key], each.share, each.operation) for each in parts])
+        for name, parts in recipes.items()
+    }
+    used = _used(recipes.values())
+    left = [name for name in chosen.read if used.get(name, 0) < 1]
+    extra = set(part.extra)
+    unknown = [name for name in left if chosen.read[name] in extra or (part.expected is None and not drop)]
+    return Laid(tensors, left, [name for name in unknown if not is_position_ids(name)])
+
+
+def _used(recipes: Iterable[tuple[Part, ...]]) -> dict[str, Fraction]:
+    """Which share of every tensor's rows is read."""
+    used: dict[str, Fraction] = {}
+    for part in (part for parts in recipes for part in parts):
+        start, stop, total = part.share or (0, 1, 1)
+        used[part.key] = used.get(part.key, Fraction()) + Fraction(stop - start, total)
+    return used
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

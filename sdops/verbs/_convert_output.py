@@ -1,0 +1,149 @@
+"""From a draft to a sink: containers, shards, GGUF types, and metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from sdops.core.assembled import Assembled, Constants, rows
+from sdops.core.sink import SafetensorsSink, Sink, check_inputs
+from sdops.core.sink_folder import FolderSink, Tensors
+from sdops.core.sink_header import SameDataSink
+from sdops.core.sink_shards import create_shards
+from sdops.core.source import Source
+from sdops.core.spec import Spec
+from sdops.errors import OutputError
+from sdops.verbs import _convert_extra
+from sdops.verbs._convert_draft import Draft, Entry, stale_hashes
+from sdops.verbs._convert_folder import Placed
+from sdops.verbs._convert_wish import Wish
+
+_TORCH = (".ckpt", ".pt", ".pth", ".bin")
+# What ComfyUI's loaders look for in `general.architecture`.
+_GGUF_NAMES = {
+    "sd1": "sd1", "sd2": "sd1", "sdxl": "sdxl", "sdxl_refiner": "sdxl", "sd3": "sd3", "flux1": "flux", "chroma": "flux",
+    "flux2": "flux2", "wan": "wan", "lumina2": "lumina2", "z_image": "lumina2", "qwen_image": "qwen_image",
+    "text_encoder": "t5encoder",
+}  # fmt: skip
+
+
+def check_output(path: Path, inputs: list[Path]) -> None:
+    """Refuse an output that is an input, or a folder that holds one.
+
+    Raises:
+        OutputError: naming the input.
+    """
+    check_inputs(path, inputs)
+    target = Path(os.path.realpath(path))
+    for source in inputs:
+        if target in Path(os.path.realpath(source)).parents and path.is_dir():
+            raise OutputError(
+                f"the output `{path}` holds the input `{source}`",
+                hint="write to another folder with `-o`, inputs stay as they are",
+            )
+
+
+def file_sink(source: Source, draft: Draft, path: Path, wish: Wish, family: str, *, force: bool) -> tuple[Source, Sink]:
+    """A single file, or shards.
+
+    Args:
+        source: The output's tensors, cast.
+        draft: What they are.
+        path: Where to; `.ckpt` and the like make a torch checkpoint.
+        wish: The request.
+        family: As in archs, for GGUF.
+        force: Replace what is there.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if wish.to == "gguf":
+        return _gguf(source, draft, path, wish, family, force=force)
+    if wish.to == "ckpt" or path.suffix in _TORCH:
+        from sdops.core.sink_torch import TorchSink
+
+        return source, TorchSink(path, source.specs, {}, force=force)
+    if draft.header and not wish.shard:
+        return source, SameDataSink(path, source.specs, draft.header, force=force)
+    if wish.shard:
+        return source, create_shards(path, source.specs, draft.metadata, shard=wish.shard, force=force)
+    return source, SafetensorsSink(path, source.specs, draft.metadata, force=force)
+
+
+def folder_sink(source: Source, draft: Draft, placed: list[Placed], path: Path, wish: Wish, *, force: bool) -> Sink:
+    """A folder of diffusers.
+
+    Args:
+        source: The output's tensors, cast: those of the folder, and those of the side file under their names there.
+        draft: What they are.
+        placed: Where the components lie.
+        path: Where to.
+        wish: The request.
+        force: Replace what is there.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    files: dict[str, bytes | Tensors] = dict(draft.files)
+    names = {each.chosen.name: f"{each.prefix}{each.table.stem}.safetensors" for each in placed}
+    prefixes = {each.chosen.name: each.prefix for each in placed}
+    specs: dict[str, dict[str, Spec]] = {}
+    for key, entry in draft.tensors.items():
+        specs.setdefault(names[entry.component], {})[key.removeprefix(prefixes[entry.component])] = source.specs[key]
+    files |= {file: Tensors(tensors, {"format": "pt"}, wish.shard) for file, tensors in specs.items()}
+    aside = {key: spec for key, spec in source.specs.items() if key not in draft.tensors}
+    if aside or draft.metadata:
+        files[_convert_extra.NAME] = Tensors(aside, draft.metadata)
+    return FolderSink(path, files, force=force)
+
+
+def extra_tensors(draft: Draft, header: bytes) -> dict[str, Entry]:
+    """The side file's tensors under their names there."""
+    found = {f"{_convert_extra.EXTRA}{key}": entry for key, entry in draft.aside.items()}
+    if header:
+        constants = Constants("header", {_convert_extra.HEADER: _convert_extra.compressed(header)})
+        made = rows(constants, _convert_extra.HEADER)
+        found[_convert_extra.HEADER] = Entry(made, "header", _convert_extra.HEADER)
+    return found
+
+
+def assembled(name: str, tensors: Mapping[str, Entry]) -> Assembled:
+    """The tensors as a Source."""
+    return Assembled(name, {key: entry.made for key, entry in tensors.items()}, {})
+
+
+def carried_metadata(metadata: Mapping[str, str], made: Mapping[str, Any] | None) -> dict[str, str]:
+    """The metadata of a file that is made of another: hashes that are no longer true go, the recipe comes.
+
+    Args:
+        metadata: The other file's.
+        made: What was done to the values, or None if nothing was.
+    """
+    stale = set(stale_hashes(metadata))
+    kept = {"format": "pt"} | {key: text for key, text in metadata.items() if key not in stale}
+    if made is None:
+        return kept
+    return kept | {"sdops": json.dumps(made, ensure_ascii=False, separators=(",", ":"))}
+
+
+def _gguf(source: Source, draft: Draft, path: Path, wish: Wish, family: str, *, force: bool) -> tuple[Source, Sink]:
+    from sdops.core.ggml_view import Packed, choose_types
+    from sdops.core.sink_gguf import FILE_TYPES, GgufSink
+    from sdops.verbs._convert_dtypes import is_linear
+
+    delicate = {key for key, entry in draft.tensors.items() if not is_linear(entry.name, entry.made.spec)}
+    types = choose_types(source.specs, wish.gguf_type, delicate)
+    fields: dict[str, Any] = {
+        "general.architecture": _GGUF_NAMES.get(family, family),
+        "general.quantization_version": 2,
+        "general.file_type": FILE_TYPES[wish.gguf_type],
+    }
+    for key, (kind, shape) in types.items():
+        if len(shape) > 4:  # GGUF has four dimensions; ComfyUI-GGUF reads the shape that it was
+            fields[f"comfy.gguf.orig_shape.{key}"] = list(shape)
+            types[key] = kind, (*shape[:3], prod(shape[3:]))
+    return Packed(source, types), GgufSink(path, types, fields, force=force)

@@ -1,0 +1,107 @@
+"""Convert a model file to another container, layout or dtype.
+
+sdops.convert("model.safetensors", to="diffusers")                    a folder that diffusers loads
+sdops.convert("folder", to="original", output="model.safetensors")    and back, byte for byte
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdops.report import Progress, Report, silent
+from sdops.verbs._convert_wish import Wish, check, parse_dtypes
+
+FilePath = str | os.PathLike[str]
+
+
+def convert(
+    file: FilePath,
+    *,
+    to: str,
+    output: FilePath | None = None,
+    dtype: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    components: Sequence[str] = (),
+    ema: str = "keep",
+    prune: bool = False,
+    vae: FilePath | None = None,
+    text_encoder: FilePath | None = None,
+    unknown: str = "refuse",
+    prefix: bool | None = None,
+    shard: int | None = None,
+    reference: FilePath | None = None,
+    strict: bool = False,
+    seed: int | None = None,
+    jobs: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Convert a checkpoint.
+
+    Between layouts nothing but ranges of bytes is copied; numbers change only with `dtype`.
+
+    Args:
+        file: A model file of any format, one of several shards, or a folder of diffusers.
+        to: safetensors, ckpt or gguf (another container, the same layout), diffusers (a folder), original (a single
+            file as the model's authors spell it).
+        output: Where to write; default: a derived name in this folder.
+        dtype: fp16, bf16, fp32, fp64, fp8_e4m3 or fp8_e5m2, also by component: `fp16,vae=fp32`; of GGUF files also
+            q8_0, q5_1, q5_0, q4_1 or q4_0. Rounds to nearest even and clamps. Integers and markers stay.
+        include: Cast only tensors that match one of these patterns.
+        exclude: Do not cast tensors that match one of these.
+        components: Convert only these: `unet`, `vae`, `clip_l` ..., `text_encoder` for all of them.
+        ema: keep, drop, or use the moving average in place of the U-Net.
+        prune: Leave out the average, noise schedules and left-overs of training.
+        vae: A file whose VAE is taken.
+        text_encoder: A file whose text encoders are taken.
+        unknown: What to do with tensors that a layout has no place for and nobody knows: refuse, keep or drop.
+        prefix: Whether a component that is alone keeps what stands before its names in a whole model.
+        shard: Largest size of a file in bytes.
+        reference: A folder of diffusers whose configurations and tokenizers are taken over.
+        strict: Refuse to clamp values that are too large for the dtype.
+        seed: Round at random instead of to nearest.
+        jobs: Threads; default: one per core.
+        dry_run: Check everything, report what would be done, write nothing.
+        force: Replace an existing output.
+        progress: Called as `progress(label, total_bytes)`.
+
+    Returns:
+        A report that accounts for every tensor: copied, reshaped, cast, set aside, dropped, invented.
+
+    Raises:
+        UsageError: the request makes no sense for this file.
+        MismatchError: tensors are unknown, missing, or do not fit the layout.
+        FormatError: the file is damaged, or quantised.
+        OutputError: the output exists, is an input, or does not fit on the disk.
+    """
+    from sdops.verbs._convert_checkpoint import Conversion, open_all
+
+    check(to, ema, shard)
+    dtypes, gguf_type = parse_dtypes(dtype, to)
+    wish = Wish(
+        to,
+        dtypes,
+        gguf_type,
+        tuple(include),
+        tuple(exclude),
+        tuple(components),
+        ema,
+        prune,
+        unknown,
+        prefix,
+        shard or 0,
+        None if reference is None else Path(reference),
+        strict,
+        seed,
+    )
+    donors = {role: Path(path) for role, path in (("vae", vae), ("text_encoder", text_encoder)) if path is not None}
+    origin, opened = open_all(Path(file), donors)
+    conversion = Conversion(origin, opened, None if output is None else Path(output), wish, force=force)
+    try:
+        return conversion.dry_run() if dry_run else conversion.save(jobs=jobs, progress=progress)
+    finally:
+        conversion.close()
