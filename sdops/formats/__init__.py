@@ -117,7 +117,7 @@ def open_list(path: str | os.PathLike[str], names: Callable[[list[Spec]], list[s
 
 
 def _open_named(module: Any, path: Path, names: list[str]) -> FileSource:
-    source: FileSource = module.open(path, lambda root: dict(zip(names, root, strict=True)))
+    source: FileSource = module.open_named(path, lambda root: dict(zip(names, root, strict=True)))
     return source
 
 

@@ -23,11 +23,6 @@ _READ_LIMIT = 256 << 20
 Naming = Callable[[Any], Any]
 
 
-def unchanged(root: Any) -> Any:
-    """An object that has its names already."""
-    return root
-
-
 class TorchFile:
     """The named tensors in a checkpoint that torch.save wrote.
 

@@ -14,7 +14,7 @@ from sdops.errors import FormatError
 from sdops.formats._file import InputFile
 from sdops.formats._pickle import PickleError, refuse
 from sdops.formats._torch import Storage, load_object, load_plain
-from sdops.formats._torch_file import Naming, Stream, TorchFile, unchanged
+from sdops.formats._torch_file import Naming, Stream, TorchFile
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
@@ -26,8 +26,18 @@ def sniff(path: Path, head: bytes) -> bool:
     return head[:1] == b"\x80" and MAGIC.to_bytes(10, "little") in head[:32]
 
 
-def open(path: Path, named: Naming = unchanged) -> TorchFile:  # noqa: A001 -- the shelf's contract names it
-    """Open a checkpoint by reading its pickles; `named` gives names to the tensors of an object that has none.
+def open(path: Path) -> TorchFile:  # noqa: A001 -- the shelf's contract names it
+    """Open a checkpoint by reading its pickles.
+
+    Raises:
+        SdopsError: the file is missing.
+        FormatError: it is damaged, hostile, or holds no named tensors.
+    """
+    return open_named(path, lambda root: root)
+
+
+def open_named(path: Path, named: Naming) -> TorchFile:
+    """As `open`; `named` makes a dict of tensors of the object in the file.
 
     Raises:
         SdopsError: the file is missing.

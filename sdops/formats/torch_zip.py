@@ -20,7 +20,7 @@ from sdops.errors import FormatError
 from sdops.formats._file import InputFile
 from sdops.formats._pickle import BYTES_LIMIT, PickleError, refuse
 from sdops.formats._torch import Storage, load_object
-from sdops.formats._torch_file import Naming, TorchFile, Window, unchanged
+from sdops.formats._torch_file import Naming, TorchFile, Window
 
 if TYPE_CHECKING:
     from zipfile import ZipInfo
@@ -44,8 +44,18 @@ def sniff(path: Path, head: bytes) -> bool:
     return member in (b"data.pkl", b"version", b"byteorder", b"constants.pkl") or member.startswith(b"data/")
 
 
-def open(path: Path, named: Naming = unchanged) -> TorchFile:  # noqa: A001 -- the shelf's contract names it
-    """Open a checkpoint by reading its pickle; `named` gives names to the tensors of an object that has none.
+def open(path: Path) -> TorchFile:  # noqa: A001 -- the shelf's contract names it
+    """Open a checkpoint by reading its pickle.
+
+    Raises:
+        SdopsError: the file is missing.
+        FormatError: it is damaged, hostile, or holds no named tensors.
+    """
+    return open_named(path, lambda root: root)
+
+
+def open_named(path: Path, named: Naming) -> TorchFile:
+    """As `open`; `named` makes a dict of tensors of the object in the file.
 
     Raises:
         SdopsError: the file is missing.
