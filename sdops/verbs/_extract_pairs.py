@@ -182,6 +182,7 @@ def _add(found: Pairs, component: Component, key: str, norms: Set[str], tuned: S
         tuned, base: Where it is.
     """
     module, _, part = key.rpartition(".")
+    part = "weight" if part == "scale" else part  # so Flux calls the weights of its norms
     shape = tuned.shape
     if not all(side.model.source.specs[p.key].dtype in FLOATS for side in (tuned, base) for p in side.parts):
         return  # positions and the like
@@ -192,7 +193,7 @@ def _add(found: Pairs, component: Component, key: str, norms: Set[str], tuned: S
     elif shape != base.shape:
         _refuse_shapes(found, tuned, base)
     elif len(shape) == 1:
-        is_norm = f"{module}.weight" in norms
+        is_norm = not norms.isdisjoint((f"{module}.weight", f"{module}.scale"))
         found.vectors.append(Pair(Target(component.name, module), "norm" if is_norm else "bias", part, tuned, base))
     else:
         kind: Kind = "conv" if len(shape) > 2 and prod(shape[2:]) > 1 else "linear"
