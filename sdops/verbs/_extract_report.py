@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from sdops.report import Report, Section
-from sdops.text import duration, size
+from sdops.text import count, duration, size
 
 if TYPE_CHECKING:
     from sdops.verbs._extract_factors import Layer
@@ -38,7 +38,7 @@ def dry_report(output: Path, found: Pairs, vectors: Sequence[Pair], wishes: Mapp
         "read_bytes": nbytes,
     }
     rows = [("output", str(output)), ("dialect", to), ("ranks", _words(wishes)), ("reads", size(nbytes))]
-    rows += [(f"{name}s", f"{number:,}") for name, number in _counts(pairs).items()]
+    rows += [("layers", count(number, name)) for name, number in _counts(pairs).items()]
     report.sections = [Section("Would extract", rows), _left_out(found)]
     report.warnings = list(found.warnings)
     return report
