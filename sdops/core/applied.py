@@ -13,11 +13,11 @@ that nothing is lost on average. All changes see the original W, so that their o
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from math import prod
 from typing import Any
@@ -25,24 +25,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdops.core.casting import cast, raw_dtype
-from sdops.core.exact import PIECE, ExactSum, NonFiniteError, Scratch
-from sdops.core.fp8 import WRITABLE, fp8_values
-from sdops.core.inputs import nonfinite
-from sdops.core.noise import Noise
+from sdops.core.adding import Adder, Singles, Tally, fp8_scale, refused
+from sdops.core.casting import raw_dtype
+from sdops.core.exact import PIECE
 from sdops.core.plan import Input
-from sdops.core.precision import FORMATS, Doubles, Raw, count_nonfinite, decode, encode
+from sdops.core.precision import Doubles, Raw, decode, encode
 from sdops.core.run import piece_bytes
 from sdops.core.source import Source, aligned, splits
-from sdops.core.spec import FP8, Spec
+from sdops.core.spec import Spec
 from sdops.core.views import View
-from sdops.errors import FormatError
 
-Singles = NDArray[np.float32]
 Factors = tuple[Singles, Singles]  # up [rows, r], down [r, columns]; scale and strength are in them
 Weights = Callable[[str], Singles]  # tensor of the model -> its values, in its shape
 
-SAMPLE = 4096  # elements of a piece from which is told what survived the rounding
 REMEMBERED = 4  # tensors whose factors are kept: pieces of one come in a row, in several threads
 
 
@@ -99,7 +94,7 @@ class Applied(View):
         seed: Round at random, keyed by seed, tensor and element, instead of to nearest.
 
     Attributes:
-        overflows: Tensor -> number of elements that were too large for the output dtype and were clamped.
+        adder: What it counted: overflows, and the share of the changes that survived.
     """
 
     def __init__(
@@ -114,15 +109,13 @@ class Applied(View):
         super().__init__(source, {k: changes[k].spec if k in changes else spec for k, spec in source.specs.items()})
         self.changes = changes
         self.weights = source if weights is None else weights
-        self._scaled = {change.scale: key for key, change in changes.items() if change.scale}
-        self.overflows: dict[str, int] = {}
+        self.adder = Adder(seed)
         self._sequential = sequential
-        self._seed = seed
-        self._kept: dict[str, tuple[float, float]] = {}
+        self._scaled = {change.scale: key for key, change in changes.items() if change.scale}
+        self._scales = _shared({key: source.specs[name].numel for name, key in self._scaled.items()})
         self._lock = threading.Lock()
         self._local = threading.local()
         self._factors: OrderedDict[str, list[tuple[int, Singles, Singles]]] = OrderedDict()
-        self._sums: dict[tuple[str, str], ExactSum] = {}
         self._whole: tuple[str, bytearray] = ("", bytearray())
 
     # ------------------------------------------------------------------------------------------- what core.run asks
@@ -133,17 +126,13 @@ class Applied(View):
         dense = any(isinstance(term, Dense) for change in self.changes.values() for term in change.terms)
         return not dense and not any(hasattr(each, "piece_bytes") for each in (self.source, self.weights))
 
-    def tally(self) -> Any:
+    def tally(self) -> Tally:
         """What was counted in this process."""
-        return self.overflows, self._kept
+        return self.adder.tally()
 
-    def add(self, tally: Any) -> None:
+    def add(self, tally: Tally) -> None:
         """Add what another process counted."""
-        overflows, kept = tally
-        for key, overflow in overflows.items():
-            self._count(key, overflow, *kept.get(key, (0.0, 0.0)))
-        for key in kept.keys() - overflows.keys():
-            self._count(key, 0, *kept[key])
+        self.adder.add(tally)
 
     def piece_bytes(self, key: str) -> int:
         """Portions in which the tensor is made: some rows, or all of them."""
@@ -152,22 +141,13 @@ class Applied(View):
         spec = self.specs[key]
         if self._is_whole(key):
             return max(spec.nbytes, 1)
-        return self._piece(key) * raw_dtype(spec.dtype).itemsize
+        return self._portion(key) * raw_dtype(spec.dtype).itemsize
 
     def splits(self, key: str) -> bool:
         """Whether threads may share the tensor."""
         if key in self.changes:
             return splits(self.weights, key) and not self._is_whole(key)
         return splits(self.source, key)
-
-    def kept(self) -> dict[str, float]:
-        """Tensor -> share of the change that survived the rounding, <W' - W, delta> / <delta, delta>, sampled."""
-        return {key: got / wanted for key, (got, wanted) in self._kept.items() if wanted}
-
-    def kept_overall(self) -> float | None:
-        """The same of all tensors together; None before anything was read."""
-        got, wanted = (sum(each[i] for each in self._kept.values()) for i in (0, 1))
-        return got / wanted if wanted else None
 
     # ------------------------------------------------------------------------------------------------------ reading
 
@@ -178,44 +158,78 @@ class Applied(View):
             FormatError: a weight is NaN or infinite.
         """
         if key in self._scaled:
-            buffer[:] = memoryview(self._scale_bytes(key))[start : start + len(buffer)]
+            bits, _ = encode(self._scale(self._scaled[key]), self.specs[key].dtype)
+            buffer[:] = memoryview(bits.tobytes())[start : start + len(buffer)]
         elif key not in self.changes:
             self.source.read_into(key, start, buffer)
-        elif not self._is_whole(key):
-            self._read_pieces(key, start, buffer)
-        elif len(buffer) == self.specs[key].nbytes:
-            self._make_whole(key, buffer)
+        elif self._is_whole(key) and len(buffer) < self.specs[key].nbytes:
+            buffer[:] = self._remembered(key)[start : start + len(buffer)]
         else:
+            self._make(key, start, buffer)
+
+    def _remembered(self, key: str) -> memoryview:
+        """A tensor that is made at once, for those who read it in pieces."""
+        with self._lock:
+            name, data = self._whole
+        if name != key:
+            data = bytearray(self.specs[key].nbytes)
+            self._make(key, 0, memoryview(data))
             with self._lock:
-                name, data = self._whole
-            if name != key:
-                data = bytearray(self.specs[key].nbytes)
-                self._make_whole(key, memoryview(data))
-                with self._lock:
-                    self._whole = key, data
-            buffer[:] = memoryview(data)[start : start + len(buffer)]
+                self._whole = key, data
+        return memoryview(data)
 
-    def _is_whole(self, key: str) -> bool:
-        """Whether the tensor is made at once."""
-        change = self.changes[key]
-        grows = change.spec.shape != self.weights.specs[key].shape
-        return grows or bool(change.scale) or any(isinstance(term, Dense) for term in change.terms)
+    def _make(self, key: str, start: int, buffer: memoryview) -> None:
+        """Weights and changes, put together portion by portion."""
+        out = np.frombuffer(buffer, raw_dtype(self.specs[key].dtype))
+        item, target, origin = Input(self.weights, key, 0), self.specs[key].dtype, start // out.itemsize
+        scale = self._scale(key) if self.changes[key].scale else None
+        columns = _matrix(self.specs[key].shape)[1]
+        with np.errstate(over="ignore", invalid="ignore"):  # the adder looks for what is not finite
+            for first, weight, delta in self._portions(key, origin, len(out)):
+                part = out[first - origin :][: len(delta)]
+                own = scale
+                if scale is not None and len(scale) > 1:  # one per row
+                    own = scale[np.arange(first, first + len(part)) // columns]
+                self.adder.write(item, weight, delta, part, target, first, own)
 
-    def _piece(self, key: str) -> int:
+    def _portions(self, key: str, first: int, count: int) -> Iterator[tuple[int, Raw, Singles]]:
+        """Place, bit patterns of the weight, and what is added, in portions; valid until the next one."""
+        if self._is_whole(key):
+            yield 0, *self._whole_change(key)
+            return
+        step = self._portion(key)
+        for begin in range(first, first + count, step):
+            size = min(step, first + count - begin)
+            yield begin, self._raw(key, begin, size), self._low_rank(key, begin, size)
+
+    def _portion(self, key: str) -> int:
         """Elements made at once: as many rows as fit the cache, or what a source that computes wants to be read in."""
         if hasattr(self.weights, "piece_bytes"):
             return max(1, piece_bytes(self.weights, key) // raw_dtype(self.weights.specs[key].dtype).itemsize)
         columns = _matrix(self.specs[key].shape)[1]
         return PIECE // columns * columns or PIECE
 
-    def _read_pieces(self, key: str, start: int, buffer: memoryview) -> None:
-        """Low-rank changes, a few rows at a time."""
-        out = np.frombuffer(buffer, raw_dtype(self.specs[key].dtype))
-        step, first = self._piece(key), start // out.itemsize
-        for begin in range(0, len(out), step):
-            part = out[begin : begin + step]
-            weight = self._raw(key, first + begin, len(part))
-            self._round(key, weight, self._low_rank(key, first + begin, len(part)), part, first + begin)
+    def _is_whole(self, key: str) -> bool:
+        """Whether the tensor is made at once."""
+        change = self.changes[key]
+        grows = change.spec.shape != self.weights.specs[key].shape
+        return grows or any(isinstance(term, Dense) for term in change.terms)
+
+    def _scale(self, key: str) -> Doubles:
+        """The scale of an fp8 tensor: one number, or one per row."""
+        found = self._scales[key]
+        if (found < 0).any():
+            most, columns = np.zeros(len(found)), _matrix(self.specs[key].shape)[1]
+            for first, weight, delta in self._portions(key, 0, self.specs[key].numel):
+                magnitude = np.abs(decode(weight, self.weights.specs[key].dtype) + delta)
+                if not np.isfinite(magnitude).all():
+                    raise refused(Input(self.weights, key, 0), weight)
+                rows = np.arange(first, first + len(magnitude)) // columns if len(most) > 1 else 0
+                np.maximum.at(most, rows, magnitude if len(most) > 1 else magnitude.max())
+            scale = fp8_scale(most.astype(np.float32), self.specs[key].dtype).astype(np.float64)
+            dtype = self.specs[self.changes[key].scale].dtype
+            found[:] = decode(encode(scale, dtype)[0], dtype)  # as whoever reads the file will see it
+        return found.astype(np.float64)
 
     def _low_rank(self, key: str, first: int, count: int) -> Singles:
         """Elements `first .. first + count` of the sum of all up @ down, in this thread's buffer."""
@@ -251,16 +265,7 @@ class Applied(View):
                     self._factors.popitem(last=False)
             return self._factors[key]
 
-    def _make_whole(self, key: str, buffer: memoryview) -> None:
-        """All terms of a tensor, in order."""
-        raw, delta = self._total(key)
-        out = np.frombuffer(buffer, raw_dtype(self.specs[key].dtype))
-        if self.changes[key].scale:
-            self._round_scaled(key, raw, delta, out)
-        else:
-            self._round(key, raw, delta, out, 0)
-
-    def _total(self, key: str) -> tuple[Raw, Singles]:
+    def _whole_change(self, key: str) -> tuple[Raw, Singles]:
         """The weight's bit patterns and what is added, flat."""
         shape, own = self.specs[key].shape, self.weights.specs[key]
         raw = _padded(self._raw(key, 0, own.numel).copy(), own.shape, shape)
@@ -301,87 +306,21 @@ class Applied(View):
         buffer: Singles = getattr(self._local, name)
         return buffer[:count]
 
-    # ----------------------------------------------------------------------------------------------------- rounding
-
-    def _round(self, key: str, weight: Raw, delta: Singles, out: Raw, first: int) -> None:
-        """Write W + delta, rounded once, and account for what survived."""
-        overflow = 0
-        for begin in range(0, len(out), PIECE):
-            window = slice(begin, begin + PIECE)
-            overflow += self._round_piece(key, weight[window], delta[window], out[window], first + begin)
-        self._count(
-            key, overflow, *_projection(weight, delta, out, self.weights.specs[key].dtype, self.specs[key].dtype)
-        )
-
-    def _round_piece(self, key: str, weight: Raw, delta: Singles, out: Raw, first: int) -> int:
-        """At most PIECE elements; how many were clamped."""
-        dtype, target = self.weights.specs[key].dtype, self.specs[key].dtype
-        if self._seed is None and target in FORMATS:
-            try:
-                return self._sum(dtype, target)([weight, delta.view(np.uint32)], out, Scratch.of_thread())
-            except NonFiniteError as error:
-                raise self._nonfinite(key, weight if error.index == 0 else None) from None
-        noise = None if self._seed is None else Noise(self._seed, key, first).words(0, len(out))
-        total = decode(weight, dtype) + delta
-        counts = cast(total.view(np.uint64), "F64", out, target, noise)
-        if counts.nan or counts.infinite:
-            raise self._nonfinite(key, weight if sum(count_nonfinite(weight, dtype)) else None)
-        return counts.overflow
-
-    def _round_scaled(self, key: str, weight: Raw, delta: Singles, out: Raw) -> None:
-        """Write (W + delta) / scale as fp8."""
-        dtype, target = self.weights.specs[key].dtype, self.specs[key].dtype
-        total = (decode(weight, dtype) + delta).reshape(_matrix(self.specs[key].shape))
-        scale = self._scale(key, total)
-        noise = None if self._seed is None else Noise(self._seed, key).words(0, len(out))
-        scaled = np.ascontiguousarray(total / scale).reshape(-1)
-        overflow = cast(scaled.view(np.uint64), "F64", out, target, noise).overflow
-        wanted = delta.astype(np.float64)
-        change = (_values(out, target).reshape(total.shape) * scale).reshape(-1) - decode(weight, dtype)
-        self._count(key, overflow, float(change @ wanted), float(wanted @ wanted))
-
-    def _scale(self, key: str, total: Doubles) -> Doubles:
-        """Largest magnitude / largest code: [1, 1], or [rows, 1] where the model has one per row."""
-        largest = WRITABLE[self.specs[key].dtype][2]
-        per_row = self.specs[self.changes[key].scale].numel > 1
-        most = np.abs(total).max(axis=1, keepdims=True) if per_row else np.abs(total).max(keepdims=True)
-        if not np.isfinite(most).all():
-            raise self._nonfinite(key, None)
-        scale: Doubles = np.where(most > 0, most / largest, 1.0).astype(np.float32).astype(np.float64)
-        return scale
-
-    def _scale_bytes(self, name: str) -> bytes:
-        """The scale of an fp8 tensor, made anew."""
-        key = self._scaled[name]
-        weight, delta = self._total(key)
-        total = (decode(weight, self.weights.specs[key].dtype) + delta).reshape(_matrix(self.specs[key].shape))
-        bits, _ = encode(self._scale(key, total).reshape(-1), self.specs[name].dtype)
-        return bits.tobytes()
-
-    def _nonfinite(self, key: str, weight: Raw | None) -> FormatError:
-        """The error for a weight with NaN or infinity, or for a change that is too large for float32."""
-        if weight is not None:
-            return nonfinite(Input(self.weights, key, 0), *count_nonfinite(weight, self.weights.specs[key].dtype))
-        return FormatError(
-            f"what is to be added to `{key}` is too large for float32", hint="use a smaller strength", key=key
-        )
-
-    def _sum(self, dtype: str, target: str) -> ExactSum:
-        if (dtype, target) not in self._sums:
-            self._sums[dtype, target] = ExactSum([Fraction(1), Fraction(1)], [dtype, "F32"], target)
-        return self._sums[dtype, target]
-
-    def _count(self, key: str, overflow: int, got: float, wanted: float) -> None:
-        with self._lock:
-            if overflow:
-                self.overflows[key] = self.overflows.get(key, 0) + overflow
-            before = self._kept.get(key, (0.0, 0.0))
-            self._kept[key] = before[0] + got, before[1] + wanted
-
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """[o, i kh kw] of any shape; vectors are one column."""
     return (shape[0] if shape else 1), prod(shape[1:])
+
+
+def _shared(sizes: Mapping[str, int]) -> dict[str, Singles]:
+    """Arrays of numbers still unknown (-1), which forked processes share: what one finds out the others need not."""
+    memory = np.frombuffer(mmap.mmap(-1, max(4 * sum(sizes.values()), 1)), np.float32, sum(sizes.values()))
+    memory[:] = -1
+    found: dict[str, Singles] = {}
+    for key, size in sizes.items():
+        start = sum(len(each) for each in found.values())
+        found[key] = memory[start : start + size]
+    return found
 
 
 def _side_by_side(found: list[Factors]) -> Factors:
@@ -398,21 +337,6 @@ def _padded(values: NDArray[Any], shape: tuple[int, ...], wanted: tuple[int, ...
     return larger.reshape(-1)
 
 
-def _projection(weight: Raw, delta: Singles, out: Raw, dtype: str, target: str) -> tuple[float, float]:
-    """<W' - W, delta> and <delta, delta> of some elements, evenly spread; an odd step meets all columns."""
-    step = len(out) // SAMPLE | 1
-    wanted = delta[::step].astype(np.float64)
-    change = _values(out[::step], target) - _values(weight[::step], dtype)
-    return float(change @ wanted), float(wanted @ wanted)
-
-
 def _singles(raw: Raw, dtype: str) -> Singles:
     values: Singles = decode(raw, dtype).astype(np.float32)
     return values
-
-
-def _values(raw: Raw, dtype: str) -> Doubles:
-    if dtype in FP8:
-        values: Doubles = fp8_values(dtype)[raw].astype(np.float64)
-        return values
-    return decode(raw, dtype)

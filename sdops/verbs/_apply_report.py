@@ -33,15 +33,15 @@ def dry_report(apply: Apply, output: Path) -> Report:
 def done_report(apply: Apply, output: Path, seconds: float, recipe: Mapping[str, Any]) -> Report:
     """What was written, and how much of the LoRAs survived the rounding."""
     report = _common(apply, output)
-    computed = apply.computed
-    kept, overall, overflow = computed.kept(), computed.kept_overall(), sum(computed.overflows.values())
+    adder = apply.computed.adder
+    kept, overall, overflow = adder.kept(), adder.kept_overall(), sum(adder.overflows.values())
     low = {key: share for key, share in kept.items() if share < LOST}
     report.data |= {
         "recipe": recipe,
         "seconds": round(seconds, 3),
         "kept_overall": overall,
         "kept": kept,
-        "overflows": dict(computed.overflows),
+        "overflows": dict(adder.overflows),
     }
     rows = [["strength kept", f"{overall:.1%} of what was added survived the rounding"]] if overall is not None else []
     if low:
@@ -53,9 +53,9 @@ def done_report(apply: Apply, output: Path, seconds: float, recipe: Mapping[str,
     if overall is not None and overall < LOST:
         report.warnings.append(_swallowed(apply, overall, len(low)))
     if overflow:
-        key = next(iter(computed.overflows))
+        key = next(iter(adder.overflows))
         report.warnings.append(
-            f"{count(overflow, 'value')} of {count(len(computed.overflows), 'tensor')} were too large for the output "
+            f"{count(overflow, 'value')} of {count(len(adder.overflows), 'tensor')} were too large for the output "
             f"dtype and were clamped, first in `{key}`; `--touched-dtype bf16` or `--touched-dtype fp32` holds them"
         )
     return report
