@@ -74,5 +74,5 @@ def command(
         raise UsageError("an apply without output is lazy")
     target = output or made.derived_name()
     if dry_run:
-        return console.show(made.dry_run(target, force=force))
+        return console.show(made.dry_run(target, force=force, jobs=jobs))
     return console.show(made.save(target, jobs=jobs, force=force, hash_inputs=not no_hash, progress=console.progress))

@@ -99,6 +99,9 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--vae", type=FILE, help="Take the VAE from this file"),
     click.option("--text-encoder", type=FILE, help="Take the text encoders from this file"),
+    click.option(
+        "--lora", multiple=True, metavar="FILE[:STRENGTH]", help="Add this LoRA to the result; see `sdops apply --help`"
+    ),
     click.option("--prune", is_flag=True, help="Leave out EMA weights, noise schedules and other ballast"),
     click.option("--seed", type=int, default=0, show_default=True, help="For random methods"),
     click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),
@@ -136,10 +139,11 @@ def command(
     **options: Any,
 ) -> int:
     """Merge checkpoints into one."""
-    from sdops.verbs.merge import Merge, merge
+    from sdops.report import Report
+    from sdops.verbs.merge import merge
 
     made = merge(*models, **options)
-    if not isinstance(made, Merge):
+    if isinstance(made, Report):
         raise UsageError("a merge without output is lazy")
     target = output or made.derived_name()
     if dry_run:

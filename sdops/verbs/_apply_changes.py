@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from sdops.adapters import Facts, Settings, Shape, family
 from sdops.adapters._parts import scale_of, unfit
-from sdops.core.applied import Change, Dense, Factors, LowRank, Singles, Weights
+from sdops.core.adding import Singles
+from sdops.core.applied import Change, Dense, Factors, LowRank, Weights
 from sdops.core.casting import cast, raw_dtype
 from sdops.core.patch import Patch
 from sdops.core.source import read

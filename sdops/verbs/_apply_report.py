@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdops.report import Report, Section
 from sdops.text import count, duration, size
+from sdops.verbs._memory import PYTHON, TORCH
 
 if TYPE_CHECKING:
     from sdops.verbs._apply_changes import Matched
@@ -20,12 +21,17 @@ LOST = 0.95  # warn if less of what the LoRAs add survives rounding
 _WORST = 10
 
 
-def dry_report(apply: Apply, output: Path) -> Report:
+def dry_report(apply: Apply, output: Path, jobs: int) -> Report:
     """Everything that is known without reading the model's tensors."""
     report = _common(apply, output)
     written, free = _written(apply), disk_usage(output.absolute().parent).free
-    report.data |= {"dry_run": True, "write_bytes": written, "free_bytes": free}
-    report.sections.append(Section("Costs", [["writes", f"{size(written)}, {size(free)} are free there"]]))
+    memory = _memory(apply, jobs)
+    report.data |= {"dry_run": True, "free_bytes": free, "memory_bytes": memory, "jobs": jobs}
+    rows = [
+        ["writes", f"{size(written)}, {size(free)} are free there"],
+        ["memory", f"about {size(memory)} with {count(jobs, 'thread')}"],
+    ]
+    report.sections.append(Section("Costs", rows))
     report.hints.append("nothing was written; leave `--dry-run` away to apply")
     return report
 
@@ -74,7 +80,7 @@ def _swallowed(apply: Apply, overall: float, tensors: int) -> str:
 
 def _common(apply: Apply, output: Path) -> Report:
     loras = list(zip(apply.loras, apply.changes.matched, strict=True))
-    report = Report("apply", result=[str(output)])
+    report = Report(apply.verb, result=[str(output)])
     report.data = {
         "output": str(output),
         "recipe": apply.made,
@@ -145,6 +151,13 @@ def _omissions(lora: Lora, matched: Matched) -> list[str]:
         what = next(iter(lora.adapter.extras.values()))
         texts.append(f"`{lora.name}` also holds what no weight can take up ({what}): it is left out")
     return texts
+
+
+def _memory(apply: Apply, jobs: int) -> int:
+    """Estimate: portions and factors where these suffice; a few times the largest tensor that torch makes at once."""
+    changes = apply.computed.changes
+    whole = [change.spec.numel for key, change in changes.items() if not apply.computed.splits(key)]
+    return (TORCH + jobs * 24 * max(whole) if whole else PYTHON) + jobs * (12 << 20)
 
 
 def _written(apply: Apply) -> int:

@@ -28,11 +28,21 @@ from sdops.verbs._provenance import LONGEST_NAME, RECIPE, metadata, with_hashes,
 
 if TYPE_CHECKING:
     from sdops.core.applied import Applied
+    from sdops.verbs.merge import Merge
 
 DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 ROUNDINGS = ("nearest", "stochastic")
 DORA = ("lerp", "peft")
 _SUFFIX = ".safetensors"
+_DEFAULTS = {
+    "dtype": "keep",
+    "touched_dtype": "keep",
+    "rounding": "nearest",
+    "seed": 0,
+    "dora_strength": "lerp",
+    "sequential": False,
+    "allow_unmatched": False,
+}
 
 
 def apply(
@@ -112,6 +122,25 @@ def apply(
     return made.save(output, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
 
 
+def on_merge(made: Merge, wide: Merge, lora: Sequence[Wish]) -> Apply:
+    """LoRAs on a merge in progress: what they change is merged as float32, so that all of it is rounded once.
+
+    Args:
+        made: The merge as it would be written.
+        wide: The same as float32.
+        lora: As for `apply`.
+
+    Raises:
+        UsageError, MismatchError, FormatError: as `apply`.
+    """
+    opened = open_base(made)
+    loras = open_loras(lora, opened, allow_unknown=False)
+    result = Apply(opened, loras, _DEFAULTS, Opened(wide, wide, opened.detection))
+    result.verb = "merge"
+    result.warnings[:0] = made.plan.warnings
+    return result
+
+
 class Apply:
     """A model with LoRAs, planned: a Source of the result, which `save` writes to a file. Made by `apply`.
 
@@ -126,6 +155,7 @@ class Apply:
         changes: What every tensor gains.
         made: The recipe, with placeholders for hashes.
         warnings: What the user should know, one sentence each.
+        verb: Of reports: `merge` where the model is one in progress.
 
     Raises:
         MismatchError: as `apply`.
@@ -136,6 +166,7 @@ class Apply:
     ) -> None:
         from sdops.verbs._apply_changes import Changes  # numpy
 
+        self.verb = "apply"
         self.model = model
         self.loras = loras
         self.settings = settings
@@ -234,10 +265,10 @@ class Apply:
             sink.commit({RECIPE: header[RECIPE]})
         return done_report(self, Path(output), time.monotonic() - begin, json.loads(header[RECIPE]))
 
-    def dry_run(self, output: str | os.PathLike[str], *, force: bool = False) -> Report:
+    def dry_run(self, output: str | os.PathLike[str], *, force: bool = False, jobs: int | None = None) -> Report:
         """What `save` would do, after the same checks."""
         self.check(output, force=force)
-        return dry_report(self, Path(output))
+        return dry_report(self, Path(output), jobs or default_jobs())
 
     def _computed(self) -> Applied:
         """The Source that does the work."""
@@ -248,10 +279,9 @@ class Apply:
 
     def _recipe(self) -> dict[str, Any]:
         """Everything needed to make the file again; defaults are left out."""
-        default = {"dtype": "keep", "touched_dtype": "keep", "rounding": "nearest", "dora_strength": "lerp"}
-        own = {name: value for name, value in self.settings.items() if value not in (default.get(name), False)}
+        own = {name: value for name, value in self.settings.items() if value != _DEFAULTS[name] or name == "seed"}
         if self.settings["rounding"] == "nearest":
-            own.pop("seed", None)
+            own.pop("seed")
         strengths = [{}, *({"strength": lora.strength.to_json()} for lora in self.loras)]
         inputs = [
             part_record(role, part) | more for (role, part), more in zip(self.parts.items(), strengths, strict=True)

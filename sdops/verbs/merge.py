@@ -3,6 +3,7 @@
 sdops.merge("a.safetensors", "b.safetensors", alpha=0.3, output="c.safetensors")     writes a file
 lazy = sdops.merge("a.safetensors", "b.safetensors", alpha=0.3)                      a Source, nothing read yet
 sdops.merge(lazy, "c.safetensors", alpha=0.1).save("d.safetensors")                  one pass, no file between
+sdops.merge("a.safetensors", "b.safetensors", lora=["x.safetensors:0.8"])            so is this, with LoRAs on top
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,9 @@ from sdops.verbs._swap import swap
 
 if TYPE_CHECKING:
     from sdops.core.merged import Merged
+    from sdops.core.spec import Spec
+    from sdops.verbs._apply_loras import Wish
+    from sdops.verbs.apply import Apply
 
 DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 MISSING = ("error", "keep", "drop")
@@ -52,6 +57,7 @@ def merge(
     missing: str = "error",
     vae: Model | None = None,
     text_encoder: Model | None = None,
+    lora: Sequence[Wish] = (),
     prune: bool = False,
     seed: int = 0,
     jobs: int | None = None,
@@ -60,7 +66,7 @@ def merge(
     hash_inputs: bool = True,
     progress: Progress = silent,
     **knobs: Any,
-) -> Merge | Report:
+) -> Merge | Apply | Report:
     """Merge models into one.
 
     Args:
@@ -74,6 +80,7 @@ def merge(
         missing: Tensors that not all models have: error, keep (copy) or drop.
         vae: A file whose VAE replaces the result's.
         text_encoder: A file whose text encoders replace the result's.
+        lora: LoRAs to add to the result, as `sdops.apply` takes them; merge and LoRAs are rounded together, once.
         prune: Leave out EMA weights, noise schedules and other ballast.
         seed: For random methods.
         jobs: Threads; default: one per core.
@@ -85,7 +92,7 @@ def merge(
             numbers, a list of block weights, or the text form of these (see core.dial).
 
     Returns:
-        A report if `output` is given, else a lazy `Merge`.
+        A report if `output` is given, else a lazy `Merge`, or `Apply` with LoRAs.
 
     Raises:
         UsageError: unknown method, knob or pattern, or a wrong number of models.
@@ -98,7 +105,14 @@ def merge(
     _check_request(card, len(models), base is not None, dtype, missing)
     parts = _open_parts(models, base, {"vae": vae, "text_encoder": text_encoder})
     policy = Policy(DTYPES[dtype], tuple(include), tuple(exclude), missing, prune)
-    made = Merge(card, parts, _parsed_knobs(card, knobs, parts["a"]), policy, seed=seed, memory=memory)
+    parsed = _parsed_knobs(card, knobs, parts["a"])
+    merged = Merge(card, parts, parsed, policy, seed=seed, memory=memory)
+    made: Merge | Apply = merged
+    if lora:
+        from sdops.verbs.apply import on_merge
+
+        wide = Merge(card, parts, parsed, replace(policy, dtype="F32"), seed=seed, memory=memory)
+        made = on_merge(merged, wide, lora)
     if output is None:
         return made
     return made.save(output, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
@@ -148,8 +162,8 @@ class Merge:
             first.source.metadata, first.detection.modelspec, Path(self.plan.name).stem, names, self.made
         )
         self.name = self.plan.name
-        self.specs = self.plan.specs
-        self.metadata = self.plan.metadata
+        self.specs: Mapping[str, Spec] = self.plan.specs
+        self.metadata: Mapping[str, str] = self.plan.metadata
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         """Compute bytes of a tensor."""
