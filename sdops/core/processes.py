@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 from sdops.errors import SdopsError
 
 Task = TypeVar("Task")
+WAKE_SECONDS = 0.2
 
 
 def can_fork() -> bool:
@@ -110,7 +111,8 @@ def _collect(pipes: Sequence[Connection], progress: Callable[[int], None]) -> li
     tallies: dict[int, Any] = {}
     open_pipes = {id(pipe): index for index, pipe in enumerate(pipes)}
     while open_pipes:
-        for pipe in wait([pipe for pipe in pipes if id(pipe) in open_pipes]):
+        # not for ever: a signal may reach another thread, and is seen by this one only when it wakes
+        for pipe in wait([pipe for pipe in pipes if id(pipe) in open_pipes], timeout=WAKE_SECONDS):
             if not isinstance(pipe, Connection):
                 continue
             try:
