@@ -47,9 +47,9 @@ def _unet(shapes: Shapes) -> Config:
         "up_block_types": ["CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in up],
         "mid_block_type": _middle(shapes),
     }
-    if _uniform(up[::-1]) != _uniform(depths):  # a distilled model: not the same on the way up
-        found["transformer_layers_per_block"] = [_plain(level) for level in depths]
-        found["reverse_transformer_layers_per_block"] = [_plain(level) for level in up]
+    ways = [[_plain(level) for level in levels] for levels in (depths, up)]
+    if ways[0] != ways[1][::-1]:  # a distilled model: not the same on the way up
+        found["transformer_layers_per_block"], found["reverse_transformer_layers_per_block"] = ways
     return found
 
 

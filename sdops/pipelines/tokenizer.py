@@ -31,7 +31,7 @@ def clip_files(pad: str) -> dict[str, bytes]:
     }
     return {
         "merges.txt": merges,
-        "vocab.json": _json(vocabulary(merges.decode())),
+        "vocab.json": json.dumps(vocabulary(merges.decode()), ensure_ascii=False).encode(),
         "special_tokens_map.json": _json(names),
         "tokenizer_config.json": _json(settings | names),
     }
