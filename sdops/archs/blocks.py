@@ -6,6 +6,7 @@ VAE has a slot of its own in SDXL, and whatever has no slot is BASE. Both layout
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache, lru_cache
 
 from sdops.archs.detect import Component, Detection, component_of
@@ -13,7 +14,18 @@ from sdops.archs.junk import ema_key_of, is_ema, is_position_ids, is_schedule
 from sdops.archs.tables import Table
 from sdops.core.template import alternatives
 
-__all__ = ["BASE", "block_of", "block_slots", "component_of", "ema_key_of", "is_ema", "is_position_ids", "is_schedule"]
+__all__ = [
+    "BASE",
+    "block_of",
+    "block_slots",
+    "component_of",
+    "ema_key_of",
+    "is_ema",
+    "is_position_ids",
+    "is_schedule",
+    "slot_in",
+    "slots_in",
+]
 
 BASE = "BASE"
 
@@ -31,18 +43,34 @@ def block_of(detection: Detection, key: str) -> str:
     main = detection.main
     if main is None or not main.table.slots:
         return BASE
-    by_name = _by_name(main.table, _frozen(main))
     owner = component_of(detection, key)
     if owner == "ema":
         return _ema_slots(detection).get(key, BASE)
-    if owner != main.name:
-        return by_name.get(f"@{owner}", BASE)
-    name = key.removeprefix(main.prefix)
+    return slot_in(main.table, main.ranges, owner, key.removeprefix(main.prefix))
+
+
+def slot_in(table: Table, ranges: Mapping[str, int], component: str, name: str) -> str:
+    """The slot of a name without prefix, in the model whose denoiser `table` describes.
+
+    Args:
+        table: Of the denoiser.
+        ranges: How far its named ranges count.
+        component: What the name belongs to.
+        name: A tensor or a layer.
+    """
+    by_name = _by_name(table, tuple(sorted(ranges.items())))
+    if component != table.name:
+        return by_name.get(f"@{component}", BASE)
     while name:
         if name in by_name:
             return by_name[name]
         name = name.rpartition(".")[0]
     return BASE
+
+
+def slots_in(table: Table, ranges: Mapping[str, int]) -> list[str]:
+    """The slots of a denoiser in their usual order; only BASE where it has no block table."""
+    return list(_slots(table, tuple(sorted(ranges.items())))) if table.slots else [BASE]
 
 
 @lru_cache(maxsize=8)

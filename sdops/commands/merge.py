@@ -8,12 +8,14 @@ from typing import Any
 
 import click
 
-from sdops.card import Card, Knob, find
+from sdops.card import Card, Knob, find, names
 from sdops.commands._console import Console
 from sdops.commands._options import FILE, general_options, size_option
 from sdops.errors import UsageError
+from sdops.verbs._merge_adapters_wish import METHODS
 
 DEFAULT_METHOD = "weighted-sum"
+_LORA_ONLY = ("weights", "blocks", "rank", "density", "to", "strip_training_metadata")
 
 
 class MergeCommand(click.Command):
@@ -23,11 +25,16 @@ class MergeCommand(click.Command):
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         """The context of a command with all options."""
-        card = find(_method_in(args))
+        method = _method_in(args)
+        card = find(method) if method not in METHODS or method in names() else None
         known = {name for option in self.params for name in option.opts}
-        knobs = [_option(knob) for knob in card.knobs if f"--{knob.name.replace('_', '-')}" not in known]
+        offered = card.knobs if card else ()
+        knobs = [_option(knob) for knob in offered if f"--{knob.name.replace('_', '-')}" not in known]
+        known |= {name for option in knobs for name in option.opts}
+        knobs += [option for option in _lora_options(alone=card is None) if option.opts[0] not in known]
+        text = _help(card) if card else f"Merge LoRAs into one.\n\nWith --method {method}: {METHODS[method]}."
         full = click.Command(
-            self.name, params=[*self.params, *knobs], callback=self.callback, help=_help(card), epilog=self.epilog
+            self.name, params=[*self.params, *knobs], callback=self.callback, help=text, epilog=self.epilog
         )
         return full.make_context(info_name, args, parent, **extra)
 
@@ -74,6 +81,29 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -
         raise click.BadParameter(f"`{value}` is not a list of numbers such as 0.5,0.3,0.2") from None
 
 
+def _lora_options(*, alone: bool) -> list[click.Option]:
+    """What only merges of LoRAs have; all default to None, which means: not given.
+
+    Args:
+        alone: Whether the method is for LoRAs alone.
+    """
+    density = click.Option(["--density"], type=float, help="Share of the numbers that knots and dare keep")
+    return [
+        click.Option(
+            ["--weights"], metavar="W1,W2,...", callback=_given_numbers, help="LoRAs: one per file, also negative"
+        ),
+        click.Option(["--blocks"], multiple=True, metavar="RULES", help="LoRAs: block weights, once or once per file"),
+        click.Option(["--rank"], type=click.IntRange(1), help="LoRAs: no layer gets a higher rank"),
+        *([density] if alone else []),
+        click.Option(["--to"], help="LoRAs: dialect of the result; default: the first file's"),
+        click.Option(["--strip-training-metadata"], is_flag=True, help="LoRAs: leave out tags, folders and settings"),
+    ]
+
+
+def _given_numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    return _numbers(ctx, option, value) if value else None
+
+
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.argument("models", metavar="A B [C ...]", nargs=-1, required=True, type=FILE, help="Model files"),
     click.option("-m", "--method", default=DEFAULT_METHOD, show_default=True, allow_from_autoenv=False, help="How"),
@@ -116,6 +146,10 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False and value != ()
+
+
 @click.command(
     cls=MergeCommand,
     epilog="""\b
@@ -124,6 +158,7 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
       sdops merge a.safetensors b.safetensors --alpha "0.3, IN00-IN05=0.1, vae=0"
       sdops merge tuned.safetensors inpaint.safetensors -m add-difference ... --dry-run
       sdops merge a.safetensors b.safetensors c.safetensors -m ties --base base.safetensors --density 0.3
+      sdops merge style-lora.safetensors face-lora.safetensors --weights 0.7,-0.3
     """,
 )
 @_with_options
@@ -138,10 +173,20 @@ def command(
     no_hash: bool,
     **options: Any,
 ) -> int:
-    """Merge checkpoints into one."""
+    """Merge checkpoints, or LoRAs, into one."""
     from sdops.report import Report
+    from sdops.verbs._adapter_peek import are_adapters
+    from sdops.verbs._merge_adapters_wish import request
+
+    if are_adapters(models):
+        from sdops.verbs._merge_adapters import merge_adapters
+
+        how: dict[str, Any] = {"jobs": jobs, "force": force, "dry_run": dry_run, "progress": console.progress}
+        wishes = request(options.pop("method"), options)
+        return console.show(merge_adapters(models, **wishes, output=output, hash_inputs=not no_hash, **how))
     from sdops.verbs.merge import merge
 
+    options = {name: value for name, value in options.items() if name not in _LORA_ONLY or _is_given(value)}
     made = merge(*models, **options)
     if isinstance(made, Report):
         raise UsageError("a merge without output is lazy")

@@ -26,9 +26,11 @@ from sdops.core.sink import SafetensorsSink, check_inputs, check_space, check_ta
 from sdops.errors import UsageError
 from sdops.report import Progress, Report, silent
 from sdops.text import suggest
+from sdops.verbs._adapter_peek import are_adapters
 from sdops.verbs._hashes import Hashes, part_record
 from sdops.verbs._inputs import Model, Opened, alike, check_families, open_model, same_names
 from sdops.verbs._memory import whole_tensor_memory
+from sdops.verbs._merge_adapters_wish import request
 from sdops.verbs._merge_report import done_report, dry_report
 from sdops.verbs._pairing import Pairing, Policy
 from sdops.verbs._provenance import RECIPE, derived_name, metadata, recipe, with_hashes, without_hashes
@@ -70,7 +72,8 @@ def merge(
     """Merge models into one.
 
     Args:
-        models: Paths or Sources, in the order of the method's inputs.
+        models: Paths or Sources, in the order of the method's inputs. If all are LoRAs or their relatives, the rest is
+            as in verbs/_merge_adapters.py.
         method: Name of a merge method; `sdops methods` lists them.
         base: The common ancestor, for methods that have one.
         output: Where to write; None returns the merge as a Source without writing anything.
@@ -100,6 +103,25 @@ def merge(
         FormatError: an input is damaged.
         OutputError: the output exists, is an input, or does not fit on the disk.
     """
+    if are_adapters(models):
+        options: dict[str, Any] = {
+            "base": base,
+            "dtype": dtype,
+            "include": include,
+            "exclude": exclude,
+            "missing": missing,
+            "vae": vae,
+        }
+        options |= {"text_encoder": text_encoder, "lora": lora, "prune": prune, "seed": seed, "memory": memory}
+        return _merged_adapters(
+            models,
+            request(method, options | knobs),
+            output,
+            jobs=jobs,
+            force=force,
+            hash_inputs=hash_inputs,
+            progress=progress,
+        )
     card = find(method)
     check_knobs(card, knobs)
     _check_request(card, len(models), base is not None, dtype, missing)
@@ -116,6 +138,18 @@ def merge(
     if output is None:
         return made
     return made.save(output, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
+
+
+def _merged_adapters(
+    models: Sequence[Model], options: Mapping[str, Any], output: str | os.PathLike[str] | None, **others: Any
+) -> Report:
+    """LoRAs go another way: it is their changes that are merged, not their tensors."""
+    from sdops.verbs._merge_adapters import merge_adapters
+
+    if output is None:
+        raise UsageError("LoRAs are merged into a file, not lazily", hint='give `output="both.safetensors"`')
+    files = [model for model in models if isinstance(model, str | os.PathLike)]
+    return merge_adapters(files, **options, output=output, **others)
 
 
 class Merge:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from sdops.card import Card, Knob, cards, find
+from sdops.card import Card, Knob, cards, find, names
 from sdops.report import Report, Section
+from sdops.verbs._merge_adapters_wish import METHODS
 
 # Execution class -> what it means to the user: cost and memory, in the order of the listing.
 CLASSES = {
@@ -18,6 +19,7 @@ CLASSES = {
     "tensor": "Tensor by tensor: holds the largest tensor of every model",
     "model": "With a view of the whole model: a preparing pass, then tensor by tensor",
 }
+_LORAS = "Of LoRAs: their changes are merged, by the factors alone; `--weights 0.7,-0.3` weighs them"
 
 
 def methods(name: str | None = None) -> Report:
@@ -26,7 +28,14 @@ def methods(name: str | None = None) -> Report:
     Raises:
         UsageError: there is no method `name`; the closest one is suggested.
     """
+    if name in METHODS and name not in names():
+        return _of_loras(name)
     return _one(find(name)) if name else _all()
+
+
+def _of_loras(name: str) -> Report:
+    facts = [["usage", f"sdops merge LORA LORA ... -m {name}"], ["", METHODS[name]]]
+    return Report("methods", {"lora_methods": {name: METHODS[name]}}, [Section(f"{name} (of LoRAs)", facts)], [name])
 
 
 def _all() -> Report:
@@ -36,6 +45,8 @@ def _all() -> Report:
         rows = [[kebab(card.name), _inputs(card), card.summary] for card in shelf if card.execution == execution]
         if rows:
             report.sections.append(Section(heading, rows, columns=("method", "models", "")))
+    report.sections.append(Section(_LORAS, [[name, text] for name, text in METHODS.items()], columns=("method", "")))
+    report.data["lora_methods"] = METHODS
     report.result = [kebab(card.name) for card in shelf]
     report.hints = ["`sdops methods NAME` explains one"]
     return report

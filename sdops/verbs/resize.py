@@ -182,7 +182,7 @@ def _resized(
     from sdops.verbs._hashes import part_record
 
     begin, part = time.monotonic(), opened(adapter)
-    check_output(path, [part], spelled(adapter, to).companions, force=force)  # a preview: the ranks do not matter
+    check_output(path, [part], (), force=force)
     with Pieces(path.resolve().parent, adapter.source.name) as pieces:
         with progress("resizing", len(adapter.patches)) as advance:
             layers = _work(adapter, pieces, wishes, dtype, jobs, advance)
@@ -204,6 +204,7 @@ def _resized(
         record = {**made, "inputs": [part_record("a", part)]}
         result = spelled(pieces.adapter(adapter, with_recipe(header, record)), to)
         nbytes = sum(spec.nbytes for spec in result.source.specs.values())
+        check_output(path, [part], result.companions, force=force)
         if not dry_run:
             nbytes = save(result, path, [part], jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
     return _report(adapter, path, nbytes, layers, wishes, to, time.monotonic() - begin, dry_run=dry_run)

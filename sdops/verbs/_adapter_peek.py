@@ -1,0 +1,68 @@
+"""Is a file an adapter? Told from its header's bytes, because every merge asks. No torch, no parsing."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdops.core.source import Source
+from sdops.errors import MismatchError, SdopsError
+
+# A tensor whose name only adapters have. The text of metadata cannot look so: quotes within it are escaped.
+_TENSOR = re.compile(
+    rb'"[^"\\]*(?:lora_(?:up|down|[AB])|lora_linear_layer|_lora\d?\.(?:up|down)|\.lora\.(?:up|down)|hada_w1|lokr_w'
+    rb'|oft_(?:blocks|R)|on_input|\.b1\.weight|(?:unet|text_encoder):0:(?:up|down)|\.(?:diff|diff_b|[wb]_norm|set_weight)")'
+    rb'[^"\\]*"?\s*:\s*\{\s*"'
+)
+_HEADER = 100_000_000  # bytes; no header is longer
+
+
+def are_adapters(models: Sequence[str | os.PathLike[str] | Source]) -> bool:
+    """Whether all of them are adapters; False if none is.
+
+    Raises:
+        MismatchError: some are, some are not.
+    """
+    found = [is_adapter(model) for model in models]
+    if any(found) and not all(found):
+        lora, other = models[found.index(True)], models[found.index(False)]
+        raise MismatchError(
+            f"`{_name(lora)}` is an adapter (LoRA or the like), `{_name(other)}` is not",
+            hint="`sdops apply MODEL --lora FILE` adds LoRAs to a model, also `sdops merge A B --lora FILE`",
+        )
+    return bool(found) and found[0]
+
+
+def _name(model: str | os.PathLike[str] | Source) -> str:
+    return Path(model).name if isinstance(model, str | os.PathLike) else model.name
+
+
+def is_adapter(model: str | os.PathLike[str] | Source) -> bool:
+    """Whether it holds a LoRA or one of its relatives; False also for what cannot be read."""
+    if not isinstance(model, str | os.PathLike):
+        return False
+    path = Path(model)
+    if path.is_dir():
+        return (path / "adapter_config.json").is_file()
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+            length = int.from_bytes(head[:8], "little")
+            if head[8:9] == b"{" and length < _HEADER:
+                return _TENSOR.search(b"{" + file.read(length - 1)) is not None
+    except OSError:
+        return False
+    return path.suffix in (".pt", ".bin") and _opens_as_adapter(path)
+
+
+def _opens_as_adapter(path: Path) -> bool:
+    """Of torch files, whose names lie in a pickle."""
+    from sdops.verbs._adapters import open_adapter
+
+    try:
+        open_adapter(path, allow_unknown=True).source.close()
+    except SdopsError:
+        return False
+    return True
