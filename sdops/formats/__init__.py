@@ -83,6 +83,27 @@ def load_object(path: str | os.PathLike[str]) -> Any:
     raise unknown(path, head)
 
 
+def open_tree(path: str | os.PathLike[str]) -> tuple[Any, FileSource] | None:
+    """The object in a torch file as a tree of plain values and Leafs, with the tensors that the Leafs name.
+
+    Returns None if it is no torch file.
+
+    Raises:
+        SdopsError: as `open_source`; FormatError also if there is no tensor.
+    """
+    from sdops.formats._tree import Trees
+
+    path = Path(path)
+    head = b"" if path.is_dir() else read_head(path)
+    for name in ("torch_zip", "torch_legacy"):
+        module = import_module(f"{__name__}.{name}")
+        if module.sniff(path, head):
+            trees = Trees()
+            source: FileSource = module.open_named(path, trees.take)
+            return trees.root, source
+    return None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a small JSON file beside a model.
 

@@ -58,16 +58,18 @@ class Symbol:
 
 
 class Opaque:
-    """An object that is not rebuilt. It accepts everything that a pickle does to it, and forgets it.
+    """An object that is not rebuilt. It accepts everything that a pickle does to it, and forgets all but its state.
 
     Attributes:
         kind: The symbol that would have made it, or a word.
+        state: What the pickle would have set its attributes from, as plain values; None if it does not.
     """
 
-    __slots__ = ("kind",)
+    __slots__ = ("kind", "state")
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        self.state: Any = None
 
 
 def is_harmless(symbol: Symbol) -> bool:
@@ -226,8 +228,10 @@ class _Machine:
         self.reduce()
 
     def build(self) -> None:
-        self.stack.pop()  # the state of an object: attributes of a dict or a tensor, none of which matters
-        self.stack[-1]
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if type(target) is Opaque:  # attributes of dicts and tensors do not matter
+            target.state = state
 
     def pop(self) -> None:
         if self.stack:

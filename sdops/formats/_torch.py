@@ -29,6 +29,8 @@ _STRANGE = frozenset({
     "complex32", "complex128", "qint8", "quint8", "qint32", "quint4x2", "quint2x4", "float4_e2m1fn_x2",
 })  # fmt: skip
 
+_PARAMETERS = Symbol("torch.nn.modules.container", "ParameterDict")
+
 
 @dataclass(slots=True, eq=False)
 class Storage:
@@ -125,8 +127,13 @@ def load_plain(stream: IO[bytes]) -> Any:
     return load(stream, lambda symbol, _: Opaque(str(symbol)), lambda _: refuse("it refers to tensors"))
 
 
-def _storage(identity: Any, find: Callable[[str, str, int], Storage]) -> Storage | StorageView:
-    """The storage that a persistent id ("storage", type, key, device, numel[, view]) names. The device is ignored."""
+def _storage(identity: Any, find: Callable[[str, str, int], Storage]) -> Storage | StorageView | Symbol:
+    """The storage that a persistent id ("storage", type, key, device, numel[, view]) names. The device is ignored.
+
+    ("module", class, file, source code) is how old versions name a class; that of a mere dict of tensors may pass.
+    """
+    if type(identity) is tuple and identity[:1] == ("module",) and identity[1:2] == (_PARAMETERS,):
+        return _PARAMETERS
     if type(identity) is not tuple or len(identity) not in (5, 6) or identity[0] != "storage":
         if type(identity) is tuple and identity[:1] == ("module",):
             refuse("it holds a whole model object, not its weights")
