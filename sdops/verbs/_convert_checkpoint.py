@@ -18,7 +18,7 @@ from sdops.report import Progress, Report
 from sdops.verbs import _convert_extra
 from sdops.verbs._convert_draft import Draft, Entry, check_quantised, restore_header, single_file
 from sdops.verbs._convert_dtypes import wanted_dtypes
-from sdops.verbs._convert_folder import Placed, folder
+from sdops.verbs._convert_folder import folder, same_folder
 from sdops.verbs._convert_output import (
     assembled,
     carried_metadata,
@@ -29,9 +29,10 @@ from sdops.verbs._convert_output import (
 )
 from sdops.verbs._convert_report import done, planned
 from sdops.verbs._convert_select import select, take
-from sdops.verbs._convert_wish import ALL, Wish
+from sdops.verbs._convert_wish import ALL, DTYPES, Wish
 
 _ENDINGS = {"ckpt": ".ckpt", "gguf": ".gguf", "diffusers": ""}
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _SIDE = {"vae": "vae", "text_encoder": "text_encoder"}  # role -> kind of component that the file replaces
 
 
@@ -72,7 +73,6 @@ class Conversion:
         self.relay = wish.to in ("diffusers", "original") or (origin.path / "model_index.json").is_file()
         self.source, self.detection = self._readable(origin)
         check_output(self.path, [file for each in (origin, *donors.values()) for file in each.files])
-        self.placed: list[Placed] = []
         self.draft = self._draft()
         self.dtypes: dict[str, str] = {}
         self.lazy, self.sink = self._sink(force=force)
@@ -134,8 +134,9 @@ class Conversion:
             donor_source, donor_detection = self._readable(donor)
             take(selection, donor_source, donor_detection, _SIDE[role])
         if wish.to == "diffusers":
-            draft, self.placed = folder(self.source, self.detection, selection, wish, self.extra)
-            return draft
+            if self.is_folder:
+                return same_folder(self.source, self.detection, selection, wish, self.extra, self.origin.path)
+            return folder(self.source, self.detection, selection, wish)
         draft = single_file(self.source, self.detection, selection, wish, self.extra, relay=self.relay)
         if self.extra is not None and wish.keeps_everything and not self.donors:
             restore_header(draft, self.extra)
@@ -161,27 +162,21 @@ class Conversion:
             source = Cast(source, self.dtypes, seed=wish.seed)
         self._cast = source
         if wish.to == "diffusers":
-            return source, folder_sink(source, draft, self.placed, self.path, wish, force=force)
+            return source, folder_sink(source, draft, self.path, wish, force=force)
         return file_sink(source, draft, self.path, wish, self.detection.family, force=force)
 
     def _side_file(self) -> dict[str, Entry]:
         """The tensors of the side file; sets its metadata. Folders of others need none."""
-        draft = self.draft
-        if self.is_folder and self.extra is None and not draft.aside:
+        draft, extra = self.draft, self.extra
+        if self.is_folder and extra is None:
             return {}
-        exact = self.wish.keeps_everything and not self.donors
-        if self.extra is not None:
-            components, metadata = dict(self.extra.components), self.extra.metadata
-            header = self.extra.header if exact else b""
-        else:
-            components = {
-                each.chosen.name: {"layout": each.chosen.part.layout, "prefix": each.chosen.part.prefix}
-                for each in self.placed
-            }
-            header = _convert_extra.raw_header(self.source) if exact and not self.is_folder else b""
-            metadata = self.source.metadata
-        invented = [*draft.invented, *(self.extra.invented if self.extra else ())]
-        draft.metadata = _convert_extra.describe(components, invented, {} if header else metadata)
+        places = extra.components if extra else draft.places
+        invented = extra.invented if extra else list(draft.invented)
+        metadata = extra.metadata if extra else self.source.metadata
+        header = extra.header if extra else _convert_extra.raw_header(self.source)
+        if not self.wish.keeps_everything or self.donors:
+            header = b""
+        draft.metadata = _convert_extra.describe(places, invented, {} if header else metadata)
         return extra_tensors(draft, header)
 
     def _made(self) -> dict[str, Any] | None:
@@ -218,19 +213,12 @@ class Conversion:
 
 
 def derived_name(path: Path, wish: Wish) -> Path:
-    """What the output is called when nobody names it: in this folder, after the input."""
+    """What the output is called when nobody names it: in this folder, after the input and what was done to it."""
     stem = path.resolve().name if path.is_dir() else path.stem.removesuffix(".safetensors.index")
-    words = [stem]
-    if wish.to == "gguf":
-        words.append(wish.gguf_type)
-    elif ALL in wish.dtypes:
-        words.append(
-            {"F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2", "BF16": "bf16"}.get(wish.dtypes[ALL], "")
-            or "fp" + wish.dtypes[ALL][1:]
-        )
-    if wish.components:
-        words.append("-".join(wish.components))
-    return Path(".".join(words) + _ENDINGS.get(wish.to, ".safetensors"))
+    dtype = wish.gguf_type if wish.to == "gguf" else _WORDS.get(wish.dtypes.get(ALL, ""), "")
+    done = {"ema": wish.ema == "use", "no-ema": wish.ema == "drop", "pruned": wish.prune}
+    words = [stem, dtype, *(word for word, so in done.items() if so), "-".join(wish.components)]
+    return Path(".".join(filter(None, words)) + _ENDINGS.get(wish.to, ".safetensors"))
 
 
 def open_all(file: Path, donors: Mapping[str, Path]) -> tuple[FileSource, dict[str, FileSource]]:

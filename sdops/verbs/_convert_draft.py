@@ -52,6 +52,8 @@ class Draft:
         header: The whole header of a safetensors file that is made again, or nothing.
         metadata: Of the output.
         files: Small files of a folder.
+        stems: Folder of a component, with a slash -> name of its weights' file; "" for one that is alone.
+        places: Component -> its layout and prefix in the single file that a folder is made of.
         notes: What the user should know.
     """
 
@@ -64,6 +66,8 @@ class Draft:
     header: bytes = b""
     metadata: dict[str, str] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    stems: dict[str, str] = field(default_factory=dict)
+    places: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, entry: Entry) -> None:
@@ -116,7 +120,8 @@ def single_file(
         if not relay:  # of a component from another file: as the one that it replaces
             layout, prefix = places[chosen.name].layout, places[chosen.name].prefix
         alone = len(selection.parts) == 1 and not draft.tensors
-        if wish.prefix is False or (relay and alone and wish.prefix is None and not _has_prefix(chosen, extra)):
+        bare = wish.prefix is False or (relay and alone and wish.prefix is None and not _has_prefix(chosen, extra))
+        if bare and wish.to != "diffusers":
             prefix = ""
         _add_component(draft, chosen, layout, prefix, wish, extra)
     for key, kind in selection.others.items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdops.archs.detect import OTHER, Detection
+from sdops.archs.junk import junk_kind
 from sdops.core.assembled import Constants, rows
 from sdops.core.source import Source
 from sdops.errors import MismatchError, UsageError
@@ -16,7 +17,7 @@ from sdops.formats import read_json
 from sdops.pipelines import sizes
 from sdops.pipelines.tables import Component, Pipeline, pipeline
 from sdops.pipelines.tokenizer import clip_files
-from sdops.verbs._convert_draft import Draft, Entry, component_table, identity, no_folder
+from sdops.verbs._convert_draft import Draft, Entry, component_table, identity, no_folder, single_file
 from sdops.verbs._convert_extra import Extra
 from sdops.verbs._convert_layout import lay_out
 from sdops.verbs._convert_select import Chosen, Selection
@@ -39,10 +40,8 @@ class Placed:
     prefix: str
 
 
-def folder(
-    source: Source, detection: Detection, selection: Selection, wish: Wish, extra: Extra | None
-) -> tuple[Draft, list[Placed]]:
-    """Lay out a folder.
+def folder(source: Source, detection: Detection, selection: Selection, wish: Wish) -> Draft:
+    """Lay out a single file as a folder.
 
     Raises:
         UsageError: a component has no class in diffusers that sdops knows.
@@ -52,6 +51,9 @@ def folder(
     found = pipeline(detection.family, _variants(source, detection))
     placed = _placed(source, detection, selection, found)
     for each in placed:
+        part = each.chosen.part
+        draft.stems[each.prefix] = each.table.stem
+        draft.places[part.name] = {"layout": part.layout, "prefix": part.prefix}
         _add_component(draft, each, wish)
     for key, kind in selection.others.items():
         if kind == OTHER and wish.unknown != "keep":
@@ -62,10 +64,43 @@ def folder(
         draft.dropped |= dict.fromkeys(draft.unknown, "unknown")
         draft.unknown = []
     draft.check_unknown(source.name)
-    for name, key in extra.tensors.items() if extra else ():
-        draft.aside.setdefault(name, Entry(rows(extra.source, key), OTHER, name) if extra else draft.aside[name])
     _add_files(draft, placed, found, wish)
-    return draft, placed
+    return draft
+
+
+def same_folder(
+    source: Source, detection: Detection, selection: Selection, wish: Wish, extra: Extra | None, path: Path
+) -> Draft:
+    """Lay out a folder as a folder: every file in its place, whatever sdops knows about it.
+
+    Args:
+        source: The folder's tensors.
+        detection: What it is.
+        selection: What is converted.
+        wish: The request.
+        extra: Its side file, whose tensors come along.
+        path: The folder.
+    """
+    draft = single_file(source, detection, selection, wish, None, relay=False)
+    prefixes = {key[: key.find("/") + 1] for key in draft.tensors}
+    for prefix in prefixes:
+        stem = "diffusion_pytorch_model"
+        own = any(file.name.startswith(stem) for file in (path / prefix).iterdir())
+        draft.stems[prefix] = stem if own else "model"
+    parts = {prefix.removesuffix("/") for prefix in prefixes}
+    draft.files = small_files(path, parts)
+    if wish.reference is not None:
+        draft.files |= small_files(wish.reference, parts)
+    if index := index_of(path):
+        for name, entry in index.items():
+            if isinstance(entry, list) and not any(file.startswith(f"{name}/") for file in draft.files):
+                index[name] = [None, None]
+        draft.files["model_index.json"] = _json(index)
+    if extra is not None:
+        draft.aside = {
+            name: Entry(rows(extra.source, key), junk_kind(name) or OTHER, name) for name, key in extra.tensors.items()
+        }
+    return draft
 
 
 def _variants(source: Source, detection: Detection) -> list[str]:
@@ -132,24 +167,42 @@ def _add_component(draft: Draft, placed: Placed, wish: Wish) -> None:
 
 
 def _add_files(draft: Draft, placed: list[Placed], found: Pipeline | None, wish: Wish) -> None:
-    """Configurations, tokenizers and model_index.json; those of the reference go before sdops' own."""
+    """Configurations, and of a pipeline scheduler, tokenizers and model_index.json; those of the reference come first.
+
+    Raises:
+        UsageError: the reference is no folder.
+    """
     for each in placed:
         draft.files[f"{each.prefix}config.json"] = _json(_config(draft, each))
-    if found and found.class_name and placed[0].prefix:
-        index = _pipeline_files(draft, placed, found)
-        taken = _reference(draft, wish.reference) if wish.reference else {}
-        if "_class_name" in taken:
-            index = {**taken, **{name: entry for name, entry in index.items() if entry != [None, None]}}
-            index["_class_name"] = taken["_class_name"]
-        for name, entry in index.items():
-            if isinstance(entry, list) and not any(file.startswith(f"{name}/") for file in draft.files):
-                index[name] = [None, None]
-            elif isinstance(entry, list) and entry == [None, None] and isinstance(taken.get(name), list):
-                index[name] = taken[name]
-        draft.files["model_index.json"] = _json(index)
-        _tell_missing(draft, index, found)
-    elif wish.reference:
-        _reference(draft, wish.reference)
+    if not (found and found.class_name and placed[0].prefix):
+        if wish.reference is not None:
+            draft.files |= small_files(wish.reference, {""})
+        return
+    index = _pipeline_files(draft, placed, found)
+    theirs: dict[str, Any] = {}
+    if wish.reference is not None:
+        draft.files |= small_files(wish.reference, {each.table.folder for each in placed})
+        theirs = index_of(wish.reference)
+    for name, entry in {**index, **theirs}.items():
+        if isinstance(entry, list):
+            there = any(file.startswith(f"{name}/") for file in draft.files)
+            index[name] = entry if there else [None, None]
+        else:
+            index[name] = entry
+    draft.files["model_index.json"] = _json(index)
+    missing = [name for name in _parts(found) if index[name] == [None, None]]
+    if missing:
+        given = ", ".join(f"{name}=None" for name in missing)
+        draft.notes.append(
+            f"the folder has no {', '.join(missing)}: `--reference FOLDER` takes tokenizers from a folder of the same "
+            f"family; without them `from_pretrained` wants {given}"
+        )
+
+
+def _parts(found: Pipeline) -> list[str]:
+    """What the pipeline cannot do without."""
+    tokenizers = [table["folder"] for table in found.tokenizers]
+    return [*(each.folder for each in found.components.values()), *tokenizers]
 
 
 def _config(draft: Draft, placed: Placed) -> dict[str, Any]:
@@ -158,33 +211,32 @@ def _config(draft: Draft, placed: Placed) -> dict[str, Any]:
     Raises:
         MismatchError: a tensor is missing that it is read from.
     """
-    table, prefix = placed.table, placed.prefix
+    table = placed.table
     shapes = {entry.name: entry.made.spec.shape for entry in draft.tensors.values() if entry.component == table.name}
     try:
         found = sizes.config(table.class_name, shapes, table.config)
     except (KeyError, StopIteration, ValueError) as error:
         raise MismatchError(
-            f"the {table.name} lacks {error}, so that no `{table.class_name}` can be made of it",
+            f"the {table.name} lacks {error or 'tensors'}, so that no `{table.class_name}` can be made of it",
             hint="`sdops inspect` shows what is missing",
         ) from error
     if found is None:
-        raise no_folder(prefix or table.name, [table.name])
+        raise no_folder(placed.chosen.source.name, [table.name])
     if table.library == "transformers":
         return {"architectures": [table.class_name], **found}
     return {"_class_name": table.class_name, "_diffusers_version": VERSION, **found}
 
 
 def _pipeline_files(draft: Draft, placed: list[Placed], found: Pipeline) -> dict[str, Any]:
-    """Scheduler and tokenizers; returns model_index.json."""
+    """Write scheduler and tokenizers; returns model_index.json."""
     index: dict[str, Any] = {"_class_name": found.class_name, "_diffusers_version": VERSION, **found.options}
-    there = {each.table.folder: each.table for each in placed}
+    there = {each.table.folder for each in placed}
     for table in found.components.values():
         index[table.folder] = [table.library, table.class_name] if table.folder in there else [None, None]
     scheduler = {key: value for key, value in found.scheduler.items() if key != "class"}
     kind = found.scheduler["class"]
-    draft.files["scheduler/scheduler_config.json"] = _json(
-        {"_class_name": kind, "_diffusers_version": VERSION, **scheduler}
-    )
+    told = {"_class_name": kind, "_diffusers_version": VERSION, **scheduler}
+    draft.files["scheduler/scheduler_config.json"] = _json(told)
     index["scheduler"] = ["diffusers", kind]
     for tokenizer in found.tokenizers:
         index[tokenizer["folder"]] = ["transformers", tokenizer["class"]]
@@ -194,35 +246,34 @@ def _pipeline_files(draft: Draft, placed: list[Placed], found: Pipeline) -> dict
     return index | {name: [None, None] for name in found.absent}
 
 
-def _reference(draft: Draft, reference: Path) -> dict[str, Any]:
-    """Take over the small files of a folder; returns its model_index.json.
+def index_of(reference: Path) -> dict[str, Any]:
+    """The model_index.json of a folder; nothing for a component alone."""
+    path = reference / "model_index.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def small_files(reference: Path, components: Collection[str]) -> dict[str, bytes]:
+    """The small files of a folder: all but weights, model_index.json, and what belongs to models that are not there.
+
+    Args:
+        reference: The folder.
+        components: Folders inside it (or "" for itself) whose models are there.
 
     Raises:
         UsageError: it is no folder.
     """
     if not reference.is_dir():
         raise UsageError(f"`{reference}` is no folder", hint="`--reference` takes a folder of diffusers")
-    for path in sorted(reference.rglob("*")):
-        name = path.relative_to(reference).as_posix()
-        skipped = name == "model_index.json" or ".safetensors" in name or ".bin." in name or name.startswith(".")
-        if skipped or path.suffix not in _SMALL_FILES or not path.is_file() or path.stat().st_size > _SMALL:
-            continue
-        draft.files[name] = path.read_bytes()
-    index = reference / "model_index.json"
-    return read_json(index) if index.is_file() else {}
-
-
-def _tell_missing(draft: Draft, index: Mapping[str, Any], found: Pipeline) -> None:
-    """Say what the pipeline must be given when it is loaded."""
-    missing = [name for name, entry in index.items() if entry == [None, None] and name not in found.absent]
-    if not missing:
-        return
-    given = ", ".join(f"{name}=None" for name in missing)
-    draft.notes.append(
-        f"the folder has no {', '.join(missing)}: `--reference FOLDER` takes tokenizers from a folder of the same "
-        f"family; without them `from_pretrained` wants {given}"
-    )
+    found: dict[str, bytes] = {}
+    for path in sorted([*reference.iterdir(), *reference.glob("*/*")]):
+        name, folder = path.relative_to(reference).as_posix(), path.parent
+        part = "" if folder == reference else folder.name
+        absent = (folder / "config.json").is_file() and part not in components
+        wanted = path.suffix in _SMALL_FILES and not name.endswith((".index.json", "model_index.json"))
+        if wanted and not absent and path.is_file() and path.stat().st_size <= _SMALL:
+            found[name] = path.read_bytes()
+    return found
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n").encode()
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -19,7 +19,6 @@ from sdops.core.spec import Spec
 from sdops.errors import OutputError
 from sdops.verbs import _convert_extra
 from sdops.verbs._convert_draft import Draft, Entry, stale_hashes
-from sdops.verbs._convert_folder import Placed
 from sdops.verbs._convert_wish import Wish
 
 _TORCH = (".ckpt", ".pt", ".pth", ".bin")
@@ -74,13 +73,12 @@ def file_sink(source: Source, draft: Draft, path: Path, wish: Wish, family: str,
     return source, SafetensorsSink(path, source.specs, draft.metadata, force=force)
 
 
-def folder_sink(source: Source, draft: Draft, placed: list[Placed], path: Path, wish: Wish, *, force: bool) -> Sink:
+def folder_sink(source: Source, draft: Draft, path: Path, wish: Wish, *, force: bool) -> Sink:
     """A folder of diffusers.
 
     Args:
         source: The output's tensors, cast: those of the folder, and those of the side file under their names there.
         draft: What they are.
-        placed: Where the components lie.
         path: Where to.
         wish: The request.
         force: Replace what is there.
@@ -89,14 +87,14 @@ def folder_sink(source: Source, draft: Draft, placed: list[Placed], path: Path, 
         OutputError: it cannot be written.
     """
     files: dict[str, bytes | Tensors] = dict(draft.files)
-    names = {each.chosen.name: f"{each.prefix}{each.table.stem}.safetensors" for each in placed}
-    prefixes = {each.chosen.name: each.prefix for each in placed}
-    specs: dict[str, dict[str, Spec]] = {}
-    for key, entry in draft.tensors.items():
-        specs.setdefault(names[entry.component], {})[key.removeprefix(prefixes[entry.component])] = source.specs[key]
-    files |= {file: Tensors(tensors, {"format": "pt"}, wish.shard) for file, tensors in specs.items()}
+    specs: dict[str, dict[str, Spec]] = {prefix: {} for prefix in draft.stems}
+    for key in draft.tensors:
+        prefix = key[: key.find("/") + 1]
+        specs[prefix][key.removeprefix(prefix)] = source.specs[key]
+    for prefix, tensors in specs.items():
+        files[f"{prefix}{draft.stems[prefix]}.safetensors"] = Tensors(tensors, {"format": "pt"}, wish.shard)
     aside = {key: spec for key, spec in source.specs.items() if key not in draft.tensors}
-    if aside or draft.metadata:
+    if draft.metadata:
         files[_convert_extra.NAME] = Tensors(aside, draft.metadata)
     return FolderSink(path, files, force=force)
 

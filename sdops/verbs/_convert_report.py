@@ -21,9 +21,9 @@ def planned(conversion: Conversion) -> Report:
     made = {key: entry.made for key, entry in draft.tensors.items() if key not in draft.invented}
     relaid = [key for key, each in made.items() if not each.is_whole and key not in dtypes]
     copied = [key for key in made if key not in dtypes and made[key].is_whole]
-    report = Report("convert", result=[str(conversion.path)])
+    report = Report("convert", result=[str(conversion.sink.path)])
     report.data = {
-        "output": str(conversion.path),
+        "output": str(conversion.sink.path),
         "to": conversion.wish.to,
         "family": conversion.detection.family,
         "tensors": {
@@ -43,7 +43,7 @@ def planned(conversion: Conversion) -> Report:
         "write_bytes": conversion.sink.nbytes,
         "exact_header": bool(draft.header),
     }
-    report.sections = [Section(str(conversion.path), _rows(conversion, len(copied), len(relaid)))]
+    report.sections = [Section(str(conversion.sink.path), _rows(conversion, len(copied), len(relaid)))]
     report.sections.append(_listed("Dropped", draft.dropped))
     report.sections.append(_listed("Set aside", {key: entry.component for key, entry in draft.aside.items()}))
     report.warnings = [*conversion.warnings, *draft.notes]

@@ -1,0 +1,376 @@
+"""Conversions that choose, drop, cast, swap and cut; containers; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sdops
+from fixtures import make
+from sdops.core.casting import cast, raw_dtype
+from sdops.core.fp8 import fp8_values
+from sdops.core.source import read
+from sdops.errors import FormatError, MismatchError, OutputError, UsageError
+from sdops.formats import open_source
+from tests import tiny
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tiny.write(tmp_path / "m.safetensors", tiny.checkpoint(1), {"modelspec.title": "M", "sshs_model_hash": "00"})
+
+
+def same_tensors(one: tiny.Model, other: tiny.Model) -> bool:
+    return one.keys() == other.keys() and all(tiny.same(one[key], other[key]) for key in one)
+
+
+# ----------------------------------------------------------------------------------------------------------- containers
+
+
+def test_a_ckpt_and_back(file, tmp_path):
+    sdops.convert(file, to="ckpt", output=tmp_path / "m.ckpt")
+    sdops.convert(tmp_path / "m.ckpt", to="safetensors", output=tmp_path / "b.safetensors")
+    assert same_tensors(tiny.load(file), tiny.load(tmp_path / "b.safetensors"))
+
+
+def test_torch_reads_the_ckpt(file, tmp_path):
+    torch = pytest.importorskip("torch")
+    sdops.convert(file, to="ckpt", output=tmp_path / "m.ckpt")
+    found = torch.load(tmp_path / "m.ckpt", weights_only=True)["state_dict"]
+    wanted = tiny.load(file)
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[key].numpy(), array) for key, (_, array) in wanted.items())
+
+
+def test_shards_and_their_join(file, tmp_path):
+    (tmp_path / "s").mkdir()
+    report = sdops.convert(file, to="safetensors", output=tmp_path / "s" / "m.safetensors", shard=1_000_000)
+    shards = sorted((tmp_path / "s").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert report.result == [str(tmp_path / "s" / "m.safetensors.index.json")]
+    for start in (shards[0], tmp_path / "s" / "m.safetensors.index.json"):
+        sdops.convert(start, to="safetensors", output=tmp_path / "j.safetensors", force=True)
+        assert same_tensors(tiny.load(file), tiny.load(tmp_path / "j.safetensors"))
+
+
+def test_shards_of_a_folder(small_checkpoint, tmp_path):
+    file = small_checkpoint("sd15")
+    sdops.convert(file, to="diffusers", output=tmp_path / "f", shard=500_000)
+    assert (tmp_path / "f" / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    sdops.convert(tmp_path / "f", to="original", output=tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "kinds"), [("fp16", {"F16", "F32"}), ("q8_0", {"Q8_0", "F16", "F32"})])
+def test_gguf_holds_the_model(small_checkpoint, tmp_path, dtype, kinds):
+    file = small_checkpoint("flux1-dev", dtype="F16")
+    sdops.convert(file, to="gguf", dtype=dtype, output=tmp_path / "m.gguf")
+    source = open_source(tmp_path / "m.gguf")
+    assert set(source.types.values()) <= kinds
+    assert source.fields["general.architecture"] == "flux"
+    wanted = tiny.load(file)
+    assert {key: spec.shape for key, spec in source.specs.items()} == {key: a.shape for key, (_, a) in wanted.items()}
+    key = next(key for key, kind in source.types.items() if kind in ("F16", "Q8_0"))
+    values = np.frombuffer(read(source, key), {"F16": np.float16, "F32": np.float32}[source.specs[key].dtype])
+    assert np.allclose(values, tiny.numbers(wanted[key]).reshape(-1), atol=0.02 * np.abs(values).max())
+    source.close()
+    sdops.convert(tmp_path / "m.gguf", to="safetensors", dtype="fp16", output=tmp_path / "b.safetensors")
+    assert tiny.load(tmp_path / "b.safetensors").keys() == wanted.keys()
+
+
+# ------------------------------------------------------------------------------------------------------ what is chosen
+
+
+def test_components_come_out_alone(small_checkpoint, tmp_path):
+    model = tiny.load(small_checkpoint("sdxl"))
+    start = "first_stage_model."
+    vae = {key.removeprefix(start): value for key, value in model.items() if key.startswith(start)}
+    report = sdops.convert(
+        small_checkpoint("sdxl"), to="original", components=["vae"], output=tmp_path / "vae.safetensors"
+    )
+    assert same_tensors(tiny.load(tmp_path / "vae.safetensors"), vae)
+    assert len(report.data["dropped"]) == len(model) - len(vae)
+    sdops.convert(
+        small_checkpoint("sdxl"), to="original", components=["vae"], prefix=True, output=tmp_path / "p.safetensors"
+    )
+    assert tiny.load(tmp_path / "p.safetensors").keys() == {start + key for key in vae}
+    sdops.convert(tmp_path / "vae.safetensors", to="diffusers", output=tmp_path / "vae")
+    assert json.loads((tmp_path / "vae" / "config.json").read_text())["_class_name"] == "AutoencoderKL"
+    sdops.convert(tmp_path / "vae", to="original", output=tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "vae.safetensors").read_bytes()
+
+
+def test_text_encoders_by_their_kind(small_checkpoint, tmp_path):
+    sdops.convert(
+        small_checkpoint("sdxl"), to="safetensors", components=["text_encoder"], output=tmp_path / "t.safetensors"
+    )
+    assert {key.split(".")[0] for key in tiny.load(tmp_path / "t.safetensors")} == {"conditioner"}
+    with pytest.raises(UsageError, match="did you mean `clip_g`"):
+        sdops.convert(small_checkpoint("sdxl"), to="safetensors", components=["clipg"], output=tmp_path / "x")
+
+
+def test_the_moving_average(small_checkpoint, tmp_path):
+    file = small_checkpoint("sd15-ema")
+    model = tiny.load(file)
+    dropped = sdops.convert(file, to="safetensors", ema="drop", output=tmp_path / "d.safetensors")
+    found = tiny.load(tmp_path / "d.safetensors")
+    assert found.keys() == {key for key in model if not key.startswith("model_ema")}
+    assert set(dropped.data["dropped"]) == {key for key in model if key.startswith("model_ema")}
+    sdops.convert(file, to="safetensors", ema="use", prune=True, output=tmp_path / "u.safetensors")
+    used = tiny.load(tmp_path / "u.safetensors")
+    start = "model.diffusion_model."
+    for key in used:
+        other = "model_ema.diffusion_model" + key.removeprefix(start).replace(".", "") if key.startswith(start) else key
+        assert tiny.same(used[key], model[other])
+    assert used.keys() == found.keys() - make.SCHEDULE.keys()
+    with pytest.raises(MismatchError, match="no moving average"):
+        sdops.convert(tmp_path / "u.safetensors", to="safetensors", ema="use", output=tmp_path / "x.safetensors")
+
+
+def test_pruning_leaves_the_model(small_checkpoint, tmp_path):
+    report = sdops.convert(
+        small_checkpoint("sd15-ema"), to="safetensors", prune=True, output=tmp_path / "p.safetensors"
+    )
+    assert tiny.load(tmp_path / "p.safetensors").keys() == tiny.load(small_checkpoint("sd15")).keys()
+    assert "pruned: schedule" in report.data["dropped"].values()
+
+
+def test_a_vae_from_another_file(small_checkpoint, tmp_path):
+    file, other = small_checkpoint("sd15"), tmp_path / "vae"
+    donor = tiny.load(small_checkpoint("sd15-diffusers") / "vae" / "diffusion_pytorch_model.safetensors")
+    changed = {key: (dtype, array + np.float16(1)) for key, (dtype, array) in donor.items()}
+    other.mkdir()
+    tiny.write(other / "diffusion_pytorch_model.safetensors", changed)
+    report = sdops.convert(file, to="safetensors", vae=other, output=tmp_path / "s.safetensors")
+    found, before = tiny.load(tmp_path / "s.safetensors"), tiny.load(file)
+    assert found.keys() == before.keys()
+    assert all(tiny.same(found[key], before[key]) != key.startswith("first_stage_model.") for key in found)
+    assert np.array_equal(
+        found["first_stage_model.decoder.mid.attn_1.q.weight"][1].reshape(-1),
+        changed["decoder.mid_block.attentions.0.to_q.weight"][1].reshape(-1),
+    )
+    assert any("is that of `vae`" in line for line in report.warnings)
+    with pytest.raises(MismatchError, match="no text encoder"):
+        sdops.convert(file, to="safetensors", text_encoder=other, output=tmp_path / "x.safetensors")
+
+
+def test_odd_text_encoders_become_usual_ones(small_checkpoint, tmp_path):
+    """NovelAI's files, and those of programs that save what new versions of transformers make, lack `text_model.`."""
+    model = tiny.load(small_checkpoint("sd15"))
+    odd = {key.replace("transformer.text_model.", "transformer."): value for key, value in model.items()}
+    file = tiny.write(tmp_path / "m.safetensors", odd)
+    sdops.convert(file, to="original", output=tmp_path / "o.safetensors")
+    assert tiny.load(tmp_path / "o.safetensors").keys() == model.keys()
+    sdops.convert(file, to="diffusers", output=tmp_path / "f")
+    keys = tiny.load(tmp_path / "f" / "text_encoder" / "model.safetensors").keys()
+    assert all(key.startswith("text_model.") for key in keys)
+    sdops.convert(tmp_path / "f", to="original", output=tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == file.read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------------------- dtypes
+
+
+def test_a_cast_rounds_every_float_and_nothing_else(file, tmp_path):
+    tiny.write(file, tiny.checkpoint(1, "F32"))
+    report = sdops.convert(file, to="safetensors", dtype="fp16", output=tmp_path / "h.safetensors")
+    before, found = tiny.load(file), tiny.load(tmp_path / "h.safetensors")
+    for key, (dtype, array) in found.items():
+        assert dtype == ("I64" if key == tiny.IDS else "F16")
+        assert np.array_equal(array, before[key][1].astype(array.dtype))
+    assert report.data["tensors"]["cast"] == len(found) - 1
+    assert json.loads(tiny.metadata_of(tmp_path / "h.safetensors")["sdops"])["dtype"] == {"all": "F16"}
+
+
+def test_dtypes_by_component_and_pattern(file, tmp_path):
+    sdops.convert(
+        file, to="safetensors", dtype="bf16,vae=fp32,clip_l=keep", exclude=["*.bias"], output=tmp_path / "d.safetensors"
+    )
+    for key, (dtype, _) in tiny.load(tmp_path / "d.safetensors").items():
+        vae = key.startswith(tiny.VAE)
+        wanted = "F16" if key.startswith(tiny.CLIP) or key.endswith(".bias") else "F32" if vae else "BF16"
+        assert dtype == ("I64" if key == tiny.IDS else wanted), key
+    with pytest.raises(UsageError, match="did you mean `vae`"):
+        sdops.convert(file, to="safetensors", dtype="vea=fp32", output=tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match="no dtype `fp61`"):
+        sdops.convert(file, to="safetensors", dtype="fp61", output=tmp_path / "x.safetensors")
+
+
+def test_too_large_values_are_counted_clamped_or_refused(file, tmp_path):
+    model = dict(tiny.checkpoint(1, "F32"))
+    model[tiny.LARGE] = tiny.encoded(np.full((320, 768), 1e5), "F32")
+    tiny.write(file, model)
+    report = sdops.convert(file, to="safetensors", dtype="fp16", output=tmp_path / "h.safetensors")
+    assert report.data["overflows"] == {tiny.LARGE: 320 * 768}
+    assert (tiny.load(tmp_path / "h.safetensors")[tiny.LARGE][1] == 65504).all()
+    assert any("clamped" in line for line in report.warnings)
+    with pytest.raises(FormatError, match="too large"):
+        sdops.convert(file, to="safetensors", dtype="fp16", strict=True, output=tmp_path / "s.safetensors")
+    assert not (tmp_path / "s.safetensors").exists()
+
+
+def test_fp8_is_for_the_matrices_of_blocks(small_checkpoint, tmp_path):
+    file = small_checkpoint("flux1-dev", dtype="F16")
+    sdops.convert(file, to="safetensors", dtype="fp8_e4m3", output=tmp_path / "e.safetensors")
+    before, found = tiny.load(file), tiny.load(tmp_path / "e.safetensors")
+    small = {key for key, (dtype, _) in found.items() if dtype == "F8_E4M3"}
+    assert "double_blocks.0.img_attn.qkv.weight" in small
+    assert "single_blocks.7.linear1.weight" in small
+    assert all(before[key][1].ndim == 2 and "blocks." in key for key in small)
+    key = "single_blocks.7.linear1.weight"
+    out = np.empty(before[key][1].size, np.uint8)
+    cast(before[key][1].reshape(-1).view(raw_dtype("F16")), "F16", out, "F8_E4M3")
+    assert np.array_equal(found[key][1].reshape(-1), out)
+    back = sdops.convert(tmp_path / "e.safetensors", to="safetensors", dtype="fp16", output=tmp_path / "b.safetensors")
+    assert back.data["tensors"]["cast"] == len(small)
+    assert np.array_equal(
+        tiny.load(tmp_path / "b.safetensors")[key][1].reshape(-1), fp8_values("F8_E4M3")[out].astype(np.float16)
+    )
+
+
+def test_scaled_fp8_is_multiplied_out(small_checkpoint, tmp_path):
+    model = dict(tiny.load(small_checkpoint("flux1-dev", dtype="F16")))
+    key = "double_blocks.0.img_attn.qkv.weight"
+    codes = np.arange(model[key][1].size, dtype=np.uint8).reshape(model[key][1].shape) & 0x3F
+    model[key] = ("F8_E4M3", codes)
+    model[key.replace(".weight", ".scale_weight")] = ("F32", np.float32(0.5))
+    model["scaled_fp8"] = ("F8_E4M3", np.zeros(0, np.uint8))
+    file = tiny.write(tmp_path / "m.safetensors", model)
+    sdops.convert(file, to="ckpt", output=tmp_path / "as-it-is.ckpt")
+    with pytest.raises(FormatError, match="fp8-scaled") as caught:
+        sdops.convert(file, to="diffusers", output=tmp_path / "f")
+    assert "--dtype fp16" in str(caught.value)
+    sdops.convert(file, to="diffusers", dtype="fp16", output=tmp_path / "f")
+    found = tiny.load(tmp_path / "f" / "diffusion_pytorch_model.safetensors")
+    wanted = (fp8_values("F8_E4M3")[codes] * np.float32(0.5)).astype(np.float16)
+    rows = len(codes) // 3
+    assert np.array_equal(found["transformer_blocks.0.attn.to_k.weight"][1], wanted[rows : 2 * rows])
+
+
+def test_rounding_at_random_is_repeatable(file, tmp_path):
+    tiny.write(file, tiny.checkpoint(1, "F32"))
+    outputs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        path = tmp_path / f"{name}.safetensors"
+        sdops.convert(file, to="safetensors", dtype="bf16", seed=seed, output=path)
+        outputs.append(tiny.load(path)[tiny.LARGE][1].tobytes())
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_what_is_unknown_is_never_lost_silently(small_checkpoint, tmp_path):
+    model = tiny.load(small_checkpoint("sd15"))
+    strange = {
+        "model.diffusion_model.new.weight": ("F16", np.ones(3, np.float16)),
+        "x.y": ("F32", np.ones((2, 2), "f4")),
+    }
+    file = tiny.write(tmp_path / "m.safetensors", {**model, **strange})
+    with pytest.raises(MismatchError, match="2 tensors that sdops does not know") as caught:
+        sdops.convert(file, to="diffusers", output=tmp_path / "f")
+    assert set(caught.value.data["keys"]) == strange.keys()
+    kept = sdops.convert(file, to="diffusers", unknown="keep", output=tmp_path / "f")
+    assert strange.keys() <= set(kept.data["set_aside"])
+    sdops.convert(tmp_path / "f", to="original", output=tmp_path / "b.safetensors")
+    assert same_tensors(tiny.load(tmp_path / "b.safetensors"), {**model, **strange})
+    dropped = sdops.convert(file, to="diffusers", unknown="drop", output=tmp_path / "f", force=True)
+    assert dropped.data["dropped"] == dict.fromkeys(strange, "unknown")
+    copied = sdops.convert(file, to="ckpt", output=tmp_path / "m.ckpt")
+    assert copied.data["dropped"] == {}
+
+
+def test_outputs_are_not_overwritten(file, small_checkpoint, tmp_path):
+    with pytest.raises(OutputError, match="is the input"):
+        sdops.convert(file, to="safetensors", output=file, force=True)
+    sdops.convert(file, to="safetensors", output=tmp_path / "o.safetensors")
+    with pytest.raises(OutputError, match="exists already"):
+        sdops.convert(file, to="safetensors", output=tmp_path / "o.safetensors")
+    folder = tmp_path / "f"
+    sdops.convert(small_checkpoint("controlnet-sd15-ldm"), to="diffusers", output=folder)
+    with pytest.raises(OutputError, match="holds the input"):
+        sdops.convert(folder, to="diffusers", output=folder, force=True)
+
+
+def test_a_dry_run_checks_and_writes_nothing(small_checkpoint, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    report = sdops.convert(small_checkpoint("sd21"), to="diffusers", output=tmp_path / "f", dry_run=True)
+    assert report.data["dry_run"]
+    assert sorted(tmp_path.rglob("*")) == before
+    done = sdops.convert(small_checkpoint("sd21"), to="diffusers", output=tmp_path / "f")
+    assert done.data["tensors"] == report.data["tensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"to": "difusers"}, "did you mean `diffusers`"),
+        ({"to": "ckpt", "shard": 5}, "cannot be cut"),
+        ({"to": "safetensors", "ema": "yes"}, "keep, drop, use"),
+    ],
+)
+def test_wrong_words_are_refused_before_anything_is_read(arguments, words):
+    with pytest.raises(UsageError) as caught:
+        sdops.convert("nothing", **arguments)
+    assert words in f"{caught.value} {caught.value.hint}"
+
+
+def test_hashes_and_metadata(file, tmp_path):
+    """Hashes that are no longer true go; the rest is carried over."""
+    sdops.convert(file, to="safetensors", output=tmp_path / "o.safetensors")
+    assert tiny.metadata_of(tmp_path / "o.safetensors") == {"format": "pt", "modelspec.title": "M"}
+    tiny.write(file, tiny.checkpoint(1), {"sdops": "old recipe"})
+    sdops.convert(file, to="safetensors", dtype="fp32", output=tmp_path / "c.safetensors")
+    recipe = json.loads(tiny.metadata_of(tmp_path / "c.safetensors")["sdops"])
+    assert recipe["inputs"] == [{"role": "a", "file": "m.safetensors", "made": "old recipe"}]
+
+
+def test_a_folder_as_a_folder_keeps_its_files(small_checkpoint, tmp_path):
+    file, folder = small_checkpoint("sd15"), tmp_path / "f"
+    sdops.convert(file, to="diffusers", output=folder)
+    config = folder / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"sample_size": 64', '"sample_size": 96'))
+    sdops.convert(folder, to="diffusers", dtype="fp32", output=tmp_path / "g")
+    assert '"sample_size": 96' in (tmp_path / "g" / "unet" / "config.json").read_text()
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert names == {
+        path.relative_to(tmp_path / "g").as_posix() for path in (tmp_path / "g").rglob("*") if path.is_file()
+    }
+    found = tiny.load(tmp_path / "g" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {dtype for dtype, _ in found.values()} == {"F32"}
+    sdops.convert(tmp_path / "g", to="original", dtype="fp16", output=tmp_path / "b.safetensors")
+    assert same_tensors(tiny.load(tmp_path / "b.safetensors"), tiny.load(file))
+
+
+def test_a_reference_gives_tokenizers(small_checkpoint, tmp_path):
+    reference = tmp_path / "r"
+    index = {"tokenizer_2": ["transformers", "T5TokenizerFast"], "safety_checker": ["a", "B"]}
+    files = {
+        "model_index.json": json.dumps({"_class_name": "FluxPipeline", **index}),
+        "tokenizer_2/spiece.model": "words",
+        "safety_checker/config.json": "{}",
+        "safety_checker/preprocessor_config.json": "{}",
+    }
+    for name, text in files.items():
+        (reference / name).parent.mkdir(parents=True, exist_ok=True)
+        (reference / name).write_text(text)
+    file = small_checkpoint("flux1-dev-comfy-allinone")
+    without = sdops.convert(file, to="diffusers", output=tmp_path / "w")
+    assert any("tokenizer_2=None" in line for line in without.warnings)
+    report = sdops.convert(file, to="diffusers", reference=reference, output=tmp_path / "f")
+    index = json.loads((tmp_path / "f" / "model_index.json").read_text())
+    assert index["tokenizer_2"] == ["transformers", "T5TokenizerFast"]
+    assert index["safety_checker"] == [None, None]
+    assert (tmp_path / "f" / "tokenizer_2" / "spiece.model").read_text() == "words"
+    assert not (tmp_path / "f" / "safety_checker").exists()
+    assert not any("tokenizer_2" in line for line in report.warnings)
+
+
+def test_a_name_is_derived(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = sdops.convert(file, to="safetensors", dtype="fp32", prune=True, components=["vae"])
+    assert done.result == ["m.fp32.pruned.vae.safetensors"]
+    assert Path(done.result[0]).is_file()
