@@ -23,7 +23,9 @@ _GRACE_SECONDS = 1.0  # for a thread that is told to stop; a disk that hangs mus
 
 def part_record(role: str, part: Opened) -> dict[str, Any]:
     """An input in a recipe: its role, name and hash, or recipe. No folders: they are nobody else's business."""
-    record = {"role": role, "file": Path(part.name).name}
+    record: dict[str, Any] = {"role": role, "file": Path(part.name).name}
+    if part.layouts:  # what was read in another layout than it has in the file
+        record["layouts"] = {name: list(pair) for name, pair in part.layouts.items()}
     if isinstance(part.origin, Unwritten):
         return {**record, "recipe": part.origin.made}
     return {**record, "sha256": UNKNOWN} if part.files else record

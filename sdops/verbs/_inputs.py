@@ -1,15 +1,14 @@
-"""Open the models of a merge and make them comparable: no fp8, the same prefixes, first layers of one width."""
+"""Open the models of a merge and make them comparable: no fp8, one layout, equal names, first layers of one width."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from sdops.archs.detect import Component, Detection, component_of, detect
-from sdops.archs.tables import KINDS
 from sdops.core.source import Source
 from sdops.errors import FormatError, MismatchError
 from sdops.formats import open_source
@@ -44,12 +43,16 @@ class Opened:
         origin: The same without views.
         detection: What it is.
         notes: What the user should know about how it is merged.
+        layouts: Component -> (layout in the file, layout it is seen in), where they differ.
+        placeless: Tensors of either side that the other one's layout has no place for -> why.
     """
 
     source: Source
     origin: Source
     detection: Detection
     notes: tuple[str, ...] = ()
+    layouts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    placeless: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -104,7 +107,7 @@ def open_model(model: Model) -> Opened:
 
 
 def same_names(model: Opened, first: Opened, kind: str = "") -> Opened:
-    """Give a model's tensors the names that the first model has for the same components.
+    """Give a model's tensors the names, and where it needs that the layouts, that the first model has.
 
     Args:
         model: Any model.
@@ -112,29 +115,55 @@ def same_names(model: Opened, first: Opened, kind: str = "") -> Opened:
         kind: Look at components of this kind only; empty = at all.
 
     Raises:
-        MismatchError: the two have nothing in common, or are of different layouts.
+        MismatchError: the two have nothing in common, or there is no way between their layouts.
     """
     own, wanted = _by_name(model.detection, kind), _by_name(first.detection, kind)
     shared = own.keys() & wanted.keys()
     if not shared and not kind and _overlap(model, first) == 0:
         raise _unlike(model, first)
-    for name in sorted(shared, key=lambda name: KINDS.index(own[name].kind)):
-        if own[name].layout.removesuffix(FLAT) != wanted[name].layout.removesuffix(FLAT):
-            raise MismatchError(
-                f"the {name} of `{model.name}` is in the {own[name].layout} layout, "
-                f"that of `{first.name}` in the {wanted[name].layout} layout",
-                hint=f"`sdops inspect {first.name} {model.name}` shows both; bring them into one layout first",
-            )
     if all((own[n].prefix, own[n].layout) == (wanted[n].prefix, wanted[n].layout) for n in shared):
         return model
-    from sdops.core.views import Renamed
-
+    foreign = [name for name in own if name in shared and _plain(own[name]) != _plain(wanted[name])]
+    moving = shared.difference(foreign)
     names = {}
     for key in model.source.specs:
         name = component_of(model.detection, key)
-        names[_moved(key, own[name], wanted[name], first) if name in shared else key] = key
+        if name not in foreign:
+            names[_moved(key, own[name], wanted[name], first) if name in moving else key] = key
+    if foreign:
+        return _relaid(model, first, [(own[name], wanted[name]) for name in foreign], names)
+    from sdops.core.views import Renamed
+
     source = Renamed(model.source, names)
     return replace(model, source=source, detection=detect(source.specs))
+
+
+def _relaid(
+    model: Opened, first: Opened, foreign: Sequence[tuple[Component, Component]], names: Mapping[str, str]
+) -> Opened:
+    """A model with some components (its own, the first model's) in the first model's layout, the others renamed."""
+    from sdops.core.assembled import Assembled, rows
+    from sdops.verbs._relaid import Relaid
+
+    found = Relaid({new: rows(model.source, key) for new, key in names.items()})
+    for own, wanted in foreign:
+        try:
+            found.add(model.source, own, wanted, (model.name, first.name))
+        except MismatchError as error:
+            raise MismatchError(
+                f"the {own.name} of `{model.name}` is in the {own.layout} layout, "
+                f"that of `{first.name}` in the {wanted.layout} layout: {error.message}",
+                hint=f"`sdops inspect {first.name} {model.name}` shows both",
+            ) from error
+    source = Assembled(model.source.name, found.tensors, model.source.metadata)
+    return replace(
+        model,
+        source=source,
+        detection=detect(source.specs),
+        notes=(*model.notes, *found.notes),
+        layouts=found.layouts,
+        placeless=found.placeless,
+    )
 
 
 def alike(model: Opened, first: Opened) -> Opened:
@@ -167,6 +196,11 @@ def check_families(first: Opened, others: Sequence[Opened]) -> None:
         families = {first.detection.family, model.detection.family}
         if len(families) > 1 and _overlap(model, first) < 0.5:
             raise _unlike(model, first)
+
+
+def _plain(part: Component) -> str:
+    """The layout, whether or not its names have `text_model.`."""
+    return part.layout.removesuffix(FLAT)
 
 
 def _by_name(detection: Detection, kind: str) -> dict[str, Component]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sdops.report import Report, Section
 from sdops.text import count, duration, size
 from sdops.verbs._memory import fixed_memory, whole_tensor_bytes
+from sdops.verbs._relaid import shown
 
 if TYPE_CHECKING:
     from sdops.verbs.merge import Merge
@@ -87,6 +88,7 @@ def _common(merge: Merge, output: Path) -> Report:
         "method": merge.card.name.replace("_", "-"),
         "recipe": merge.made,
         "family": merge.parts["a"].detection.family,
+        "layouts": {role: dict(part.layouts) for role, part in merge.parts.items() if part.layouts},
         "tensors": {action: plan.count(action) for action in ("merge", "copy", "cast", "value") if plan.count(action)},
         "write_bytes": plan.write_bytes,
         "reasons": dict(reasons),
@@ -106,6 +108,7 @@ def _rows(merge: Merge, reasons: Counter[str]) -> list[list[str]]:
     rows = [
         ["method", f"{merge.card.name.replace('_', '-')}: {_formula(merge)}"],
         *([role, f"{part.name}  ({part.detection.title})"] for role, part in merge.parts.items()),
+        *(["layouts", f"`{part.name}`: {shown(part.layouts)}"] for part in merge.parts.values() if part.layouts),
         ["knobs", ", ".join(f"{name} {value}" for name, value in merge.knobs.items()) or "none"],
         ["merged", count(plan.count("merge"), "tensor")],
     ]

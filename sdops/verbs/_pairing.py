@@ -173,6 +173,8 @@ class Pairing:
         if self.policy.missing == "drop":
             self.plan.dropped[key] = f"missing in {', '.join(f'`{n}`' for n in lacking)}"
             return None
+        if all(key in m.placeless for m in absent):
+            return self._copied(own, absent[0].placeless[key])
         if self.policy.missing == "error" and not whole:
             for name in lacking:
                 self._lacking.setdefault(name, []).append(key)
@@ -190,10 +192,10 @@ class Pairing:
             other = component_of(model.detection, key) not in components or not spec.is_float
             if self.policy.missing == "keep" and not needless:
                 self.plan.steps[key] = self._copied(Input(model.source, key, index), f"only in `{model.name}`")
-            elif self.policy.missing == "error" and not needless and not other:
+            elif self.policy.missing == "error" and not needless and not other and key not in model.placeless:
                 self._lacking.setdefault(self.template.name, []).append(key)
             else:
-                self.plan.dropped[key] = f"only in `{model.name}`"
+                self.plan.dropped[key] = model.placeless.get(key, f"only in `{model.name}`")
 
     def _remark(self) -> None:
         """Warn of what a user may not expect."""

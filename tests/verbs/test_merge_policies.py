@@ -89,16 +89,6 @@ def test_other_families_are_refused_by_name(a: str, b: str, words: list[str]) ->
     assert "inspect" in caught.value.hint
 
 
-@pytest.mark.parametrize(("a", "b"), [("sd15-ldm", "sd15-diffusers"), ("sdxl-base-diffusers", "sdxl-base-sgm"),
-                                      ("flux1-dev-bfl-transformer", "flux1-dev-diffusers")])  # fmt: skip
-def test_other_layouts_are_refused_by_name(a: str, b: str) -> None:
-    with pytest.raises(MismatchError, match="layout") as caught:
-        merge(Shapes(a), Shapes(b))
-    assert "diffusers layout" in caught.value.message
-    assert a in caught.value.message
-    assert b in caught.value.message
-
-
 FAMILIES = """
     sd15-ldm sd21-ldm sdxl-base-sgm sd3-medium-sai flux1-dev-bfl-transformer flux2-klein4b-bfl-transformer
     sd15-diffusers z-image-comfy-transformer chroma-bfl-transformer
