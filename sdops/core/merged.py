@@ -120,6 +120,11 @@ class Merged:
         else:
             self._read_numpy(key, step, start, buffer)
 
+    @property
+    def remark(self) -> str:
+        """What a method of the whole model found out about it, once it has run."""
+        return self._stream.remark if self._stream else ""
+
     def stream(self) -> Stream:
         """The torch side, made when first needed: importing torch costs more than many a merge."""
         with self._lock:

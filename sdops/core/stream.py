@@ -66,6 +66,11 @@ class Stream:
         self._passes: dict[str, Any] = {}  # what a first pass over a tensor found, until its last piece is read
         self._portion: dict[str, tuple[int, bytearray]] = {}  # first byte and content of the portion at hand
 
+    @property
+    def remark(self) -> str:
+        """What the pass over the whole model found, in one sentence, if its state can say so."""
+        return str(self._state) if "__str__" in vars(type(self._state)) else ""
+
     def splits(self) -> bool:
         """Whether threads may share a tensor."""
         return self.method.execution == "elementwise" and not self.method.needs_gram

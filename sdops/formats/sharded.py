@@ -137,7 +137,10 @@ def _join(path: Path, shards: dict[str, Path], weight_map: dict[str, str] | None
         for name, file in shards.items():
             parts[name] = open_file(file)
             stack.callback(parts[name].close)
-        warnings = [] if weight_map is None else _compare(path, parts, weight_map)
+        alone = (
+            f"the index that goes with `{path.name}` is missing: all tensors of {count(len(parts), 'file')} are taken"
+        )
+        warnings = [alone] if weight_map is None else _compare(path, parts, weight_map)
         places: dict[str, tuple[FileSource, str]] = {}
         for name, part in parts.items():
             for key in part.specs:

@@ -27,7 +27,8 @@ Knobs are keyword-only with literal defaults and annotated `float`, `int`, `bool
     "tensor"       needs the whole tensor in its real shape.
     "model"        as "tensor", with a keyword `state` made once by the module's
                        prepare(keys, read, *, knobs) -> state
-                   where `read(key)` gives the list of float32 inputs of a key, and a keyword `key`.
+                   where `read(key)` gives the list of float32 inputs of a key, and a keyword `key`. A state with
+                   a `__str__` of its own says in one sentence what was found; the report shows it.
 
 Functions receive float32 tensors (float64 if an input is) and return the same. Further optional keywords:
     gram           the float64 Gram matrix of the inputs, for elementwise methods that need whole-tensor norms

@@ -64,6 +64,11 @@ class Opened:
         """Files on disk that hold it; none for a Source made in memory."""
         return list(getattr(self.origin, "files", ()))
 
+    def warnings(self) -> list[str]:
+        """What its format found to be unusual, each sentence with the model's name."""
+        found = [(leaf.name, text) for leaf in self.leaves() for text in getattr(leaf.origin, "warnings", ())]
+        return [text if f"`{name}`" in text else f"`{name}`: {text}" for name, text in found]
+
     def leaves(self) -> list[Opened]:
         """The model itself, or the inputs of a merge that has not been written, theirs included."""
         if not isinstance(self.origin, Unwritten):

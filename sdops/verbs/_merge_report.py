@@ -59,9 +59,12 @@ def done_report(merge: Merge, output: Path, seconds: float, recipe: Mapping[str,
         "seconds": round(seconds, 3),
         "retained": shares,
         "overflows": dict(computed.overflows),
+        **({"found": computed.remark} if computed.remark else {}),
     }
     speed = (merge.plan.read_bytes * merge.plan.passes + merge.plan.write_bytes) / max(seconds, 1e-9)
     rows = [[f"retained of {name}", f"{share:.0%}"] for name, share in shares.items()]
+    if computed.remark:
+        rows.append(["found", computed.remark])
     rows.append(["time", f"{duration(seconds)}, {size(round(speed))}/s read and written"])
     report.sections.append(Section("Result", rows))
     for name, share in shares.items():

@@ -173,7 +173,8 @@ def _details(detection: Detection) -> list[Section]:
 
 def _warnings(source: FileSource, detection: Detection, ids: list[PositionIds]) -> list[str]:
     name = source.path.name
-    found = [f"`{entry.key}` in `{name}` is {entry}" for entry in ids if entry.state != "ok"]
+    found = list(source.warnings)
+    found += [f"`{entry.key}` in `{name}` is {entry}" for entry in ids if entry.state != "ok"]
     lacking = [part for part in detection.components if part.missing]
     return found + [f"`{name}` lacks {count(len(part.missing), 'key')} of its {part.name}" for part in lacking]
 

@@ -185,6 +185,7 @@ class Merge:
         inputs = [model for role, model in parts.items() if role not in SWAPS]
         linear = load(f"sdops.merges.{card.name}", card.execution, card.needs) if card.execution == "linear" else None
         self.plan = Pairing(inputs, parts["a"], card, linear, knobs, policy).build(self.derived_name())
+        self.plan.warnings[:0] = [text for part in parts.values() for text in part.warnings()]
         for role, kinds in SWAPS.items():
             if role in parts:
                 swap(self.plan, parts["a"], parts[role], kinds, policy)

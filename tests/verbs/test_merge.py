@@ -537,6 +537,27 @@ def test_a_difference_is_judged_as_a_whole(tmp_path: Path) -> None:
 # --- knobs ----------------------------------------------------------------------------------------------------------
 
 
+def test_what_a_method_found_is_told(files: list[Path], tmp_path: Path) -> None:
+    report = lazy(*files[:2], method="weight-matching").save(tmp_path / "out.safetensors")
+    assert "the same as weighted-sum" in report.data["found"]
+    assert report.data["found"] in str(report)
+    assert "found" not in lazy(*files[:2], method="cosine-a").save(tmp_path / "other.safetensors").data
+
+
+def test_what_is_unusual_about_an_input_is_told(tmp_path: Path) -> None:
+    model, paths = tiny.checkpoint(1), [tmp_path / f"part-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for index, path in enumerate(paths):
+        tiny.write(path, dict(list(model.items())[index::2]))
+    other = tiny.write(tmp_path / "other.safetensors", tiny.checkpoint(2))
+    for models in ((paths[0], other), (lazy(other, paths[0]), other)):
+        warnings = lazy(*models).plan.warnings
+        assert warnings == ["the index that goes with `part-00001-of-00002.safetensors` is missing: "
+                            "all tensors of 2 files are taken"]  # fmt: skip
+    odd = tiny.Memory(model, "odd")
+    odd.warnings = ["3 tensors cannot be read"]  # type: ignore[attr-defined]
+    assert lazy(odd, other).plan.warnings == ["`odd`: 3 tensors cannot be read"]
+
+
 def test_a_misspelt_method_and_knob(files: list[Path]) -> None:
     with pytest.raises(UsageError, match="did you mean `weighted-sum`"):
         merge(files[1], files[2], method="wieghted-sum")
