@@ -14,8 +14,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.argument("file", metavar="FILE", type=FILE, help="A model file, a shard, or a folder of diffusers"),
     click.option(
         "--to",
-        required=True,
-        help="diffusers (a folder), original (one file as its authors spell it), safetensors, ckpt or gguf",
+        help="diffusers (a folder), original (one file as its authors spell it), safetensors, ckpt or gguf; "
+        "of LoRAs kohya, diffusers, peft, comfy, bfl, xlabs, cloneofsimo, lycoris, onetrainer",
     ),
     click.option("-o", "--output", type=FILE, help="Where to write; default: a derived name, in this folder"),
     click.option("-f", "--force", is_flag=True, help="Replace an existing output"),
@@ -39,6 +39,11 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--prefix/--no-prefix", default=None, help="Of a component that is alone in a single file"),
     size_option("--shard", help="Cut into files of at most this size, e.g. 5GB"),
     click.option("--reference", type=FILE, help="Take configurations and tokenizers from this diffusers folder"),
+    click.option("--family", help="LoRAs: lora (of LoHa, LoKr, GLoRA, DoRA, OFT ...), or full (plain differences)"),
+    click.option("--rank", type=click.IntRange(1), help="LoRAs: highest rank of what --family lora makes"),
+    click.option("--energy", type=click.FloatRange(0, 1), help="LoRAs: or the share of the energy to keep"),
+    click.option("--base", type=FILE, help="LoRAs: the checkpoint it is for, where the change depends on it"),
+    click.option("--strip-training-metadata", is_flag=True, help="LoRAs: leave out tags, folders and settings"),
     click.option("--strict", is_flag=True, help="Refuse values that are too large for the dtype instead of clamping"),
     click.option("--seed", type=int, help="Round at random with this seed instead of to nearest"),
     click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),
@@ -59,12 +64,14 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
       sdops convert folder --to original -o model.safetensors
       sdops convert model.safetensors --to safetensors --dtype fp16,vae=fp32
       sdops convert model.safetensors --to original --components vae
+      sdops convert lora.safetensors --to diffusers
+      sdops convert lokr.safetensors --family lora --rank 32
     """
 )
 @_with_options
 @general_options
 def command(console: Console, file: str, components: str | None, unknown: str | None, **options: Any) -> int:
-    """Convert a model to another container, layout or dtype.
+    """Convert a model to another container, layout or dtype, a LoRA to another dialect or family.
 
     Layouts are changed by copying; a folder made here becomes the same file again, byte for byte.
     """

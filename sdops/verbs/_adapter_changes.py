@@ -101,11 +101,11 @@ def change_of(adapter: Adapter, patch: Patch, base: Base | None = None, most: in
     """
     family, parts, target = adapters.family(patch.family), read_parts(adapter, patch), patch.target
     facts = family.check({part: tuple(value.shape) for part, value in parts.items()}, None)
+    if base is None and family.needs_weight(parts):
+        raise _needs_base(adapter, patch)
     shape = _shape(patch, parts, facts, base)
     weight = bias = None
-    if family.needs_weight(parts):
-        if base is None:
-            raise _needs_base(adapter, patch)
+    if base is not None and family.needs_weight(parts):
         weight = base.tensor(target) if facts.weight else None
         bias = base.tensor(target, "bias") if facts.bias else None
     moved = family.bias_delta(parts, shape, bias, **patch.settings) if facts.bias else None

@@ -165,19 +165,29 @@ def save(
     *,
     jobs: int,
     force: bool,
-    hash_inputs: bool,
+    hash_inputs: bool | None,
     progress: Progress,
 ) -> int:
-    """Write an adapter and what belongs beside it; returns the size in bytes. Its header must hold a recipe.
+    """Write an adapter and what belongs beside it; returns the size in bytes.
+
+    Args:
+        made: The adapter.
+        path: The file.
+        inputs: What it is made of.
+        jobs: Threads.
+        force: Replace an existing file.
+        hash_inputs: Whether the inputs' hashes are put into the recipe in the header; None: there is no recipe of this
+            run, the header is written as it is.
+        progress: Called as `progress(label, total_bytes)`.
 
     Raises:
         OutputError, FormatError, ChangedError: as in all verbs that write.
     """
     header: dict[str, Any] = dict(made.source.metadata)
-    if not hash_inputs:
+    if hash_inputs is False:
         header[RECIPE] = without_hashes(header[RECIPE])
     with SafetensorsSink(path, made.source.specs, header, force=force) as sink:
-        with Hashes(inputs, enabled=hash_inputs) as hashes:
+        with Hashes(inputs, enabled=bool(hash_inputs)) as hashes:
             with progress("writing", sink.nbytes) as advance:
                 run(made.source, sink, jobs=jobs, progress=advance)
             digests = hashes.wait(progress)
@@ -185,7 +195,7 @@ def save(
             part.check_unchanged()
         if hash_inputs:
             header[RECIPE] = with_hashes(header[RECIPE], digests)
-        sink.commit({RECIPE: header[RECIPE]})
+        sink.commit({RECIPE: header[RECIPE]} if hash_inputs else None)
     for name, text in made.companions.items():
         (path.parent / name).write_text(text, encoding="utf-8")
     return os.path.getsize(path)

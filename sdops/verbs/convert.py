@@ -10,7 +10,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdops.dialects import ORDER
+from sdops.errors import UsageError
 from sdops.report import Progress, Report, silent
+from sdops.verbs._adapter_peek import is_adapter
 from sdops.verbs._convert_wish import Wish, check, parse_dtypes
 
 FilePath = str | os.PathLike[str]
@@ -19,7 +22,7 @@ FilePath = str | os.PathLike[str]
 def convert(
     file: FilePath,
     *,
-    to: str,
+    to: str | None = None,
     output: FilePath | None = None,
     dtype: str | None = None,
     include: Sequence[str] = (),
@@ -33,6 +36,11 @@ def convert(
     prefix: bool | None = None,
     shard: int | None = None,
     reference: FilePath | None = None,
+    family: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    base: FilePath | None = None,
+    strip_training_metadata: bool = False,
     strict: bool = False,
     seed: int | None = None,
     jobs: int | None = None,
@@ -40,14 +48,15 @@ def convert(
     force: bool = False,
     progress: Progress = silent,
 ) -> Report:
-    """Convert a checkpoint.
+    """Convert a checkpoint, or a LoRA.
 
     Between layouts nothing but ranges of bytes is copied; numbers change only with `dtype`.
 
     Args:
         file: A model file of any format, one of several shards, or a folder of diffusers.
         to: safetensors, ckpt or gguf (another container, the same layout), diffusers (a folder), original (a single
-            file as the model's authors spell it).
+            file as the model's authors spell it). Of LoRAs and their relatives the dialect: kohya, diffusers, peft,
+            comfy, bfl, xlabs, cloneofsimo, lycoris, onetrainer (verbs/_convert_adapter.py explains their options).
         output: Where to write; default: a derived name in this folder.
         dtype: fp16, bf16, fp32, fp64, fp8_e4m3 or fp8_e5m2, also by component: `fp16,vae=fp32`; of GGUF files also
             q8_0, q5_1, q5_0, q4_1 or q4_0. Rounds to nearest even and clamps. Integers and markers stay.
@@ -62,6 +71,10 @@ def convert(
         prefix: Whether a component that is alone keeps what stands before its names in a whole model.
         shard: Largest size of a file in bytes.
         reference: A folder of diffusers whose configurations and tokenizers are taken over.
+        family: Of LoRAs: lora makes LoRA of other families, full plain differences.
+        rank, energy: Of LoRAs that come to be: their highest rank, the energy to keep.
+        base: Of LoRAs: the checkpoint that it was made for.
+        strip_training_metadata: Of LoRAs: leave out tags, folders and settings of the training.
         strict: Refuse to clamp values that are too large for the dtype.
         seed: Round at random instead of to nearest.
         jobs: Threads; default: one per core.
@@ -78,6 +91,29 @@ def convert(
         FormatError: the file is damaged, or quantised.
         OutputError: the output exists, is an input, or does not fit on the disk.
     """
+    if (family or to in ORDER) and is_adapter(file):
+        from sdops.verbs._convert_adapter import convert_adapter
+
+        return convert_adapter(
+            file,
+            to=to,
+            family=family,
+            rank=rank,
+            energy=energy,
+            base=base,
+            output=output,
+            dtype=dtype or "keep",
+            allow_unknown=unknown == "drop",
+            strip_training_metadata=strip_training_metadata,
+            jobs=jobs,
+            dry_run=dry_run,
+            force=force,
+            progress=progress,
+        )
+    if family or rank or energy or base or strip_training_metadata:
+        raise UsageError("`--family` and what belongs to it are for LoRAs", hint="`sdops convert FILE --to diffusers`")
+    if to is None:
+        raise UsageError("what to convert to is not said", hint="`--to diffusers`; `sdops convert --help` lists all")
     from sdops.verbs._convert_checkpoint import Conversion, open_all
 
     check(to, ema, shard)
