@@ -1,5 +1,6 @@
-/* Correctly rounded linear combinations of half, bfloat16 and single tensors: the arithmetic of core/exact.py as
- * machine code. It must give the same bits; tests/core/test_native.py compares the two.
+/* What merges spend their time on, as machine code: correctly rounded linear combinations of half, bfloat16 and single
+ * tensors (core/exact.py), their inner products (core/stream.py), random words (core/noise.py). Sums and words must
+ * have the same bits as those of the Python files; tests/core/test_native.py compares them.
  *
  * Optional: compiled when the package is installed on a machine with a C compiler (hatch_build.py), loaded by
  * core/native.py, and replaced by numpy where it is missing. Without -ffast-math and with -ffp-contract=off: the
@@ -19,7 +20,7 @@
 
 enum dtype { F16, BF16, F32 }; /* the order of core/native.py */
 enum { BLOCK = 512 };          /* elements staged at once: all buffers fit the first-level cache */
-enum { VERSION = 1 };          /* of the functions below, as core/native.py expects them */
+enum { VERSION = 2 };          /* of the functions below, as core/native.py expects them */
 
 /* VERSION, or 0 if this processor lacks instructions that the file was compiled for. */
 int sdops_version(void) {
@@ -263,5 +264,58 @@ void sdops_bounds(const void *raw, int dtype, size_t count, uint32_t *largest, u
             least = below < least ? below : least;
         }
         *largest = most, *smallest = least == UINT16_MAX ? UINT32_MAX : (uint32_t)least + 1;
+    }
+}
+
+/* ---- inner products ---- */
+
+/* The double dot product of two blocks whose sizes are multiples of 8, in eight partial sums. */
+static double dot(const double *restrict x, const double *restrict y, size_t count) {
+    double lanes[8] = {0};
+    for (size_t i = 0; i < count; i += 8)
+        for (size_t lane = 0; lane < 8; lane++) lanes[lane] += x[i + lane] * y[i + lane];
+    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+/* gram[i][j] += <x_i, x_j> for j <= i; at most MOST inputs. */
+void sdops_inner(const void *const *inputs, const int *dtypes, int n, size_t count, double *gram) {
+    enum { MOST = 16 }; /* as core/native.py knows */
+    double values[MOST][BLOCK];
+    for (size_t start = 0; start < count; start += BLOCK) {
+        size_t size = count - start < BLOCK ? count - start : BLOCK, padded = (size + 7) / 8 * 8;
+        for (int i = 0; i < n; i++) {
+            widen(inputs[i], dtypes[i], start, size, values[i]);
+            for (size_t k = size; k < padded; k++) values[i][k] = 0;
+            for (int j = 0; j <= i; j++) gram[i * n + j] += dot(values[i], values[j], padded);
+        }
+    }
+}
+
+/* ---- random words ---- */
+
+/* Philox4x32-10 of the counters first, first + 1, ...: four words each; see core/noise.py. */
+void sdops_philox(uint32_t key0, uint32_t key1, uint64_t first, size_t counters, uint32_t *words) {
+    enum { LANES = 64 };
+    uint64_t c[4][LANES]; /* 32-bit words in 64-bit lanes, as the multiplication wants them */
+    const uint64_t low = 0xFFFFFFFF;
+    for (size_t start = 0; start < counters; start += LANES) {
+        size_t size = counters - start < LANES ? counters - start : LANES;
+        uint32_t k0 = key0, k1 = key1;
+        for (size_t i = 0; i < LANES; i++) {
+            uint64_t counter = first + start + i;
+            c[0][i] = counter & low, c[1][i] = counter >> 32, c[2][i] = 0, c[3][i] = 0;
+        }
+        for (int round = 0; round < 10; round++) {
+            for (size_t i = 0; i < LANES; i++) {
+                uint64_t product0 = (c[0][i] & low) * 0xD2511F53u, product1 = (c[2][i] & low) * 0xCD9E8D57u;
+                c[0][i] = (product1 >> 32) ^ c[1][i] ^ k0;
+                c[2][i] = (product0 >> 32) ^ c[3][i] ^ k1;
+                c[1][i] = product1 & low;
+                c[3][i] = product0 & low;
+            }
+            k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+        }
+        for (size_t i = 0; i < size; i++)
+            for (int word = 0; word < 4; word++) words[4 * (start + i) + word] = (uint32_t)c[word][i];
     }
 }

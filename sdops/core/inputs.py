@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
+from sdops.core import native
 from sdops.core.plan import Input
-from sdops.core.precision import FORMATS, Raw
+from sdops.core.precision import FORMATS, Raw, largest_bits
+from sdops.core.source import aligned
 from sdops.errors import FormatError
 
 
-def read_raw(item: Input, first: int, count: int) -> Raw:
-    """Bit patterns of the elements `[first, first + count)`, in fresh memory."""
+def read_raw(item: Input, first: int, count: int, buffer: memoryview | None = None) -> Raw:
+    """Bit patterns of the elements `[first, first + count)`, in `buffer` if they fit, else in fresh memory."""
     raw = FORMATS[item.spec.dtype].raw
     size = np.dtype(raw).itemsize
-    data = bytearray(count * size)
-    item.source.read_into(item.key, first * size, memoryview(data))
+    if buffer is None or len(buffer) < count * size:
+        buffer = aligned(max(count * size, 1))
+    data = buffer[: count * size]
+    item.source.read_into(item.key, first * size, data)
     return np.frombuffer(data, raw)
+
+
+def largest_magnitude(raw: Raw, dtype: str) -> int:
+    """Bit pattern of the largest magnitude; from the format's `infinity` on, something is infinite or NaN."""
+    bounds = native.bounds(raw, dtype)
+    return bounds[0] if bounds else largest_bits(raw, dtype)
 
 
 def nonfinite(item: Input, nan: int, infinite: int) -> FormatError:

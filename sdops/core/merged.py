@@ -64,13 +64,15 @@ class Merged:
 
     @property
     def forks(self) -> bool:
-        """Whether forked processes should do the work: linear methods on files, where numpy has to compute."""
-        sources = {id(i.source): i.source for step in self.plan.steps.values() for i in step.inputs}
-        return (
-            self.method.execution == "linear"
-            and native.library() is None
-            and not any(hasattr(s, "piece_bytes") for s in sources.values())
-        )
+        """Whether forked processes should do the work: on files, where numpy or torch take it in small portions.
+
+        Compiled sums need none, and threads share what takes whole tensors or the whole model.
+        """
+        if any(hasattr(item.source, "piece_bytes") for step in self.plan.steps.values() for item in step.inputs):
+            return False
+        if self.method.execution == "linear":
+            return native.library() is None
+        return self.method.execution in ("elementwise", "gram", "ranked", "rows")
 
     def tally(self) -> tuple[dict[str, int], Any]:
         """What was counted in this process."""

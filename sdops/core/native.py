@@ -1,4 +1,4 @@
-"""The compiled twin of the numpy arithmetic in core/exact.py: five times as fast, the same bits.
+"""Compiled twins of numpy arithmetic: exact sums (core/exact.py), inner products, random words (core/noise.py).
 
 `libexact.so` is made from exact.c when the package is installed on a machine with a C compiler. Where it is missing, or
 the processor is too old for it, `library()` is None and everything works with numpy. ctypes lets go of Python's lock
@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,8 @@ from sdops import settings
 from sdops.core.precision import Raw
 
 DTYPES = ("F16", "BF16", "F32")  # the order of `enum dtype`
-VERSION = 1
+VERSION = 2
+MOST_INPUTS = 16  # of `inner`
 
 Words = NDArray[np.uint32]
 
@@ -102,6 +104,31 @@ class NativeSum:
         return overflow, uncertain[: found.value]
 
 
+def inner(raws: Sequence[Raw], dtypes: Sequence[str], gram: NDArray[np.float64]) -> bool:
+    """Add <x_i, x_j> to gram (N, N) on and below the diagonal; False if there is no compiled code for that."""
+    functions = library()
+    if functions is None or not set(dtypes) <= set(DTYPES) or len(raws) > MOST_INPUTS:
+        return False
+    functions.sdops_inner(
+        (ctypes.c_void_p * len(raws))(*map(_pointer, raws)),
+        (ctypes.c_int * len(raws))(*map(DTYPES.index, dtypes)),
+        len(raws),
+        ctypes.c_size_t(len(raws[0])),
+        _pointer(gram),
+    )
+    return True
+
+
+def philox(key: tuple[int, int], first: int, words: Words) -> bool:
+    """Fill words (n, 4) with Philox4x32-10 of the counters first, first + 1 ...; False if there is no compiled code."""
+    functions = library()
+    if functions is None:
+        return False
+    arguments = ctypes.c_uint32(key[0]), ctypes.c_uint32(key[1]), ctypes.c_uint64(first), ctypes.c_size_t(len(words))
+    functions.sdops_philox(*arguments, _pointer(words))
+    return True
+
+
 def make_sum(terms: Sequence[tuple[int, float]], dtypes: Sequence[str], out_dtype: str) -> NativeSum | None:
     """The compiled sum, or None where there is none for these dtypes."""
     if library() is None or not {out_dtype, *dtypes} <= set(DTYPES):
@@ -109,5 +136,5 @@ def make_sum(terms: Sequence[tuple[int, float]], dtypes: Sequence[str], out_dtyp
     return NativeSum(terms, dtypes, out_dtype)
 
 
-def _pointer(array: Raw) -> ctypes.c_void_p:
+def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)

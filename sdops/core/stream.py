@@ -12,8 +12,10 @@ pass found is kept until the last piece is read.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from math import prod
 from typing import Any
@@ -22,22 +24,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdops.core import native
 from sdops.core.budget import Budget
 from sdops.core.exact import PIECE, ExactSum, Scratch
-from sdops.core.inputs import nonfinite, read_raw
+from sdops.core.inputs import largest_magnitude, nonfinite, read_raw
 from sdops.core.linear import to_single
 from sdops.core.method import Method
 from sdops.core.noise import Noise
-from sdops.core.plan import Input, Plan, Step
-from sdops.core.precision import FORMATS, count_nonfinite, largest_bits
+from sdops.core.plan import Plan, Step
+from sdops.core.precision import FORMATS, Raw, count_nonfinite, decode
 from sdops.core.ranking import Ranking
 from sdops.core.retained import SAMPLE, Retained
 from sdops.core.select import RadixSelect
+from sdops.core.source import aligned
 from sdops.errors import FormatError, UsageError
 
-# Elements of a portion. Larger temporaries (0.5 MB as float32) are returned to the system after use: page faults.
-PORTION = 1 << 16
+PORTION = 1 << 16  # elements; a method's temporaries, as float32, find room in the second-level cache
 HELD_SCORES = 1 << 23  # scores of a ranked method that are kept in memory instead of being made again
+
+_LOCAL = threading.local()  # each thread's buffers:
+PORTIONS, FIRST_PASS = "portions", "first_pass"  # a pass over a tensor may begin while a portion of it is at hand
 
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -55,6 +61,7 @@ class Stream:
 
     def __init__(self, plan: Plan, method: Method, retained: Retained, *, seed: int, memory: int) -> None:
         torch.set_num_threads(1)  # our own threads share the cores
+        _keep_freed_memory()
         self.plan = plan
         self.method = method
         self.retained = retained
@@ -170,7 +177,7 @@ class Stream:
             return self._combine(key, step, first, count, view)
         whole = self.method.execution in ("tensor", "model")
         with self.budget.hold(_held_bytes(step) if whole else 0):
-            inputs = _read_all(step, first, count)
+            inputs = _read_all(step, first, count, "" if whole else PORTIONS)
             result = self._call(key, step, first, inputs)
             return self._write(key, step, first, inputs[0], result, view)
 
@@ -194,7 +201,10 @@ class Stream:
     def _combine(self, key: str, step: Step, first: int, count: int, view: memoryview) -> int:
         """Gram class: the coefficients once per tensor, then their exact linear combination."""
         combine, used = self._once(key, lambda: self._combination(step))
-        raws = [read_raw(step.inputs[i], first, count) for i in used]
+        raws = [
+            read_raw(step.inputs[i], first, count, buffer)
+            for i, buffer in zip(used, _buffers(PORTIONS, len(used)), strict=True)
+        ]
         out = np.frombuffer(view, FORMATS[step.spec.dtype].raw)
         overflow: int = combine(raws, out, Scratch.of_thread())
         if first == 0:
@@ -280,7 +290,7 @@ class Stream:
         out = torch.frombuffer(view, dtype=TORCH_DTYPES[step.spec.dtype])
         out.copy_(result)
         overflow = 0
-        if largest_bits(raw, step.spec.dtype) >= target.infinity:
+        if largest_magnitude(raw, step.spec.dtype) >= target.infinity:
             if not bool(torch.isfinite(result).all()):
                 raise FormatError(
                     f"`{self.method.name}` made values of `{key}` that are not finite",
@@ -293,6 +303,14 @@ class Stream:
             start, wanted, written = (x[:SAMPLE].double().numpy() for x in (before, result, out))
             self.retained.sample(start, wanted, written)
         return overflow
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what temporaries leave: given back, the system would have to clear and map it again."""
+    trim_threshold, mmap_threshold = -1, -3  # M_... of malloc.h in the GNU C library
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(trim_threshold, 256 << 20)
+        library.mallopt(mmap_threshold, 32 << 20)
 
 
 def _held_bytes(step: Step) -> int:
@@ -313,25 +331,42 @@ def _shape(flat: Tensor, shape: tuple[int, ...], execution: str) -> Tensor:
     return flat
 
 
-def _read_all(step: Step, first: int, count: int) -> list[Tensor]:
-    """Elements [first, first + count) of all inputs: float64 if one of them is, else float32."""
-    inputs = [_read(item, first, count) for item in step.inputs]
-    return [x.double() for x in inputs] if any(x.dtype == torch.float64 for x in inputs) else inputs
+def _read_all(step: Step, first: int, count: int, buffers: str = "") -> list[Tensor]:
+    """Elements [first, first + count) of all inputs: float64 if one of them is, else float32.
+
+    With the name of some `buffers`, what this thread read into them before is overwritten.
+    """
+    if not count:
+        return [torch.zeros(0) for _ in step.inputs]
+    inputs = [
+        torch.from_numpy(raw).view(TORCH_DTYPES[item.spec.dtype])
+        for raw, item in zip(_read_raws(step, first, count, buffers), step.inputs, strict=True)
+    ]
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+    return [x.to(wide) for x in inputs]
 
 
-def _read(item: Input, first: int, count: int) -> Tensor:
-    """Elements [first, first + count) as float32, or float64 if that is what they are.
+def _read_raws(step: Step, first: int, count: int, buffers: str) -> list[Raw]:
+    """Bit patterns of the elements [first, first + count) of all inputs.
 
     Raises:
         FormatError: NaN or infinity among them.
     """
-    if not count:
-        return torch.zeros(0)
-    raw, dtype = read_raw(item, first, count), item.spec.dtype
-    if largest_bits(raw, dtype) >= FORMATS[dtype].infinity:
-        raise nonfinite(item, *count_nonfinite(raw, dtype))
-    stored = torch.from_numpy(raw).view(TORCH_DTYPES[dtype])
-    return stored if stored.dtype == torch.float64 else stored.float()
+    room = _buffers(buffers, len(step.inputs))
+    raws = [read_raw(item, first, count, buffer) for item, buffer in zip(step.inputs, room, strict=True)]
+    for raw, item in zip(raws, step.inputs, strict=True):
+        if largest_magnitude(raw, item.spec.dtype) >= FORMATS[item.spec.dtype].infinity:
+            raise nonfinite(item, *count_nonfinite(raw, item.spec.dtype))
+    return raws
+
+
+def _buffers(name: str, count: int) -> Sequence[memoryview | None]:
+    """This thread's first so many buffers of that name, each for PIECE elements of any dtype; none without a name."""
+    if not name:
+        return [None] * count
+    kept: list[memoryview] = _LOCAL.__dict__.setdefault(name, [])
+    kept += [aligned(PIECE * 8) for _ in range(count - len(kept))]
+    return kept[:count]
 
 
 def _portions(step: Step, stop: int | None = None) -> Iterator[list[Tensor]]:
@@ -339,13 +374,17 @@ def _portions(step: Step, stop: int | None = None) -> Iterator[list[Tensor]]:
     stop = step.spec.numel if stop is None else stop
     for first in range(0, stop, PORTION):
         count = min(PORTION, stop - first)
-        yield _read_all(step, first, count)
+        yield _read_all(step, first, count, FIRST_PASS)
 
 
 def _gram(step: Step) -> Tensor:
     """Inner products of the inputs in float64, (N, N)."""
-    gram = torch.zeros(len(step.inputs), len(step.inputs), dtype=torch.float64)
-    for portion in _portions(step):
-        stacked = torch.stack(portion).double()  # (N, n)
-        gram += stacked @ stacked.T
-    return gram
+    count = len(step.inputs)
+    gram = np.zeros((count, count))
+    dtypes = [item.spec.dtype for item in step.inputs]
+    for first in range(0, step.spec.numel, PIECE):
+        raws = _read_raws(step, first, min(PIECE, step.spec.numel - first), FIRST_PASS)
+        if not native.inner(raws, dtypes, gram):
+            stacked = np.stack([decode(raw, dtype) for raw, dtype in zip(raws, dtypes, strict=True)])  # (N, n)
+            gram += stacked @ stacked.T
+    return torch.from_numpy(np.tril(gram) + np.tril(gram, -1).T)

@@ -14,7 +14,8 @@ import pytest
 
 from sdops.core import native
 from sdops.core.exact import PIECE, ExactSum, Scratch
-from sdops.core.precision import FORMATS
+from sdops.core.noise import LOW_32, philox
+from sdops.core.precision import FORMATS, decode
 
 CAN_COMPILE = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") and shutil.which("cc")
 needs_library = pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
@@ -114,3 +115,32 @@ def test_bounds() -> None:
     assert native.bounds(np.array([0x8001, 0x3C00, 0], np.uint16), "BF16") == (0x3C00, 1)
     assert native.bounds(np.array([0xFF800000, 5, 0x80000007], np.uint32), "F32") == (0x7F800000, 5)
     assert native.bounds(np.zeros(1, np.uint64), "F64") is None
+
+
+@needs_library
+@pytest.mark.parametrize("first", [0, 3, 2**32 - 2])
+def test_philox_words_are_those_of_numpy(first: int) -> None:
+    compiled = np.empty((150, 4), np.uint32)
+    assert native.philox((0xDEADBEEF, 7), first, compiled)
+    counters = np.arange(first, first + 150, dtype=np.uint64)
+    counter = np.zeros((4, 150), np.uint32)
+    counter[0], counter[1] = counters & np.uint64(LOW_32), counters >> np.uint64(32)
+    assert np.array_equal(compiled, np.stack(philox(counter, (0xDEADBEEF, 7)), axis=1))
+
+
+@needs_library
+@pytest.mark.parametrize("size", [1, 8, 511, 5000])
+def test_inner_products(size: int) -> None:
+    rng = np.random.default_rng(size)
+    dtypes = ["F16", "F32", "BF16"]
+    raws = [
+        rng.standard_normal(size).astype(np.float16).view(np.uint16),
+        rng.standard_normal(size).astype(np.float32).view(np.uint32),
+        (rng.standard_normal(size).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16),
+    ]
+    gram = np.zeros((3, 3))
+    assert native.inner(raws, dtypes, gram)
+    values = np.stack([decode(raw, dtype) for raw, dtype in zip(raws, dtypes, strict=True)])
+    expected = np.tril(values @ values.T)
+    assert np.allclose(gram, expected, rtol=0, atol=size * 2.0**-52 * np.abs(values).max() ** 2)
+    assert not native.inner([np.zeros(1, np.uint64)], ["F64"], gram)
