@@ -20,6 +20,7 @@ _PUBLIC = {
     "SdopsError": ("sdops.errors", "SdopsError"),
     "apply": ("sdops.verbs.apply", "apply"),
     "convert": ("sdops.verbs.convert", "convert"),
+    "compare": ("sdops.verbs.compare", "compare"),
     "diff": ("sdops.verbs.diff", "diff"),
     "env": ("sdops.verbs.env", "env"),
     "extract": ("sdops.verbs.extract", "extract"),

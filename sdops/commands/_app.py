@@ -28,6 +28,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "apply": "Add LoRAs to a model's weights",
         "extract": "Extract a LoRA: the difference of a fine-tune to its base",
         "resize": "Give a LoRA lower ranks, with the least error that they allow",
+        "compare": "Compare two LoRAs: cosine and overlap, layer by layer",
     },
     "Help": {
         "env": "Show versions, devices and caches, for a bug report",

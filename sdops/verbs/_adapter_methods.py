@@ -151,18 +151,18 @@ def _knots(pairs: Sequence[Pair], knobs: Knobs, _name: str) -> Pair:
 
 def _orthogonal(pairs: Sequence[Pair], _knobs: Knobs, _name: str) -> Pair:
     ups, downs = [pairs[0][0]], [pairs[0][1]]
-    basis = _row_space(*pairs[0])
+    basis = row_space(*pairs[0])
     for up, down in pairs[1:]:
         left = down - (down @ basis) @ basis.T
         if torch.linalg.norm(left) <= NOTHING * torch.linalg.norm(down):
             continue  # nothing but rounding
         ups.append(up)
         downs.append(left)
-        basis = torch.linalg.qr(torch.cat([basis, _row_space(up, left)], dim=1)).Q
+        basis = torch.linalg.qr(torch.cat([basis, row_space(up, left)], dim=1)).Q
     return torch.cat(ups, dim=1), torch.cat(downs)
 
 
-def _row_space(up: Tensor, down: Tensor) -> Tensor:
+def row_space(up: Tensor, down: Tensor) -> Tensor:
     """An orthonormal basis [n, r] of the inputs that up @ down reacts to."""
     q_down, r_down = torch.linalg.qr(down.T)
     triangle = torch.linalg.qr(up, mode="r").R

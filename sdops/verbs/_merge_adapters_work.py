@@ -124,7 +124,7 @@ class Work:
                 changes.append(joined(group.target, read).scaled(weight))
         if not changes:
             return Change(group.target, (0,)), 0.0, 0.0
-        _check_shapes(group.target, changes)
+        check_shapes(group.target, changes)
         knobs: Knobs = Knobs(self.wish.density, self.wish.seed)
         return self._cut(merged(self.wish.method, group.target, changes, knobs), group)
 
@@ -187,7 +187,7 @@ def _shapes(adapter: Adapter, patch: Patch) -> dict[str, tuple[int, ...]]:
     return {part: adapter.source.specs[key].shape for part, key in patch.parts.items()}
 
 
-def _check_shapes(target: Target, changes: Sequence[Change]) -> None:
+def check_shapes(target: Target, changes: Sequence[Change]) -> None:
     """Refuse layers whose sizes differ.
 
     Raises:
