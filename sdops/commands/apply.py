@@ -17,7 +17,7 @@ _DTYPES = click.Choice(["keep", "fp32", "fp16", "bf16"])
     epilog="""\b
     Examples:
       sdops apply sdxl.safetensors --lora style.safetensors:0.8
-      sdops apply sdxl.safetensors --lora style.safetensors:0.8 --lora detail.safetensors:-0.3 -o out.safetensors
+      sdops apply sdxl.safetensors --lora style.safetensors:0.8 --lora detail.safetensors:-0.3
       sdops apply sd15.safetensors --lora face.safetensors:0.7:te=0.4:lbw=MIDD
       sdops apply flux.safetensors --lora "x.safetensors:0.8, D00-D05=0.2" --rounding stochastic --seed 7
     """

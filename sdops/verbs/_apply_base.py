@@ -44,33 +44,44 @@ def open_base(model: Model) -> Opened:
     return open_model(origin)
 
 
-def check_architecture(lora: Lora, model: Opened) -> None:
-    """Refuse an adapter that was made for another family of models.
+def check_architectures(loras: Sequence[Lora], model: Opened, problem: str = "") -> None:
+    """Refuse adapters that were made for another family of models.
+
+    What family a file is for is a guess where its layers are those of several: so this is asked only where they do not
+    fit the model.
+
+    Args:
+        loras: All adapters.
+        model: The model.
+        problem: What does not fit.
 
     Raises:
         MismatchError: names both.
     """
     main = model.detection.main
-    speaks = any(patch.target.component in _DENOISERS for patch in lora.adapter.patches)
-    if main is None or main.kind != "model" or not speaks or main.family == lora.adapter.architecture:
-        return
-    title = next((t.title for t in tables() if t.family == lora.adapter.architecture), lora.adapter.architecture)
-    raise MismatchError(
-        f"`{lora.name}` is for {title}, `{model.name}` is {model.detection.title}",
-        hint=f"`sdops inspect {lora.name} {model.name}` shows both",
-        lora=lora.adapter.architecture,
-        model=main.family,
-    )
+    for lora in loras:
+        speaks = any(patch.target.component in _DENOISERS for patch in lora.adapter.patches)
+        if main is None or main.kind != "model" or not speaks or main.family == lora.adapter.architecture:
+            continue
+        title = next((t.title for t in tables() if t.family == lora.adapter.architecture), lora.adapter.architecture)
+        raise MismatchError(
+            f"`{lora.name}` is for {title}, `{model.name}` is {model.detection.title}{problem and ': '}{problem}",
+            hint=f"`sdops inspect {lora.name} {model.name}` shows both",
+            lora=lora.adapter.architecture,
+            model=main.family,
+        )
 
 
-def check_matched(loras: Sequence[Lora], changes: Changes, model: Opened) -> None:
+def check_matched(loras: Sequence[Lora], changes: Changes, model: Opened, *, allowed: bool) -> None:
     """Refuse adapters with layers that the model does not have.
 
     Raises:
-        MismatchError: names them.
+        MismatchError: names them, unless they are allowed and the adapter is for this family.
     """
     for lora, matched in zip(loras, changes.matched, strict=True):
         if matched.unmatched:
+            check_architectures([lora], model)
+        if matched.unmatched and not allowed:
             names = [f"`{name}`" for name in matched.unmatched]
             shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} others" if names[_SHOWN:] else "")
             raise MismatchError(

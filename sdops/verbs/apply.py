@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from sdops import __version__
 from sdops.core.run import default_jobs, run
 from sdops.core.sink import SafetensorsSink, check_inputs, check_space, check_target
-from sdops.errors import UsageError
+from sdops.errors import MismatchError, UsageError
 from sdops.report import Progress, Report, silent
-from sdops.verbs._apply_base import check_architecture, check_matched, foreign_base, open_base, output_of
+from sdops.verbs._apply_base import check_architectures, check_matched, foreign_base, open_base, output_of
 from sdops.verbs._apply_loras import Lora, Wish, open_loras
 from sdops.verbs._apply_report import done_report, dry_report
 from sdops.verbs._hashes import Hashes, part_record
@@ -171,11 +171,12 @@ class Apply:
         self.loras = loras
         self.settings = settings
         self.parts = {"model": model, **{f"lora{i}": lora.opened for i, lora in enumerate(loras, start=1)}}
-        for lora in loras:
-            check_architecture(lora, model)
-        self.changes = Changes(wide or model, loras, peft_dora=settings["dora_strength"] == "peft")
-        if not settings["allow_unmatched"]:
-            check_matched(loras, self.changes, model)
+        try:
+            self.changes = Changes(wide or model, loras, peft_dora=settings["dora_strength"] == "peft")
+        except MismatchError as error:
+            check_architectures(loras, model, error.message)  # tells more than that a shape is wrong
+            raise
+        check_matched(loras, self.changes, model, allowed=settings["allow_unmatched"])
         self.warnings = [text for lora in loras for text in (*lora.adapter.notes, *foreign_base(lora, model))]
         self.made = self._recipe()
         self.name = self.derived_name()
