@@ -20,7 +20,9 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("-o", "--output", type=FILE, help="Where to write; default: a derived name, in this folder"),
     click.option("-f", "--force", is_flag=True, help="Replace an existing output"),
     click.option("-n", "--dry-run", is_flag=True, help="Check everything, show what would be done, write nothing"),
-    click.option("--dtype", metavar="DTYPE", help="fp16, bf16, fp32, fp8_e4m3 ..., or by component: fp16,vae=fp32"),
+    click.option(
+        "--dtype", metavar="DTYPE", help="fp16, bf16, fp32, fp8_e4m3, fp8_scaled ..., or by component: fp16,vae=fp32"
+    ),
     click.option("--include", multiple=True, metavar="PATTERN", help="Cast only tensors of these names"),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Do not cast tensors of these names"),
     click.option("--components", metavar="A,B", help="Convert only these: unet, vae, clip_l, text_encoder ..."),

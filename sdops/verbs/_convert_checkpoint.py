@@ -12,6 +12,7 @@ from sdops.archs.detect import Detection, detect
 from sdops.core.run import default_jobs, run
 from sdops.core.sink import Sink
 from sdops.core.source import Source
+from sdops.core.spec import FP8
 from sdops.errors import FormatError
 from sdops.formats import FileSource, open_source
 from sdops.report import Progress, Report
@@ -156,14 +157,37 @@ class Conversion:
             tensors |= self._side_file()
         self.dtypes = wanted_dtypes(tensors, self.detection, wish) if wish.dtypes else {}
         source: Source = assembled(self.name, tensors)
-        if self.dtypes:
+        weights = [
+            key for key, dtype in self.dtypes.items() if wish.scaled and dtype in FP8 and key.endswith(".weight")
+        ]
+        cast = {key: dtype for key, dtype in self.dtypes.items() if key not in set(weights)}
+        if cast:
             from sdops.core.cast_view import Cast
 
-            source = Cast(source, self.dtypes, seed=wish.seed)
+            source = Cast(source, cast, seed=wish.seed)
         self._cast = source
+        if weights:
+            source = self._scaled(source, weights)
         if wish.to == "diffusers":
             return source, folder_sink(source, draft, self.path, wish, force=force)
         return file_sink(source, draft, self.path, wish, self.detection.family, force=force)
+
+    def _scaled(self, source: Source, weights: list[str]) -> Source:
+        """Weights as fp8 with scales, which are told as invented."""
+        from sdops.core.quantised_views import Quantised
+
+        entry = self.draft.tensors[weights[0]]
+        quantised = Quantised(
+            source,
+            weights,
+            self.dtypes[weights[0]],
+            spelling="old" if self.wish.scaled == "old" else "new",
+            prefix=weights[0].removesuffix(entry.name),
+            seed=self.wish.seed,
+        )
+        new = [key for key in quantised.specs if key not in source.specs]
+        self.draft.invented |= dict.fromkeys(new, "scales of fp8 weights and what tells of them")
+        return quantised
 
     def _side_file(self) -> dict[str, Entry]:
         """The tensors of the side file; sets its metadata. Folders of others need none."""

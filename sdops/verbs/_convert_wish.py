@@ -12,7 +12,15 @@ from sdops.verbs._convert_select import EMA
 
 TARGETS = ("safetensors", "diffusers", "original", "ckpt", "gguf")
 DTYPES = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16", "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
-_OTHER_WORDS = {"fp8": "fp8_e4m3", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "half": "fp16"}
+SCALED = {"fp8_e4m3_scaled": "fp8_e4m3", "fp8_e5m2_scaled": "fp8_e5m2"}  # with a scale per tensor
+_OTHER_WORDS = {
+    "fp8": "fp8_e4m3",
+    "fp8_scaled": "fp8_e4m3_scaled",
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "half": "fp16",
+}
 GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"} | {
     name.lower(): name for name in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 }
@@ -27,6 +35,7 @@ class Wish:
         to: One of TARGETS.
         dtypes: Component -> safetensors dtype; ALL for the others.
         gguf_type: GGML type of a GGUF output.
+        scaled: Whether fp8 weights get scales: "" | new | old (the two spellings of ComfyUI).
         include, exclude: Patterns of names: cast only these, do not cast those.
         components: Those to convert; none = all.
         ema: keep | drop | use.
@@ -42,6 +51,7 @@ class Wish:
     to: str
     dtypes: Mapping[str, str] = field(default_factory=dict)
     gguf_type: str = "F16"
+    scaled: str = ""
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     components: Sequence[str] = ()
@@ -77,17 +87,20 @@ def check(to: str, ema: str, shard: int | None) -> None:
         raise UsageError(f"a {to} file cannot be cut into shards", hint="`--to safetensors` and `--to diffusers` can")
 
 
-def parse_dtypes(text: str | None, to: str) -> tuple[dict[str, str], str]:
-    """`fp16`, or `fp16,vae=fp32`: safetensors dtypes by component, and the type of a GGUF file.
+def parse_dtypes(text: str | None, to: str) -> tuple[dict[str, str], str, str]:
+    """`fp16`, or `fp16,vae=fp32`: safetensors dtypes by component, the type of a GGUF file, and how fp8 is scaled.
 
     Raises:
         UsageError: there is no such dtype.
     """
     found: dict[str, str] = {}
-    gguf = "F16"
+    gguf, scaled = "F16", ""
     for item in filter(None, map(str.strip, (text or "").lower().split(","))):
         component, equals, name = item.rpartition("=")
+        name, old = name.removesuffix("_old"), name.endswith("_scaled_old")
         name = _OTHER_WORDS.get(name, name)
+        if name in SCALED and to not in ("diffusers", "gguf"):
+            name, scaled = SCALED[name], "old" if old else "new"
         if to == "gguf" and not equals and name in GGUF_TYPES:
             gguf = GGUF_TYPES[name]
         elif name == "keep" and not equals:
@@ -96,9 +109,10 @@ def parse_dtypes(text: str | None, to: str) -> tuple[dict[str, str], str]:
             found[component.strip() if equals else ALL] = DTYPES.get(name, "")
         else:
             known = [*(GGUF_TYPES if to == "gguf" else DTYPES), "keep"]
+            known += SCALED if to not in ("diffusers", "gguf") else []
             close = suggest(name, known)
             raise UsageError(
                 f"there is no dtype `{name}`" + (f"; did you mean `{close}`?" if close else ""),
                 hint=f"choose one of {', '.join(known)}, or several: `--dtype fp16,vae=fp32`",
             )
-    return found, gguf
+    return found, gguf, scaled

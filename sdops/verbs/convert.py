@@ -59,7 +59,8 @@ def convert(
             comfy, bfl, xlabs, cloneofsimo, lycoris, onetrainer (verbs/_convert_adapter.py explains their options).
         output: Where to write; default: a derived name in this folder.
         dtype: fp16, bf16, fp32, fp64, fp8_e4m3 or fp8_e5m2, also by component: `fp16,vae=fp32`; of GGUF files also
-            q8_0, q5_1, q5_0, q4_1 or q4_0. Rounds to nearest even and clamps. Integers and markers stay.
+            q8_0, q5_1, q5_0, q4_1 or q4_0; fp8_scaled gives every fp8 weight a scale (fp8_scaled_old: as ComfyUI
+            spelled it before). Rounds to nearest even and clamps. Integers and markers stay.
         include: Cast only tensors that match one of these patterns.
         exclude: Do not cast tensors that match one of these.
         components: Convert only these: `unet`, `vae`, `clip_l` ..., `text_encoder` for all of them.
@@ -117,11 +118,12 @@ def convert(
     from sdops.verbs._convert_checkpoint import Conversion, open_all
 
     check(to, ema, shard)
-    dtypes, gguf_type = parse_dtypes(dtype, to)
+    dtypes, gguf_type, scaled = parse_dtypes(dtype, to)
     wish = Wish(
         to,
         dtypes,
         gguf_type,
+        scaled,
         tuple(include),
         tuple(exclude),
         tuple(components),

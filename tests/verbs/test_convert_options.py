@@ -250,6 +250,23 @@ def test_scaled_fp8_is_multiplied_out(small_checkpoint, tmp_path):
     assert np.array_equal(found["transformer_blocks.0.attn.to_k.weight"][1], wanted[rows : 2 * rows])
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [("fp8_scaled", "weight_scale"), ("fp8_scaled_old", "scale_weight")])
+def test_scaled_fp8_is_written_and_read(small_checkpoint, tmp_path, dtype, scale):
+    file = small_checkpoint("flux1-dev", dtype="F16")
+    report = sdops.convert(file, to="safetensors", dtype=dtype, output=tmp_path / "s.safetensors")
+    before, found = tiny.load(file), tiny.load(tmp_path / "s.safetensors")
+    key = "single_blocks.7.linear1.weight"
+    assert found[key][0] == "F8_E4M3"
+    assert found[key.replace("weight", scale)][1] == np.float32(np.abs(before[key][1]).max() / np.float32(448))
+    assert found.keys() - before.keys() == report.data["invented"].keys()
+    sdops.convert(tmp_path / "s.safetensors", to="safetensors", dtype="fp16", output=tmp_path / "b.safetensors")
+    back = tiny.load(tmp_path / "b.safetensors")
+    assert back.keys() == before.keys()
+    assert np.allclose(back[key][1], before[key][1], rtol=1 / 14, atol=2e-3 * np.abs(before[key][1]).max())
+    with pytest.raises(UsageError, match="no dtype"):
+        sdops.convert(file, to="diffusers", dtype=dtype, output=tmp_path / "f")
+
+
 def test_rounding_at_random_is_repeatable(file, tmp_path):
     tiny.write(file, tiny.checkpoint(1, "F32"))
     outputs = []
