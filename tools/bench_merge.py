@@ -6,7 +6,7 @@
 
 Makes the files it needs in the folder (kept for the next time), times every program in turn, round after round, and
 writes results.json and results.md there. The floor (tools/floor.py) runs in every round, and a ratio is the median of
-the ratios within a round. One round more, the first, only warms up. The page cache is warm, outputs are removed and
+the ratios within a round. One round more, the first, only warms up; other programs run once. The page cache is warm, outputs are removed and
 the disk is synced between runs. In a folder on tmpfs no disk takes part.
 
 Other programs are scripts in tools/peers, run by the Python of an environment of their own:
@@ -160,14 +160,15 @@ class Bench:
         exactness = {}
         for number in range(self.options.rounds + 1):
             for name, command in commands.items():
-                if series[name].failed:
+                is_peer = name not in ("floor", "sdops")
+                if series[name].failed or (is_peer and not 0 < number <= self.options.peer_rounds):
                     continue
                 self.settle(case)
-                cost = self.once(command, case, is_peer=name not in ("floor", "sdops"))
+                cost = self.once(command, case, is_peer=is_peer)
                 say(f"  {case.title}: {name} {cost.wall:.2f} s {cost.error}")
                 if number or cost.code:  # the first round warms up
                     series[name].costs.append(cost)
-                if not number and case.peers and name != "floor" and not cost.code:
+                if case.peers and name not in ("floor", *exactness) and not cost.code:
                     exactness[name] = self.judge(case)
                 self.clear()
         return self.result(case, series, exactness)
@@ -228,7 +229,7 @@ class Bench:
             if failure := one.failed:
                 rows[name] = {"failed": failure.error or f"exit code {failure.code}"}
                 continue
-            ratios = [cost.wall / base.wall for cost, base in zip(one.costs, floor.costs, strict=True)]
+            ratios = [cost.wall / base.wall for cost, base in zip(one.costs, floor.costs, strict=False)]
             rows[name] = {field: one.middle(field) for field in ("wall", "user", "system", "peak_mb", "anonymous_mb")}
             rows[name] |= {"ratio": median(ratios), "runs": [cost.as_dict() for cost in one.costs]}
             if name in exactness:
@@ -369,6 +370,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("bench-data"), help="for the files; also on tmpfs")
     parser.add_argument("--only", nargs="+", choices=groups, default=groups, metavar="GROUP", help=", ".join(groups))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peer-rounds", type=int, default=1, help="other programs take minutes, not seconds")
     parser.add_argument("--peers-python", help="the Python that has sd-mecha and mergekit")
     parser.add_argument("--kohya", type=Path, help="merge_models.py of kohya-ss/sd-scripts")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB

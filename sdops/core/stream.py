@@ -39,7 +39,7 @@ from sdops.core.select import RadixSelect
 from sdops.core.source import aligned
 from sdops.errors import FormatError, UsageError
 
-PORTION = 1 << 16  # elements; a method's temporaries, as float32, find room in the second-level cache
+PORTION = 1 << 17  # elements: smaller ones cost more in calls than they gain in the cache
 HELD_SCORES = 1 << 23  # scores of a ranked method that are kept in memory instead of being made again
 
 _LOCAL = threading.local()  # each thread's buffers:
