@@ -13,6 +13,7 @@ from sdops.commands._options import files_argument, general_options
     Examples:
       sdops inspect model.safetensors
       sdops inspect --keys lora.safetensors
+      sdops inspect --norms lora.safetensors
       sdops inspect --json *.safetensors
     """
 )
@@ -25,9 +26,10 @@ from sdops.commands._options import files_argument, general_options
     envvar="SDOPS_INSPECT_HASH",
     help="Add the hashes, which takes reading the whole file",
 )
+@click.option("--norms", is_flag=True, help="LoRAs: measure the change block by block, look for damage by clamping")
 @general_options
-def command(console: Console, files: tuple[str, ...], keys: bool, hashes: bool) -> int:
+def command(console: Console, files: tuple[str, ...], keys: bool, hashes: bool, norms: bool) -> int:
     """Show what a model file is and what is in it."""
     from sdops.verbs.inspect import inspect
 
-    return console.show(inspect(*files, keys=keys, hashes=hashes, progress=console.progress))
+    return console.show(inspect(*files, keys=keys, hashes=hashes, norms=norms, progress=console.progress))

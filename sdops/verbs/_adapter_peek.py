@@ -6,9 +6,11 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from sdops.core.source import Source
 from sdops.errors import MismatchError, SdopsError
+from sdops.formats import FileSource, open_source
 
 # A tensor whose name only adapters have. The text of metadata cannot look so: quotes within it are escaped.
 _TENSOR = re.compile(
@@ -66,3 +68,16 @@ def _opens_as_adapter(path: Path) -> bool:
     except SdopsError:
         return False
     return True
+
+
+def open_adapter_file(path: Path) -> FileSource:
+    """The file with an adapter's tensors: of a PEFT folder the one in it, of torch lists with names.
+
+    Raises:
+        SdopsError: it cannot be read.
+    """
+    from sdops.verbs._adapters import open_adapter
+
+    if path.is_file() and path.suffix not in (".pt", ".bin"):
+        return open_source(path)
+    return cast("FileSource", open_adapter(path, allow_unknown=True).source)

@@ -12,6 +12,7 @@ from sdops.core.source import Source
 from sdops.formats import FileSource, open_source
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, shorten, size
+from sdops.verbs._adapter_peek import is_adapter, open_adapter_file
 from sdops.verbs._each import FilePath, each_file
 from sdops.verbs._traits import is_detail, metadata_order, prediction, quantisation
 from sdops.verbs._values import PositionIds, position_ids
@@ -21,28 +22,36 @@ _METADATA = 30  # entries that are shown without `-v`
 _LISTED = 50  # missing, extra or unclaimed keys that are listed with `-v`; the JSON has all
 
 
-def inspect(*files: FilePath, keys: bool = False, hashes: bool = False, progress: Progress = silent) -> Report:
+def inspect(
+    *files: FilePath, keys: bool = False, hashes: bool = False, norms: bool = False, progress: Progress = silent
+) -> Report:
     """Architecture, components and their completeness, dtypes, junk, metadata and oddities of model files.
 
     Args:
         files: Paths of files or folders.
         keys: List every tensor.
         hashes: Add the hashes, for which the whole file is read once.
+        norms: Of adapters: measure the change of every block, and look for the marks of a clamped extraction.
         progress: Called as `progress(label, total_bytes)` while hashing.
 
     Raises:
         SdopsError: the only file cannot be read.
     """
-    return each_file("inspect", files, lambda file: _one(Path(file), keys, hashes, progress))
+    return each_file("inspect", files, lambda file: _one(Path(file), keys, hashes, norms, progress))
 
 
-def _one(path: Path, keys: bool, hashes: bool, progress: Progress) -> Report:
-    source = open_source(path)
+def _one(path: Path, keys: bool, hashes: bool, norms: bool, progress: Progress) -> Report:
+    adapter = is_adapter(path)
+    source = open_adapter_file(path) if adapter else open_source(path)
     try:
         detection = detect(source.specs)
         report = _report(source, detection, position_ids(source))
     finally:
         source.close()
+    if adapter:
+        from sdops.verbs._inspect_adapter import add_adapter
+
+        add_adapter(report, path, norms=norms, progress=progress)
     if keys:
         report.data["keys"] = _key_facts(source, detection)
         report.sections.append(_key_table(source, detection))
