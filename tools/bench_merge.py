@@ -6,8 +6,8 @@
 
 Makes the files it needs in the folder (kept for the next time), times every program in turn, round after round, and
 writes results.json and results.md there. The floor (tools/floor.py) runs in every round, and a ratio is the median of
-the ratios within a round. One round more, the first, only warms up; other programs run once. The page cache is warm, outputs are removed and
-the disk is synced between runs. In a folder on tmpfs no disk takes part.
+the ratios within a round. One round more, the first, only warms up; other programs run once. The page cache is warm,
+outputs are removed and the disk is synced between runs. In a folder on tmpfs no disk takes part.
 
 Other programs are scripts in tools/peers, run by the Python of an environment of their own:
 
