@@ -14,7 +14,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# public name -> module and name that it stands for
+# public name -> module and name that it stands for; without a name, the module
 _PUBLIC = {
     "Report": ("sdops.report", "Report"),
     "SdopsError": ("sdops.errors", "SdopsError"),
@@ -22,6 +22,7 @@ _PUBLIC = {
     "convert": ("sdops.verbs.convert", "convert"),
     "compare": ("sdops.verbs.compare", "compare"),
     "diff": ("sdops.verbs.diff", "diff"),
+    "embed": ("sdops.verbs.embed", ""),
     "env": ("sdops.verbs.env", "env"),
     "extract": ("sdops.verbs.extract", "extract"),
     "fix": ("sdops.verbs.fix", "fix"),
@@ -42,7 +43,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     module, attribute = _PUBLIC[name]
-    return getattr(import_module(module), attribute)
+    found = import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:

@@ -30,6 +30,9 @@ COMMANDS: dict[str, dict[str, str]] = {
         "resize": "Give a LoRA lower ranks, with the least error that they allow",
         "compare": "Compare two LoRAs: cosine and overlap, layer by layer",
     },
+    "Embeddings": {
+        "embed": "Inspect, convert, explain and make embeddings (textual inversion)",
+    },
     "Help": {
         "env": "Show versions, devices and caches, for a bug report",
         "completion": "Print the completion script of a shell",

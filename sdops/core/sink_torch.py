@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from struct import pack
 from types import TracebackType
+from typing import Any
 from zlib import crc32
 
 from sdops.core.checksum import PieceChecksums
 from sdops.core.sink import FileSink
 from sdops.core.spec import Spec
-from sdops.core.torch_pickle import state_dict_pickle
+from sdops.core.torch_pickle import state_dict_pickle, tree_pickle
 
 _ALIGNMENT = 64
 _LIMIT = 0xFFFFFFFF  # sizes and offsets from here on need the 64-bit fields
@@ -113,9 +114,13 @@ class TorchSink(FileSink):
 
     def _encode_header(self) -> bytes:
         """The pickle as the first member."""
-        pickle = state_dict_pickle(self.specs, self.metadata, self._wrap)
+        pickle = self._object()
         self._pickle = _member("data.pkl", 0, len(pickle)), crc32(pickle)
         return self._pickle[0].header(crc32(pickle)) + pickle
+
+    def _object(self) -> bytes:
+        """What the file holds, as a pickle."""
+        return state_dict_pickle(self.specs, self.metadata, self._wrap)
 
     def _place(self, position: int) -> tuple[dict[str, int], int]:
         self._members: list[_Member] = []
@@ -143,6 +148,27 @@ class TorchSink(FileSink):
         members = [self._pickle, *zip(self._members, checksums, strict=True), (version, crc32(content))]
         directory = b"".join(member.entry(checksum) for member, checksum in members)
         return last + directory + _directory_end(len(members), len(directory), self._end + len(last))
+
+
+class TreeSink(TorchSink):
+    """A torch file of any plain values in the making.
+
+    Args:
+        path: Where the file shall be. Its folder must exist.
+        tree: Dicts, lists, numbers, texts and None, with Leafs for tensors.
+        specs: The tensors that the Leafs name.
+        force: Replace an existing file.
+
+    Raises:
+        OutputError: as `TorchSink`.
+    """
+
+    def __init__(self, path: Path, tree: Any, specs: Mapping[str, Spec], *, force: bool) -> None:
+        self._tree = tree
+        super().__init__(path, specs, {}, force=force)
+
+    def _object(self) -> bytes:
+        return tree_pickle(self._tree, {key: number for number, key in enumerate(self.specs)})
 
 
 def _directory_end(count: int, size: int, start: int) -> bytes:

@@ -1,15 +1,17 @@
-"""The pickle inside of a torch checkpoint: a dict of tensors over numbered storages. No torch.
+"""The pickle inside of a torch checkpoint: tensors over numbered storages, and what is around them. No torch.
 
-Only what torch.save itself writes for a state dict, in protocol 2, so that `torch.load(weights_only=True)` and the
-checkers of the web UIs accept it. Opcodes are those of Python's `pickletools`.
+Only what torch.save itself writes for a state dict, or for plain dicts and lists, in protocol 2, so that
+`torch.load(weights_only=True)` and the checkers of the web UIs accept it. Opcodes are those of Python's `pickletools`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from struct import pack
+from typing import Any
 
 from sdops.core.spec import DTYPE_BITS, Spec
+from sdops.core.tree import Leaf
 from sdops.errors import OutputError
 
 # Storage classes that torch has always had, and dtypes that came after them.
@@ -51,6 +53,42 @@ def state_dict_pickle(specs: Mapping[str, Spec], metadata: Mapping[str, str], wr
             pickle.end_item()
     pickle.end_dict()
     return b"\x80\x02" + bytes(pickle.out) + b"."
+
+
+def tree_pickle(tree: Any, numbers: Mapping[str, int]) -> bytes:
+    """Dicts, lists, numbers, texts and None, with tensors where Leafs are; a Leaf's storage is called by its number.
+
+    Raises:
+        OutputError: torch has no dtype for one of the tensors.
+    """
+    pickle = _Pickle()
+    _value(pickle, tree, numbers)
+    return b"\x80\x02" + bytes(pickle.out) + b"."
+
+
+def _value(pickle: _Pickle, value: Any, numbers: Mapping[str, int]) -> None:
+    if type(value) is Leaf:
+        _tensor(pickle, value.key, value.spec, str(numbers[value.key]))
+    elif type(value) is dict:
+        pickle.begin_dict()
+        for key, item in value.items():
+            _value(pickle, key, numbers)
+            _value(pickle, item, numbers)
+            pickle.end_item()
+        pickle.end_dict()
+    elif type(value) is list:
+        pickle.out += b"]("  # EMPTY_LIST MARK
+        for item in value:
+            _value(pickle, item, numbers)
+        pickle.out += b"e"  # APPENDS
+    elif type(value) is str:
+        pickle.text(value)
+    elif type(value) is int:
+        pickle.integer(value)
+    elif type(value) is float:
+        pickle.out += b"G" + pack(">d", value)  # BINFLOAT
+    else:
+        pickle.out += {None: b"N", False: b"\x89", True: b"\x88"}[value]
 
 
 def _tensor(pickle: _Pickle, key: str, spec: Spec, storage: str) -> None:
@@ -105,7 +143,7 @@ class _Pickle:
 
     def integer(self, number: int) -> None:
         """BININT, or LONG1 for what does not fit."""
-        if number < 1 << 31:
+        if -(1 << 31) <= number < 1 << 31:
             self.out += b"J" + pack("<i", number)
         else:
             self.out += b"\x8a\x08" + pack("<q", number)

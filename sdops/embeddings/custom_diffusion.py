@@ -1,7 +1,7 @@
 """The new words in a custom-diffusion file; its matrices are something else.
 
-Source: adobe-research/custom-diffusion. Its diffusers training saves {`unet`: ..., `modifier_token`: {word: [768]}}, the
-older one {`state_dict`: {..., `embed`: [n, 768]}}, where the words are <new1>, <new2> ...
+Source: adobe-research/custom-diffusion. Its diffusers training saves {`unet`: ..., `modifier_token`: {word: [768]}},
+the older one {`state_dict`: {..., `embed`: [n, 768]}}, where the words are <new1>, <new2> ...
 """
 
 from __future__ import annotations

@@ -39,17 +39,17 @@ def clip_files(pad: str) -> dict[str, bytes]:
 
 def vocabulary(merges: str) -> dict[str, int]:
     """Token -> number: the 256 bytes, the same at the end of a word, what the merges make, and the two marks."""
-    letters = _letters()
+    singles = letters().values()
     made = [line.replace(" ", "") for line in merges.splitlines()[1:] if line]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *made, _BEGIN, _END]
+    tokens = [*singles, *(f"{letter}</w>" for letter in singles), *made, _BEGIN, _END]
     return {token: number for number, token in enumerate(tokens)}
 
 
-def _letters() -> list[str]:
-    """A visible letter for every byte: itself where it is one, else letters from 256 on."""
+def letters() -> dict[int, str]:
+    """A visible letter for every byte: itself where it is one, else letters from 256 on; those come last."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in visible]
-    return [chr(byte) for byte in visible] + [chr(256 + number) for number in range(len(others))]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + number) for number, byte in enumerate(others)}
 
 
 def _json(value: Any) -> bytes:

@@ -1,0 +1,165 @@
+"""Embeddings from any layout to any other, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sdops.core.sink import check_inputs
+from sdops.embeddings import layout
+from sdops.embeddings._types import OUT, Embedding
+from sdops.errors import MismatchError, UsageError
+from sdops.report import Report, Section
+from sdops.text import count, suggest
+from sdops.verbs._embed_open import FilePath, choose, open_embeddings
+from sdops.verbs._embed_write import DTYPES, check_kinds, check_layout, plan_paths, save
+
+
+def convert(
+    file: FilePath,
+    *,
+    to: str,
+    output: FilePath | None = None,
+    only: str | None = None,
+    encoder: str | None = None,
+    name: str | None = None,
+    kind: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Report:
+    """Write the embeddings of a file in another layout, their values unchanged.
+
+    Args:
+        file: Any layout: an embedding, a LoRA or a checkpoint that holds some, a picture.
+        to: The layout: a1111, diffusers, diffusers_sdxl, kohya, encoders, onetrainer, bundle, png ...
+        output: A file, or a folder; default: beside the input, called after the embedding.
+        only: Take just the embedding of this name or placeholder.
+        encoder: Take just the vectors for this text encoder.
+        name: Call the embedding so.
+        kind: Settles what one row of 768 is: `tokens` or `clip-image`.
+        dtype: Round to `fp32`, `fp16` or `bf16`; default: as stored.
+        force: Replace existing files.
+        dry_run: Only say what would be written.
+
+    Raises:
+        UsageError: no such layout, embedding, encoder or dtype.
+        MismatchError: the layout cannot hold the embedding.
+        OutputError: the output exists or cannot be written.
+    """
+    to = check_layout(to)
+    wish = check_dtype(dtype)
+    found = open_embeddings(file, kind)
+    embeddings = [_part(one, encoder) for one in choose(found, only)]
+    if name is not None:
+        embeddings = [_renamed(embeddings, name)]
+    check_kinds(embeddings)
+    report = write(embeddings, to, output, Path(file).parent, found.paths, wish, force=force, dry_run=dry_run)
+    report.verb = "embed convert"
+    report.data |= {"input": str(file), "from": found.layout, "notes": found.notes}
+    return report
+
+
+def check_dtype(dtype: str | None) -> str | None:
+    """The safetensors name of a dtype as users write it.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if dtype is None or dtype == "keep":
+        return None
+    if dtype not in DTYPES:
+        raise UsageError(f"there is no dtype `{dtype}`", hint=f"one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _part(one: Embedding, encoder: str | None) -> Embedding:
+    if encoder is None:
+        return one
+    if encoder not in one.vectors:
+        close = suggest(encoder, one.vectors)
+        raise UsageError(
+            f"`{one.name}` has no vectors for `{encoder}`",
+            hint=f"did you mean `{close}`?" if close else f"it has {', '.join(one.vectors)}",
+        )
+    return replace(one, vectors={encoder.removesuffix(OUT): one.vectors[encoder]})
+
+
+def _renamed(embeddings: Sequence[Embedding], name: str) -> Embedding:
+    if len(embeddings) != 1:
+        raise UsageError(
+            f"`--name` is for one embedding, here are {len(embeddings)}", hint="take one with `--only NAME`"
+        )
+    return replace(embeddings[0], name=name, placeholder="*")
+
+
+def write(
+    embeddings: Sequence[Embedding],
+    to: str,
+    output: FilePath | None,
+    folder: Path,
+    inputs: Sequence[Path],
+    dtype: str | None,
+    *,
+    force: bool,
+    dry_run: bool,
+) -> Report:
+    """Write embeddings in a layout; the report says where.
+
+    Args:
+        embeddings: At least one.
+        to: The layout.
+        output: A file or a folder; None: in `folder`, called after the embeddings.
+        folder: See there.
+        inputs: Files that must not be overwritten.
+        dtype: Safetensors name; None: as stored.
+        force: Replace existing files.
+        dry_run: Write nothing.
+
+    Raises:
+        MismatchError: the layout cannot hold them.
+        OutputError: an output exists or cannot be written.
+    """
+    container, groups = plan_paths(to, embeddings, output, folder)
+    files, paths = [], []
+    for path, group in groups:
+        for file in layout(to).write(group):
+            files.append(file)
+            paths.append(path.with_name(path.stem + file.suffix + path.suffix) if file.suffix else path)
+    if len(set(paths)) != len(paths):
+        raise MismatchError("two embeddings would have one file name", hint="take one at a time with `--only NAME`")
+    for path in paths:
+        check_inputs(path, inputs)
+    if not dry_run:
+        save(files, paths, container, force=force, dtype=dtype)
+    return _report(embeddings, to, container, paths, dtype, dry_run=dry_run)
+
+
+def _report(
+    embeddings: Sequence[Embedding], to: str, container: str, paths: Sequence[Path], dtype: str | None, *, dry_run: bool
+) -> Report:
+    rows: list[list[str]] = [
+        [one.label, ", ".join(f"{name} {len(part)} x {part.width}" for name, part in one.vectors.items())]
+        for one in embeddings
+    ]
+    data: dict[str, Any] = {
+        "outputs": [str(path) for path in paths],
+        "layout": to,
+        "container": container,
+        "dtype": dtype or "keep",
+        "dry_run": dry_run,
+        "embeddings": [
+            {
+                "name": one.name,
+                "placeholder": one.placeholder,
+                "kind": one.kind,
+                "encoders": {name: [len(part), part.width] for name, part in one.vectors.items()},
+            }
+            for one in embeddings
+        ],
+    }
+    heading = f"{'would write' if dry_run else 'wrote'} {count(len(paths), 'file')} ({to})"
+    sections = [Section(heading, [[str(path)] for path in paths]), Section("Embeddings", rows)]
+    return Report("embed convert", data, sections, result=[str(path) for path in paths])
