@@ -86,3 +86,112 @@ def convert_command(console: Console, file: str, **options: Any) -> int:
     from sdops.verbs.embed import convert
 
     return console.show(convert(file, **options))
+
+
+@command.command(
+    "make",
+    epilog="""\b
+    Formulas:
+      0.7*painting + 0.3*ink - photo     words, added and scaled
+      'oil on canvas'                    a text: a vector per token
+      'style.pt'[0:3]   #2368            rows of an embedding; a token by its number
+      concat(x, y)   mean(x, y)   sum(x)   slerp(x, y, 0.5)   norm(x, 0.39)
+      ortho(x, y)   pad(x, 4)   repeat(x, 4)   prune(x, 0.95)
+    Examples:
+      sdops embed make "0.7*painting + 0.3*ink - photo" --model sd15.safetensors -o ink.pt
+      sdops embed make "norm('style.pt')" --model sd15.safetensors -o calm.pt
+    """,
+)
+@click.argument("formula", help="Words, files and numbers, see below")
+@click.option("--model", type=FILE, help="A checkpoint that gives the words' vectors")
+@click.option("--to", help="Layout; default: a1111, or encoders for several text encoders")
+@click.option("--name", help="The embedding's own name; default: the output's")
+@_output_options
+@general_options
+def make_command(console: Console, formula: str, output: str | None, **options: Any) -> int:
+    """Make an embedding by a formula of words and other embeddings."""
+    from sdops.verbs.embed import make
+
+    return console.show(make(formula, output=_needed(output), **options))
+
+
+@command.command(
+    "explain",
+    epilog="""\b
+    Example:
+      sdops embed explain style.pt --model sd15.safetensors
+    """,
+)
+@click.argument("file", metavar="FILE", type=FILE, help="Embeddings of any layout")
+@click.option("--model", type=FILE, required=True, help="A checkpoint of the same family")
+@click.option(
+    "--terms", type=click.IntRange(1, 64), default=8, show_default=True, help="At most so many words a vector"
+)
+@click.option(
+    "--atoms", type=click.Choice(["words", "all"]), default="words", show_default=True, help="What may be a term"
+)
+@click.option("--positive", is_flag=True, help="No word may be subtracted")
+@click.option("--only", metavar="NAME", help="Just the embedding of this name or placeholder")
+@general_options
+def explain_command(console: Console, file: str, **options: Any) -> int:
+    """Show the sum of few words that comes nearest to each vector.
+
+    Tens of thousands of words explain a good part of anything, so random vectors are explained, too, and only terms
+    that are better than on them are shown. `sdops embed make` takes the formula.
+    """
+    from sdops.verbs.embed import explain
+
+    return console.show(explain(file, **options))
+
+
+@command.command(
+    "merge",
+    epilog="""\b
+    Examples:
+      sdops embed merge a.pt b.pt -o both.pt
+      sdops embed merge a.pt b.pt --mode average --weights 0.7,0.3 -o between.pt
+      sdops embed merge style.pt --prune 0.95 -o short.pt
+      sdops embed merge style.pt --rows 2,0,1 -o reordered.pt
+    """,
+)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE, help="Embeddings for the same encoders")
+@click.option(
+    "--mode",
+    default="join",
+    show_default=True,
+    help="join, average, sum, slerp; collect: separate embeddings in one file",
+)
+@click.option(
+    "--weights", callback=lambda *values: _numbers(values[2], float), help="One each: 0.7,0.3; slerp takes one"
+)
+@click.option(
+    "--rows", callback=lambda *values: _numbers(values[2], int), help="Keep these vectors, in this order: 2,0,1"
+)
+@click.option(
+    "--prune", type=click.FloatRange(0, 1), help="Drop vectors whose cosine with an earlier one is above this"
+)
+@click.option("--to", help="Layout; default: a1111, or encoders for several text encoders")
+@click.option("--name", help="The embedding's own name; default: the output's")
+@_KIND
+@_output_options
+@general_options
+def merge_command(console: Console, files: tuple[str, ...], output: str | None, **options: Any) -> int:
+    """Join, average, add or interpolate embeddings; prune or reorder vectors; collect several in one file."""
+    from sdops.verbs.embed import merge
+
+    return console.show(merge(*files, output=_needed(output), **options))
+
+
+def _needed(output: str | None) -> str:
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    return output
+
+
+def _numbers(text: str | None, kind: Callable[[str], Any]) -> list[Any] | None:
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"`{text}` is no list of numbers such as 2,0,1") from None
