@@ -51,7 +51,7 @@ class Merged:
         self.plan = plan
         self.method = method
         self.overflows: dict[str, int] = {}
-        self.retained = Retained()
+        self.retained = Retained(key for key, step in plan.steps.items() if step.action == "merge")
         self._seed = seed
         self._memory = memory
         self._local = threading.local()
@@ -146,7 +146,7 @@ class Merged:
             if step.action == "cast":
                 self._cast(key, step, raws[0], part)
             else:
-                self._sum(key, step, raws, part, sample=first + begin == 0)
+                self._sum(key, step, raws, part, sample=first + begin == 0 and self.retained.wants(key))
 
     def _read_inputs(self, step: Step, first: int, count: int) -> list[Raw]:
         """Elements `[first, first + count)` of each input, in this thread's buffers."""

@@ -1,4 +1,4 @@
-"""How much of a merge survives rounding, estimated on the first elements of every tensor.
+"""How much of a merge survives rounding, estimated on the first elements of tensors, all of them or a fair choice.
 
 Rounding swallows a small alpha: most weights of a bf16 model do not move at all when 1 % of a difference is added.
 For a wanted change w of the first model and the change d that was written, <d, w> / <w, w> is 1 when nothing is lost
@@ -10,8 +10,9 @@ subtracted from another, single contributions are large and cancel; there only t
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from zlib import crc32
 
 import numpy as np
 
@@ -19,16 +20,28 @@ from sdops.core.plan import Step
 from sdops.core.precision import Doubles, Raw, decode
 
 SAMPLE = 4096  # elements per tensor
+TENSORS = 2000  # at most so many are looked at
 WHOLE = -1  # stands for the change as a whole where others are model indices
 
 
 class Retained:
-    """Running sums of <d - w, w_i> and <w_i, w_i> over samples; safe to use from several threads."""
+    """Running sums of <d - w, w_i> and <w_i, w_i> over samples; safe to use from several threads.
 
-    def __init__(self) -> None:
+    Args:
+        keys: The tensors. Of many, those whose names have the lowest checksums are looked at: the same ones in every
+            run, and neither weights nor biases, nor any block, more often than others.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        ranked = sorted((crc32(key.encode(errors="surrogateescape")), key) for key in keys)
+        self._keys = frozenset(key for _, key in ranked[:TENSORS])
         self._errors: dict[int, float] = {}
         self._squares: dict[int, float] = {}
         self._lock = threading.Lock()
+
+    def wants(self, key: str) -> bool:
+        """Whether the tensor is one of those that are looked at."""
+        return key in self._keys
 
     def shares(self) -> dict[int, float]:
         """Model index, or WHOLE, -> share of the contribution that survived; what contributes nothing is left out."""

@@ -207,7 +207,7 @@ class Stream:
         ]
         out = np.frombuffer(view, FORMATS[step.spec.dtype].raw)
         overflow: int = combine(raws, out, Scratch.of_thread())
-        if first == 0:
+        if first == 0 and self.retained.wants(key):
             weights = dict(zip(used, combine.coefficients, strict=True))
             everything = [read_raw(item, 0, min(count, SAMPLE)) for item in step.inputs]
             self.retained.sample_linear(step, everything, weights, out)
@@ -299,7 +299,7 @@ class Stream:
                 )
             overflow = int(torch.isinf(out).sum())
             out.clamp_(-target.largest, target.largest)
-        if first == 0:
+        if first == 0 and self.retained.wants(key):
             start, wanted, written = (x[:SAMPLE].double().numpy() for x in (before, result, out))
             self.retained.sample(start, wanted, written)
         return overflow

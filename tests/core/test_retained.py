@@ -9,7 +9,7 @@ import pytest
 
 from sdops.core.plan import Input, Step
 from sdops.core.precision import decode, encode
-from sdops.core.retained import SAMPLE, WHOLE, Retained
+from sdops.core.retained import SAMPLE, TENSORS, WHOLE, Retained
 from sdops.core.spec import Spec
 from tests.tiny import Memory, encoded
 
@@ -23,7 +23,7 @@ def step_of(arrays: list[np.ndarray], dtype: str) -> tuple[Step, list[np.ndarray
 def measure(arrays: list[np.ndarray], weights: list[float], dtype: str = "F16") -> dict[int, float]:
     step, raws = step_of(arrays, dtype)
     total = sum(w * decode(raw, dtype) for w, raw in zip(weights, raws, strict=True))
-    retained = Retained()
+    retained = Retained(["w"])
     used = {i: Fraction(w) for i, w in enumerate(weights) if w}
     retained.sample_linear(step, raws, used, encode(total, dtype)[0])
     return retained.shares()
@@ -66,7 +66,7 @@ def test_nothing_wanted_is_nothing_lost() -> None:
 
 
 def test_other_methods_are_measured_as_a_whole() -> None:
-    retained = Retained()
+    retained = Retained(["w"])
     first, wanted = np.zeros(4), np.array([1.0, 1.0, 1.0, 1.0])
     retained.sample(first, wanted, np.array([1.0, 1.0, 0.0, 0.0]))
     assert retained.shares() == {WHOLE: 0.5}
@@ -79,3 +79,14 @@ def test_only_a_sample_is_looked_at() -> None:
     b = a.copy()
     b[SAMPLE:] = 1
     assert measure([a, b], [0.5, 0.5]) == {}
+
+
+def test_of_many_tensors_a_fair_choice_is_looked_at() -> None:
+    names = [f"blocks.{i}.{part}.{kind}" for i in range(1000) for part in "qkvo" for kind in ("weight", "bias")]
+    retained = Retained(names)
+    chosen = [name for name in names if retained.wants(name)]
+    assert len(chosen) == TENSORS
+    assert chosen == [name for name in names if Retained(reversed(names)).wants(name)]
+    for text, share in ((".bias", 1 / 2), (".q.", 1 / 4), ("blocks.1", 111 / 1000)):
+        assert sum(text in name for name in chosen) / TENSORS == pytest.approx(share, abs=0.05)
+    assert all(Retained(names[:100]).wants(name) for name in names[:100])
