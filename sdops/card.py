@@ -23,6 +23,9 @@ SHELF = Path(__file__).parent / "merges"
 # Keyword-only parameters that the engine fills in; every other one is a knob.
 SUPPLIED = frozenset({"gram", "noise", "kept", "state", "key"})
 
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_RANGE = re.compile(rf"{_NUMBER} (?:to {_NUMBER}|or more)")
+
 
 @dataclass(frozen=True, slots=True)
 class Knob:
@@ -34,6 +37,7 @@ class Knob:
         default: The literal default.
         choices: The allowed texts, where the annotation is a `Literal`; otherwise empty.
         help: The knob's text under `Args:`, on one line.
+        range: What stands in brackets behind its name there: "0 to 1", "0 or more"; empty for any number.
     """
 
     name: str
@@ -41,6 +45,14 @@ class Knob:
     default: Any
     choices: tuple[str, ...] = ()
     help: str = ""
+    range: str = ""
+
+    def allows(self, value: float) -> bool:
+        """Whether a number lies in the knob's range, ends included."""
+        if not self.range:
+            return True
+        low, _, high = self.range.partition(" ")
+        return float(low) <= value and (high == "or more" or value <= float(high.removeprefix("to ")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +178,12 @@ def _knobs(function: ast.FunctionDef, path: Path) -> dict[str, Knob]:
             raise ValueError(f"{path.name}: knob `{argument.arg}` needs an annotation and a literal default")
         kind, choices = _type(argument.annotation, f"{path.name}: knob `{argument.arg}`")
         value = ast.literal_eval(default)
-        knobs[argument.arg] = Knob(argument.arg, kind, value, choices, helps.get(argument.arg, ""))
+        span, text = helps.get(argument.arg, ("", ""))
+        if span and not _RANGE.fullmatch(span):
+            raise ValueError(
+                f"{path.name}: knob `{argument.arg}` has the range `{span}`; write `0 to 1` or `0 or more`"
+            )
+        knobs[argument.arg] = Knob(argument.arg, kind, value, choices, text, span)
     return knobs
 
 
@@ -182,12 +199,12 @@ def _type(annotation: ast.expr, where: str) -> tuple[str, tuple[str, ...]]:
     raise ValueError(f"{where} has a type that no option can express: {ast.unparse(annotation)}")
 
 
-def _split_args(docstring: str) -> tuple[str, dict[str, str]]:
-    """A Google-style docstring as (text without its `Args:` section, name -> description on one line)."""
+def _split_args(docstring: str) -> tuple[str, dict[str, tuple[str, str]]]:
+    """A Google-style docstring as (text without its `Args:` section, name -> (text in brackets, description))."""
     section = re.search(r"^Args:\n((?:[ \t]+\S.*\n?|[ \t]*\n)*)", docstring, re.MULTILINE)
     if section is None:
         return docstring, {}
     text = docstring[: section.start()] + docstring[section.end() :]
     # An entry's own line is indented once; deeper lines continue it.
-    entries = re.findall(r"^(\w+)(?: \([^)]*\))?:(.*(?:\n[ \t]+.*)*)", dedent(section[1]), re.MULTILINE)
-    return text.strip(), {name: " ".join(description.split()) for name, description in entries}
+    entries = re.findall(r"^(\w+)(?: \(([^)]*)\))?:(.*(?:\n[ \t]+.*)*)", dedent(section[1]), re.MULTILINE)
+    return text.strip(), {name: (brackets, " ".join(words.split())) for name, brackets, words in entries}

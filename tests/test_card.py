@@ -45,7 +45,7 @@ FULL = '''
         Args:
             alpha: How much,
                 and more: of it.
-            steps (int): Count.
+            steps (-3 or more): Count.
             mode: Direction.
 
         Raises:
@@ -60,7 +60,7 @@ def test_a_whole_card(tmp_path: Path) -> None:
     assert (found.base, found.inputs, found.needs) == (True, ["*models"], {"kept", "key"})
     assert {knob.name: knob for knob in found.knobs} == {
         "alpha": Knob("alpha", "float", 0.5, (), "How much, and more: of it."),
-        "steps": Knob("steps", "int", -3, (), "Count."),
+        "steps": Knob("steps", "int", -3, (), "Count.", "-3 or more"),
         "exact": Knob("exact", "bool", True, (), ""),
         "mode": Knob("mode", "str", "row", ("row", "column"), "Direction."),
         "weights": Knob("weights", "floats", (), (), ""),
@@ -86,11 +86,23 @@ def test_gram_methods_name_their_inputs_in_a_literal(tmp_path: Path) -> None:
         ("def blend(a, *, alpha=1.0): ...", "`alpha` needs an annotation and a literal default"),
         ("def blend(a, *, alpha: list[int] = 1): ...", "no option can express"),
         ("def blend(a, *, alpha: float = pi): ...", "malformed"),
+        (
+            "def blend(a, *, n: int = 1):\n    '''F.\n\n    Args:\n        n (positive): N.\n    '''",
+            "`positive`; write",
+        ),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, signature: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         card(write(tmp_path, signature))
+
+
+def test_a_range_includes_its_ends() -> None:
+    knob = Knob("alpha", "float", 0.5, range="-0.5 to 1")
+    assert [knob.allows(value) for value in (-0.51, -0.5, 1, 1.01, float("nan"))] == [False, True, True, False, False]
+    knob = Knob("rank", "int", 5, range="0 or more")
+    assert [knob.allows(value) for value in (-1, 0, 10**9)] == [False, True, True]
+    assert Knob("alpha", "float", 0.5).allows(-1e300)
 
 
 def test_names_are_normalised() -> None:

@@ -61,17 +61,16 @@ def _help(card: Card) -> str:
 def _option(knob: Knob) -> click.Option:
     """A knob as an option."""
     name = f"--{knob.name.replace('_', '-')}"
+    text = f"{knob.help} [{knob.range}]" if knob.range else knob.help
     if knob.type == "bool":
-        return click.Option([f"{name}/--no-{name[2:]}"], default=knob.default, help=knob.help)
+        return click.Option([f"{name}/--no-{name[2:]}"], default=knob.default, help=text)
     if knob.choices:
-        return click.Option([name], type=click.Choice(knob.choices), default=knob.default, help=knob.help)
+        return click.Option([name], type=click.Choice(knob.choices), default=knob.default, help=text)
     if knob.type == "float":  # may be a dial, see core.dial
-        return click.Option(
-            [name], metavar="NUMBER|RULES", default=str(knob.default), show_default=True, help=knob.help
-        )
+        return click.Option([name], metavar="NUMBER|RULES", default=str(knob.default), show_default=True, help=text)
     if knob.type == "floats":
-        return click.Option([name], metavar="W1,W2,...", callback=_numbers, help=knob.help)
-    return click.Option([name], type={"int": int, "str": str}[knob.type], default=knob.default, help=knob.help)
+        return click.Option([name], metavar="W1,W2,...", callback=_numbers, help=text)
+    return click.Option([name], type={"int": int, "str": str}[knob.type], default=knob.default, help=text)
 
 
 def _numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -> tuple[float, ...]:
@@ -127,8 +126,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         show_default=True,
         help="What to do with tensors that not all models have",
     ),
-    click.option("--vae", type=FILE, help="Take the VAE from this file"),
-    click.option("--text-encoder", type=FILE, help="Take the text encoders from this file"),
+    click.option("--vae", type=FILE, help="Take the VAE from this file, in its dtype unless --dtype is given"),
+    click.option("--text-encoder", type=FILE, help="Likewise the text encoders"),
     click.option(
         "--lora", multiple=True, metavar="FILE[:STRENGTH]", help="Add this LoRA to the result; see `sdops apply --help`"
     ),

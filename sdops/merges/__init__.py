@@ -5,6 +5,8 @@ project) and, under `Args:`, every knob. Inputs are positional tensors: `a, b, c
 models, `*models` for any number; a first parameter called `base` is the common ancestor and is given by `--base`.
 Knobs are keyword-only with literal defaults and annotated `float`, `int`, `bool`, `str`, `Literal[...]` or
 `tuple[float, ...]` (one number per model, empty = all equal). Any float knob may vary per block (see core.dial).
+A knob that makes no sense outside a range says so under `Args:` in brackets, `density (0 to 1): ...` or
+`rank (0 or more): ...`: that is checked before a tensor is read, in dry runs too.
 
 `EXECUTION` (a string literal at module level) tells the engine how much of a tensor the function must see:
 

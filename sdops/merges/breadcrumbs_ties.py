@@ -48,8 +48,8 @@ def window(numel: int, *, density: float = 0.5, gamma: float = 0.01, min_numel: 
     If density and gamma add up to more than 1, fewer of the largest are dropped.
 
     Args:
-        density: Share of the changes that each model keeps, 0 to 1; more than 0 keeps at least one per tensor.
-        gamma: Share of the changes that counts as outliers and is dropped, 0 to 1.
+        density (0 to 1): Share of the changes that each model keeps; more than 0 keeps at least one per tensor.
+        gamma (0 to 1): Share of the changes that counts as outliers and is dropped.
         min_numel: Tensors with fewer elements (biases, norms) keep all.
     """
     if numel < min_numel:

@@ -23,7 +23,7 @@ def crossover(a: Tensor, b: Tensor, *, alpha: float = 0.5, tilt: float = 0.0) ->
     Source: ljleb/sd-mecha, `crossover`; its tilt 2 takes 1 - alpha for alpha, here it is the limit of the tilts beside.
 
     Args:
-        alpha: Share of b, from 0 to 1.
+        alpha (0 to 1): Share of b.
         tilt: 0 divides the frequencies sharply, 1 mixes all alike, 2 divides them the other way round.
     """
     share("alpha", alpha)

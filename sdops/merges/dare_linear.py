@@ -27,7 +27,7 @@ def dare_linear(
     Source: Yu et al., Language Models are Super Mario, https://arxiv.org/abs/2311.03099
 
     Args:
-        density: Probability of keeping a change, 0 to 1; 0 gives the base. The paper drops up to 0.99.
+        density (0 to 1): Probability of keeping a change; 0 gives the base. The paper drops up to 0.99.
         weights: One number per model, the base not counted; none means 1 for each.
         scale: Factor of the merged change (lambda in the paper).
         normalize: Divide by the sum of the weights that take part.

@@ -26,7 +26,7 @@ def dare_ties(
     Source: https://arxiv.org/abs/2311.03099 and https://arxiv.org/abs/2306.01708; arcee-ai/mergekit, `dare_ties`.
 
     Args:
-        density: Probability of keeping a change, 0 to 1; 0 gives the base. The paper drops up to 0.99.
+        density (0 to 1): Probability of keeping a change; 0 gives the base. The paper drops up to 0.99.
         weights: One number per model, the base not counted; none means 1 for each.
         scale: Factor of the merged change (lambda in the paper).
         normalize: Divide by the sum of the weights that take part.

@@ -30,8 +30,9 @@ def della(
     of the L1 norms in place of 1 / p.
 
     Args:
-        density: Mean probability of keeping a change.
-        epsilon: A row's largest change is kept with density + epsilon, its smallest with density - epsilon.
+        density (0 to 1): Mean probability of keeping a change.
+        epsilon (-0.5 to 0.5): A row's largest change is kept with density + epsilon, its smallest with density -
+            epsilon.
         weights: One number per model, the base not counted; none means 1 for each.
         scale: Factor of the merged change (lambda in the paper).
         normalize: Divide by the sum of the weights that take part.

@@ -21,7 +21,7 @@ def distribution_crossover(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 0.
     slope, has become sd-mecha's tilt, which keeps both ends exact.
 
     Args:
-        alpha: Share of b, from 0 to 1.
+        alpha (0 to 1): Share of b.
         tilt: 0 divides the frequencies sharply, 1 mixes all alike, 2 divides them the other way round.
     """
     share("alpha", alpha)

@@ -22,7 +22,7 @@ def euclidean_add_difference(a: Tensor, b: Tensor, c: Tensor, *, gram: Tensor, a
     Source: s1dlx/meh, `euclidean_add_difference`.
 
     Args:
-        alpha: Share of b, 0 to 1.
+        alpha (0 to 1): Share of b.
 
     Raises:
         UsageError: alpha is outside [0, 1], where the root would be of a negative number.

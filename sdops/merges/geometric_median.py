@@ -27,7 +27,7 @@ def geometric_median(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor
     Source: Weiszfeld, Tohoku Math. J. 43, 1937; Vardi and Zhang, PNAS 97, 2000; ljleb/sd-mecha, `geometric_median`.
 
     Args:
-        weights: One non-negative number per model; none means all equal.
+        weights (0 or more): One number per model; none means all equal.
 
     Raises:
         UsageError: the number of weights is wrong, one is negative, or they sum to zero.

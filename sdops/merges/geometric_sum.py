@@ -22,7 +22,7 @@ def geometric_sum(a: Tensor, b: Tensor, *, alpha: float = 0.5) -> Tensor:
     Source: ljleb/sd-mecha, `geometric_sum`.
 
     Args:
-        alpha: Share of b, 0 to 1.
+        alpha (0 to 1): Share of b.
 
     Raises:
         UsageError: alpha is outside [0, 1], where zero weights would become infinite.

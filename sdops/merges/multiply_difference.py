@@ -16,7 +16,7 @@ def multiply_difference(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 0.5, 
     Source: s1dlx/meh, `multiply_difference`.
 
     Args:
-        alpha: Share of b in the size of the change, 0 to 1.
+        alpha (0 to 1): Share of b in the size of the change.
         beta: Share of b in the direction of the change.
 
     Raises:

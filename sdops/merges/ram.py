@@ -16,7 +16,7 @@ def ram(base: Tensor, *models: Tensor, epsilon: float = 1e-5) -> Tensor:
     Source: Reinforced Agent Merging, https://arxiv.org/abs/2601.13572; arcee-ai/mergekit, `ram`.
 
     Args:
-        epsilon: Smaller changes do not count.
+        epsilon (0 or more): Smaller changes do not count.
     """
     total, count = torch.zeros_like(base), torch.zeros_like(base)
     for model in models:

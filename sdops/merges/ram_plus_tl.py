@@ -19,7 +19,7 @@ def ram_plus_tl(base: Tensor, *models: Tensor, epsilon: float = 1e-5, r: float =
     Source: Reinforced Agent Merging, https://arxiv.org/abs/2601.13572; arcee-ai/mergekit, `ramplus_tl`.
 
     Args:
-        epsilon: Smaller changes do not count.
+        epsilon (0 or more): Smaller changes do not count.
         r: How much the sharing strengthens a model's own changes.
         alpha: Limit of the quotient shared / unique.
     """
@@ -33,6 +33,6 @@ def ram_plus_tl(base: Tensor, *models: Tensor, epsilon: float = 1e-5, r: float =
         alone = mask & (count == 1)
         unique = int(alone.sum())
         shared = int(mask.sum()) - unique
-        stronger = 1 + r * min(max(shared / max(unique, epsilon), 0.0), alpha)
+        stronger = 1 + r * min(max(shared / (max(unique, epsilon) or 1), 0.0), alpha)
         total += masked(delta, mask) * torch.where(alone, stronger, 1.0)
     return base + total / count.clamp(min=1)

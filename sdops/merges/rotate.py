@@ -24,7 +24,7 @@ def rotate(a: Tensor, b: Tensor, *, alignment: float = 1.0, alpha: float = 0.0, 
     Source: ljleb/sd-mecha, `rotate`, but for wide matrices, where its transform is not orthogonal.
 
     Args:
-        alignment: How far to turn, 0 = not at all, 1 = onto b as well as a rotation can.
+        alignment (0 to 1): How far to turn, 0 = not at all, 1 = onto b as well as a rotation can.
         alpha: Share of b in what a rotation cannot change.
         centralization: Share of the mean row that is taken out before and moved over straight.
 

@@ -24,7 +24,7 @@ def sce(base: Tensor, *models: Tensor, density: float = 1.0) -> Tensor:
     Source: Wan et al., FuseChat, https://arxiv.org/abs/2408.07990; arcee-ai/mergekit, `sce` (`select_topk`).
 
     Args:
-        density: Share of the elements that are selected, 0 to 1.
+        density (0 to 1): Share of the elements that are selected.
 
     Raises:
         UsageError: the density is outside [0, 1].

@@ -45,7 +45,7 @@ def window(numel: int, *, density: float = 0.2, min_numel: int = 0) -> tuple[int
     """The largest density * numel changes.
 
     Args:
-        density: Share of the changes that each model keeps, 0 to 1; more than 0 keeps at least one per tensor.
+        density (0 to 1): Share of the changes that each model keeps; more than 0 keeps at least one per tensor.
         min_numel: Tensors with fewer elements (biases, norms) keep all.
     """
     return 0, numel if numel < min_numel else kept_count(numel, density)

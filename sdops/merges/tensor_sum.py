@@ -22,9 +22,9 @@ def tensor_sum(a: Tensor, b: Tensor, *, alpha: float = 0.5, beta: float = 0.0, d
     offset.
 
     Args:
-        alpha: Share of the rows that come from b, from 0 to 1.
+        alpha (0 to 1): Share of the rows that come from b.
         beta: Where they begin, as a share of all rows; 1.25 is 0.25.
-        dim: 0 for rows, 1 for columns; tensors with 100 columns or fewer go by rows in any case.
+        dim (0 to 1): 0 for rows, 1 for columns; tensors with 100 columns or fewer go by rows in any case.
 
     Raises:
         UsageError: alpha is outside [0, 1] or `dim` is neither 0 nor 1.

@@ -20,7 +20,7 @@ def top_k_tensor_sum(a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 
     Source: s1dlx/meh and ljleb/sd-mecha, `top_k_tensor_sum` (knobs width and offset).
 
     Args:
-        alpha: Share of the values that move, from 0 to 1.
+        alpha (0 to 1): Share of the values that move.
         beta: Where the chosen magnitudes begin: 0 = smallest; 1.25 is 0.25.
     """
     values = a.flatten()

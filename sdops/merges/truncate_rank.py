@@ -20,7 +20,7 @@ def truncate_rank(base: Tensor, a: Tensor, *, rank: int = 64) -> Tensor:
     Source: ljleb/sd-mecha, `truncate_rank` (which approximates by a random basis); as kohya's LoRA extraction.
 
     Args:
-        rank: Number of singular values kept; 0 is the base.
+        rank (0 or more): Number of singular values kept; 0 is the base.
 
     Raises:
         UsageError: the rank is negative.

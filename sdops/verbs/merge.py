@@ -17,18 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdops.archs.blocks import block_slots
 from sdops.card import Card, find
-from sdops.core.dial import Dial, parse_dial
+from sdops.core.dial import Dial
 from sdops.core.method import load
 from sdops.core.run import default_jobs, run
 from sdops.core.sink import SafetensorsSink, check_inputs, check_space, check_target
-from sdops.errors import UsageError
+from sdops.errors import OutputError, UsageError
 from sdops.report import Progress, Report, silent
-from sdops.text import suggest
 from sdops.verbs._adapter_peek import are_adapters
 from sdops.verbs._hashes import Hashes, part_record
 from sdops.verbs._inputs import Model, Opened, alike, check_families, open_model, same_names
+from sdops.verbs._knobs import check_knobs, parse_knobs
 from sdops.verbs._memory import whole_tensor_memory
 from sdops.verbs._merge_adapters_wish import request
 from sdops.verbs._merge_report import done_report, dry_report
@@ -81,8 +80,8 @@ def merge(
         include: Merge only tensors that match one of these patterns, copy the first model's others.
         exclude: Copy the first model's tensors that match one of these patterns.
         missing: Tensors that not all models have: error, keep (copy) or drop.
-        vae: A file whose VAE replaces the result's.
-        text_encoder: A file whose text encoders replace the result's.
+        vae: A file whose VAE replaces the result's, or is added; in its own dtype unless `dtype` says another.
+        text_encoder: A file whose text encoders replace the result's, or are added; likewise.
         lora: LoRAs to add to the result, as `sdops.apply` takes them; merge and LoRAs are rounded together, once.
         prune: Leave out EMA weights, noise schedules and other ballast.
         seed: For random methods.
@@ -127,7 +126,7 @@ def merge(
     _check_request(card, len(models), base is not None, dtype, missing)
     parts = _open_parts(models, base, {"vae": vae, "text_encoder": text_encoder})
     policy = Policy(DTYPES[dtype], tuple(include), tuple(exclude), missing, prune)
-    parsed = _parsed_knobs(card, knobs, parts["a"])
+    parsed = parse_knobs(card, knobs, parts["a"].detection, len(models))
     merged = Merge(card, parts, parsed, policy, seed=seed, memory=memory)
     made: Merge | Apply = merged
     if lora:
@@ -244,7 +243,7 @@ class Merge:
             OutputError: the output exists, is an input, cannot be written or does not fit.
             UsageError: the memory does not suffice.
         """
-        path = Path(output)
+        path = _file_path(output)
         check_inputs(path, [file for part in self.parts.values() for leaf in part.leaves() for file in leaf.files])
         check_space(check_target(path, force=force), self.plan.write_bytes)
         whole_tensor_memory(self, jobs or default_jobs())
@@ -309,25 +308,6 @@ class Merge:
         return {"knobs": knobs, **{name: value for name, value in policy.items() if value != default[name]}}
 
 
-def check_knobs(card: Card, knobs: Mapping[str, Any]) -> None:
-    """Refuse knobs that the method does not have.
-
-    Raises:
-        UsageError: with a suggestion.
-    """
-    known = {knob.name for knob in card.knobs}
-    for name in knobs:
-        if name not in known:
-            guess = suggest(name, known)
-            raise UsageError(
-                f"`{card.name.replace('_', '-')}` has no knob `{name}`"
-                + (f"; did you mean `{guess}`?" if guess else ""),
-                hint=f"`sdops methods {card.name.replace('_', '-')}` explains its knobs",
-                method=card.name,
-                knob=name,
-            )
-
-
 def _check_request(card: Card, count: int, base: bool, dtype: str, missing: str) -> None:
     """Refuse a wrong number of models and unknown words, before any file is opened."""
     method = card.name.replace("_", "-")
@@ -360,18 +340,14 @@ def _open_parts(models: Sequence[Model], base: Model | None, swaps: Mapping[str,
     return opened
 
 
-def _parsed_knobs(card: Card, knobs: Mapping[str, Any], first: Opened) -> dict[str, Any]:
-    """All knobs of the method with defaults filled in; float ones as dials."""
-    slots = block_slots(first.detection)
-    components = [component.name for component in first.detection.components]
-    parsed: dict[str, Any] = {}
-    for knob in card.knobs:
-        value = knobs.get(knob.name, knob.default)
-        if knob.type == "float":
-            value = parse_dial(value, knob=knob.name, default=knob.default, slots=slots, components=components)
-        elif knob.type == "floats":
-            value = tuple(float(v) for v in value)
-        elif knob.choices and value not in knob.choices:
-            raise UsageError(f"`{knob.name}` cannot be `{value}`", hint=f"choose one of {', '.join(knob.choices)}")
-        parsed[knob.name] = value
-    return parsed
+def _file_path(output: str | os.PathLike[str]) -> Path:
+    """An output as a path; what ends in a slash is meant to be a folder, which `Path` would forget.
+
+    Raises:
+        OutputError: it ends in a slash.
+    """
+    path = Path(output)
+    if os.fspath(output).endswith(os.sep):
+        making = "" if path.is_dir() else f"`mkdir -p {path}`, then "
+        raise OutputError(f"`{output}` is a folder, not a file", hint=f"{making}`-o {path}/NAME.safetensors`")
+    return path

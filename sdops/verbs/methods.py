@@ -84,7 +84,8 @@ def _inputs(card: Card) -> str:
 def _values(knob: Knob) -> str:
     if knob.choices:
         return "|".join(knob.choices)
-    return {"floats": "X,Y,...", "float": "X", "int": "N", "bool": "", "str": "TEXT"}[knob.type]
+    letters = {"floats": "X,Y,...", "float": "X", "int": "N", "bool": "", "str": "TEXT"}[knob.type]
+    return f"{letters} ({knob.range})" if knob.range else letters
 
 
 def _default(knob: Knob) -> str:

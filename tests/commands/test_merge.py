@@ -66,6 +66,7 @@ def test_a_dry_run_makes_the_checks_of_the_real_run(sdops):
         (["-o", "old.safetensors"], "exists already"),
         (["-o", A, "-f"], "is the input"),
         (["-o", "absent/x.safetensors"], "does not exist"),
+        (["-o", "newdir/"], "is a folder, not a file"),
         (["-m", "rotate", "--memory", "10MB"], "not enough"),
     ]:
         done = sdops("merge", A, B, "-n", *arguments)

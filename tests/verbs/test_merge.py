@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sdops
-from sdops.card import Card, cards, find
+from sdops.card import Card, Knob, cards, find
 from sdops.core.hashing import cached_sha256
 from sdops.core.noise import Noise
 from sdops.errors import ChangedError, FormatError, OutputError, UsageError
@@ -612,10 +612,33 @@ def test_knobs_out_of_range_are_refused_before_anything_is_read(
     try:
         merge(*given, **options, **{knob: value}, output=tmp_path / "out.safetensors", jobs=1)
     except UsageError:
+        with pytest.raises(UsageError, match=f"`{knob}`|coefficient"):  # a dry run refuses it as well
+            merge(*given, **options, **{knob: value})
         assert not any(source.reads for source in counted)
         assert not (tmp_path / "out.safetensors").exists()
     except FormatError as error:
         assert "not finite" in error.message or "NaN" in error.message  # noqa: PT017 a knob may be legal and absurd
+
+
+RANGES = [(card.name, knob) for card in CARDS for knob in card.knobs if knob.range]
+
+
+@pytest.mark.parametrize(("method", "knob"), RANGES, ids=lambda value: getattr(value, "name", value))
+def test_a_stated_range_holds_in_a_dry_run(method: str, knob: Knob, files: list[Path]) -> None:
+    given, options = arguments(find(method), files)
+    low, _, high = knob.range.partition(" ")
+    ends = [(float(low), -1)] if high == "or more" else [(float(low), -1), (float(high.removeprefix("to ")), 1)]
+    for end, sign in ends:
+        beyond = end + sign * (1e-9 if knob.type == "float" else 1)
+        values = {"float": [end], "int": [int(end)], "floats": [(end,) * len(given)]}[knob.type]
+        refused = {"float": [beyond, {"vae": beyond}, f"{end}, *attn2*={beyond}"], "int": [int(beyond)],
+                   "floats": [(*(1.0,) * (len(given) - 1), beyond)]}[knob.type]  # fmt: skip
+        for value in values:
+            lazy(*given, **options, **{knob.name: value})
+        for value in refused:
+            with pytest.raises(UsageError, match=f"`{knob.name}` is ") as caught:
+                merge(*given, **options, **{knob.name: value})
+            assert low in str(caught.value.hint)
 
 
 def test_defect_23_and_29_dials_per_block_component_and_pattern(
