@@ -117,18 +117,22 @@ def same_names(model: Opened, first: Opened, kind: str = "") -> Opened:
     Args:
         model: Any model.
         first: Whose names count.
-        kind: Look at components of this kind only; empty = at all.
+        kind: Look at components of this kind only, also at those that the first model could have; empty = at all.
 
     Raises:
         MismatchError: the two have nothing in common, or there is no way between their layouts.
     """
     own, wanted = _by_name(model.detection, kind), _by_name(first.detection, kind)
+    places = places_beside(first) if kind else {}
+    for name in (own.keys() & places.keys()) - wanted.keys():
+        layout, prefix = places[name]
+        wanted[name] = replace(own[name], layout=layout, prefix=prefix, expected=None, keys=(), missing=(), extra=())
     shared = own.keys() & wanted.keys()
     if not shared and not kind and _overlap(model, first) == 0:
         raise _unlike(model, first)
     if all((own[n].prefix, own[n].layout) == (wanted[n].prefix, wanted[n].layout) for n in shared):
         return model
-    foreign = [name for name in own if name in shared and _plain(own[name]) != _plain(wanted[name])]
+    foreign = [name for name in own if name in shared and _is_foreign(own[name], wanted[name])]
     moving = shared.difference(foreign)
     names = {}
     for key in model.source.specs:
@@ -203,9 +207,22 @@ def check_families(first: Opened, others: Sequence[Opened]) -> None:
             raise _unlike(model, first)
 
 
-def _plain(part: Component) -> str:
-    """The layout, whether or not its names have `text_model.`."""
-    return part.layout.removesuffix(FLAT)
+def places_beside(first: Opened) -> dict[str, tuple[str, str]]:
+    """Component -> its layout and prefix in single files of a family, if the model is one of these."""
+    from sdops.pipelines.tables import pipeline
+
+    main, found = first.detection.main, pipeline(first.detection.family, first.detection.variants)
+    if main is None or found is None or main.name not in found.components:
+        return {}
+    places = {name: (part.layout, part.prefix) for name, part in found.components.items()}
+    return places if places[main.name] == (main.layout, main.prefix) else {}
+
+
+def _is_foreign(own: Component, wanted: Component) -> bool:
+    """Whether names have to be looked up: other layouts, but for names that have `text_model.` or have it not."""
+    if own.table is wanted.table:  # one that the first model lacks
+        return own.layout != wanted.layout
+    return own.layout.removesuffix(FLAT) != wanted.layout.removesuffix(FLAT)
 
 
 def _by_name(detection: Detection, kind: str) -> dict[str, Component]:

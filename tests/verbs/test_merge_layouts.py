@@ -164,3 +164,16 @@ def test_a_vae_in_another_layout(small_checkpoint: Callable[..., Path], tmp_path
     for key, (_, array) in tiny.load(donor).items():
         if key.startswith("first_stage_model."):
             assert bytes(read(made, key)) == np.ascontiguousarray(array).tobytes(), key
+
+
+def test_a_vae_that_is_lacking_is_added_in_its_place(small_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    donor = small_checkpoint("sd15", dtype="F16")
+    whole = tiny.load(donor)
+    unet = {key: tensor for key, tensor in whole.items() if key.startswith("model.diffusion_model.")}
+    vae = {key.removeprefix("vae."): tensor for key, tensor in respelled(donor)[0].items() if key.startswith("vae.")}
+    path = tiny.write(tmp_path / "unet.safetensors", unet)
+    made = lazy(path, path, vae=tiny.write(tmp_path / "vae.safetensors", vae))
+    added = made.specs.keys() - unet.keys()
+    assert added == {key for key in whole if key.startswith("first_stage_model.")}
+    for key in added:
+        assert bytes(read(made, key)) == np.ascontiguousarray(whole[key][1]).tobytes(), key

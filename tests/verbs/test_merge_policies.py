@@ -370,7 +370,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(MismatchError, match="`x` has no vae"):
         lazy(a, b, vae=Memory(part(checkpoint(3), UNET, UNET), "x"))
     with pytest.raises(MismatchError, match=r"`a\.safetensors` has no vae that `x`"):
-        lazy(part(a, UNET, UNET), part(b, UNET, UNET), vae=Memory(checkpoint(3), "x"))
+        lazy(part(a, UNET, ""), part(b, UNET, ""), vae=Memory(checkpoint(3), "x"))  # no place: it is a bare UNet
     other = part(checkpoint(3), VAE)
     other["decoder.conv_in.weight"] = encoded(np.zeros((512, 16, 3, 3)), "F16")
     with pytest.raises(MismatchError, match=r"vae of `x` differs .* in \d+ tensors?"):
@@ -378,6 +378,21 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     short = without(part(checkpoint(3), VAE), "encoder.conv_in.weight")
     with pytest.raises(MismatchError, match=r"differs .* in 1 tensor.*encoder\.conv_in\.weight"):
         lazy(a, b, vae=Memory(short, "x"))
+
+
+@pytest.mark.parametrize("prefix", [VAE, ""])
+def test_a_part_that_the_models_lack_is_added(prefix: str) -> None:
+    a, b = (part(checkpoint(seed), UNET, UNET) for seed in (1, 2))
+    donor = part(checkpoint(3, "F32"), VAE, prefix)
+    made = lazy(a, b, vae=Memory(donor, "vae.safetensors"))
+    out = result(made)
+    assert all(same(out[VAE + key], donor[prefix + key]) for key in tiny.VAE_SHAPES)
+    assert out.keys() == a.keys() | {VAE + key for key in tiny.VAE_SHAPES}
+    assert same(out[LARGE], midway(a[LARGE], b[LARGE]))
+    clip = part(checkpoint(3), CLIP, "text_model.")
+    both = result(lazy(a, b, vae=Memory(donor), text_encoder=Memory(clip, "clip"), dtype="fp32"))
+    assert both[f"{CLIP}encoder.layers.0.mlp.fc1.bias"][0] == "F32"
+    assert {key for key in both if key.startswith(CLIP)} >= {CLIP + key for key in tiny.CLIP_SHAPES}
 
 
 def test_what_only_the_donor_has_is_reported() -> None:
