@@ -25,10 +25,10 @@ COMMANDS: dict[str, dict[str, str]] = {
         "methods": "List the merge methods, or explain one",
     },
     "LoRA": {
-        "apply": "Add LoRAs to a model's weights",
+        "apply": "Add LoRAs of any dialect and family to a model's weights",
         "extract": "Extract a LoRA: the difference of a fine-tune to its base",
         "resize": "Give a LoRA lower ranks, with the least error that they allow",
-        "compare": "Compare two LoRAs: cosine and overlap, layer by layer",
+        "compare": "Compare two LoRAs: do they push layers the same way, on the same inputs?",
     },
     "Embeddings": {
         "embed": "Inspect, convert, explain and make embeddings (textual inversion)",

@@ -48,6 +48,9 @@ def metadata(
 ) -> dict[str, str]:
     """Header metadata of a merge: ModelSpec keys and the recipe.
 
+    `modelspec.hash_sha256`, the hash of the tensors in file order, is left out: workers write them in any order, so it
+    would take another reading of the file. `sdops hash FILE` tells it, and a missing hash is better than a wrong one.
+
     Args:
         first: The first model's metadata.
         architecture: In the words of ModelSpec, as detected; the first model's own word goes before it.
