@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -29,9 +30,7 @@ Engine = Literal["auto", "exact", "gram", "krylov"]
 
 ENGINES: tuple[Engine, ...] = ("auto", "exact", "gram", "krylov")
 
-CONVERGED = (
-    2e-3  # of the squared error: what one more iteration may gain; the error is then within 0.1 % of the optimum
-)
+CONVERGED = 1.5e-3  # of the squared error: what further blocks may gain; 2e-3 would be 0.1 % of the error itself
 MOST_BLOCKS = 8
 RUN = 1 << 14  # elements whose squares are summed in float32; the sum is good to 6 digits
 CHUNK = 1 << 20  # elements that are looked at together where a whole copy of the matrix would be needed otherwise
@@ -185,63 +184,112 @@ def _projected(x: Tensor, left: Tensor, spectrum: Spectrum, rule: Rule, dtype: t
 def _krylov(x: Tensor, rule: Rule, total: float, guess: int, random: torch.Generator, *, patient: bool) -> Part:
     """Block Krylov iteration on X [m, n]: the span of Y, (X X^T) Y, (X X^T)^2 Y ... holds the leading directions.
 
-    The blocks Q_k are made orthonormal to all before, and P_k = X^T Q_k is kept: the projection Q^T X comes free, and
-    the squared singular values within the span are the eigenvalues of the small (Q^T X)(Q^T X)^T. More blocks are added
-    until the energy of the leading r stands still. A rule that wants more values than the blocks are made for gets
-    wider blocks, begun from what was found.
+    More blocks are added until the energy of the leading r stands still. A rule that wants more values than the blocks
+    are made for gets wider blocks, begun from what was found.
     """
     m = len(x)
-    start = x.new_zeros(m, 0)
+    start = x.new_zeros(0, m)
     while True:
-        width = guess + max(8, guess // 4)
+        width = guess + max(4, guess // 8)
         if width * 5 > m and not patient:
             return _gram(x, rule, total)
         width = min(width, m)
-        fresh = torch.randn(x.shape[1], width - start.shape[1], generator=random, dtype=x.dtype)
-        basis = torch.linalg.qr(torch.cat([start, x @ fresh], dim=1)).Q  # [m, width]
-        images = x.T @ basis  # [n, width]
-        products = images.double().T @ images.double()  # (Q^T X)(Q^T X)^T
-        captured = -math.inf
-        for _ in range(MOST_BLOCKS):
-            if basis.shape[1] < m:
-                block = _orthonormal(x @ images[:, -width:], basis)
-                image = x.T @ block
-                products = _extended(products, images, image)
-                basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
-            spectrum, vectors = _within(products, total, _shape(x))
+        fresh = torch.randn(width - len(start), x.shape[1], generator=random, dtype=x.dtype)
+        span = _Span(x, torch.cat([start, fresh @ x.T]))
+        captured: list[float] = []
+        while True:
+            spectrum = Spectrum(span.values(), total, _shape(x))
             rank = rule(spectrum)
-            if rank is None or (rank > guess and basis.shape[1] < m):
+            if rank is None or (rank > guess and not span.whole):
                 break
-            before, captured = captured, float(spectrum.values[:rank].square().sum())
-            if captured - before <= CONVERGED * max(total - captured, 1e-12 * total) or basis.shape[1] == m:
+            captured.append(float(spectrum.values[:rank].square().sum()))
+            if span.whole or len(captured) > MOST_BLOCKS or _stands_still(captured, total, x.dtype):
                 break
-        if rank is not None and (rank <= guess or basis.shape[1] == m):
-            leading = vectors[:, :rank].to(x.dtype)
-            return basis @ leading, leading.T @ images.T, spectrum
-        start = basis @ vectors[:, :width].to(x.dtype)
+            span.extend()
+        vectors = span.vectors()
+        if rank is not None and (rank <= guess or span.whole):
+            return *span.projected(vectors[:rank]), spectrum
+        start = span.projected(vectors[:width])[0].T
         guess = max(rank or 4 * guess, guess + 1)
 
 
-def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
-    """An orthonormal basis of what `block` adds to an orthonormal `basis`; done twice, because once leaves rounding."""
+def _stands_still(captured: list[float], total: float, dtype: torch.dtype) -> bool:
+    """Whether further blocks would gain next to nothing, if gains go on falling as the last one did.
+
+    The gain of the second block says nothing of that: the first one is random.
+    """
+    error = max(total - captured[-1], 1e-3 * torch.finfo(dtype).eps * total)  # the bound is rounding
+    gains = [max(after - before, 0) for before, after in pairwise(captured)]
+    falls = min(gains[-1] / gains[-2], 0.99) if len(gains) > 2 and gains[-2] else 0.5
+    return bool(gains) and gains[-1] * falls / (1 - falls) <= CONVERGED * error  # gain (falls + falls^2 + ...)
+
+
+class _Span:
+    """Orthonormal rows Q [k, m] in blocks Q_1, Q_2 ..., and their images Q X [k, n].
+
+    Q_j+1 is the part of (Q_j X) X^T that lies outside of all blocks before. So A = X X^T maps Q_j into the span of
+    Q_1 ... Q_j+1, and the k x k matrix Q A Q^T is zero but for its diagonal blocks and those beside them.
+
+    Args:
+        x: [m, n].
+        rows: Span the first block [k, m].
+    """
+
+    def __init__(self, x: Tensor, rows: Tensor) -> None:
+        self._x = x
+        self._basis = torch.linalg.qr(rows.T).Q.T
+        self._images = [self._basis @ x]
+        self._products = _products(self._images[0], self._images[0])
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rows span everything."""
+        return len(self._basis) == len(self._x)
+
+    def extend(self) -> None:
+        """Add a block."""
+        last = self._images[-1]
+        block = _orthonormal(last @ self._x.T, self._basis)
+        image = block @ self._x
+        old, new = len(self._products), len(block)
+        products = self._products.new_zeros(old + new, old + new)
+        products[:old, :old] = self._products
+        products[old:, old:] = _products(image, image)
+        products[old:, old - len(last) : old] = _products(image, last)  # the lower triangle is what eigh reads
+        self._basis, self._products = torch.cat([self._basis, block]), products
+        self._images.append(image)
+
+    def values(self) -> Tensor:
+        """The singular values of Q X, descending."""
+        squares: Tensor = torch.linalg.eigvalsh(self._products)
+        return squares.flip(0).clamp(min=0).sqrt()
+
+    def vectors(self) -> Tensor:
+        """Rows: the left singular vectors of Q X [k, k], in the order of its values."""
+        columns: Tensor = torch.linalg.eigh(self._products).eigenvectors
+        return columns.T.flip(0)
+
+    def projected(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """U [m, r] = Q^T V^T and U^T X [r, n] of vectors V [r, k]."""
+        vectors = vectors.to(self._x.dtype)
+        shares = torch.split(vectors, [len(image) for image in self._images], dim=1)
+        rest = shares[0] @ self._images[0]
+        for share, image in zip(shares[1:], self._images[1:], strict=True):
+            rest.addmm_(share, image)
+        return (vectors @ self._basis).T, rest
+
+
+def _orthonormal(rows: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal rows of what `rows` adds to an orthonormal `basis`; done twice, because once leaves rounding."""
     for _ in range(2):
-        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
-        block = block[:, : basis.shape[0] - basis.shape[1]]
-    return block
+        rows = torch.linalg.qr((rows - rows @ basis.T @ basis).T).Q.T
+        rows = rows[: basis.shape[1] - basis.shape[0]]
+    return rows
 
 
-def _extended(products: Tensor, images: Tensor, image: Tensor) -> Tensor:
-    """P^T P for P = [images, image], given that of `images`; float64."""
-    new = image.double()
-    cross = images.double().T @ new
-    return torch.cat([torch.cat([products, cross], dim=1), torch.cat([cross.T, new.T @ new], dim=1)])
-
-
-def _within(products: Tensor, total: float, shape: tuple[int, int]) -> tuple[Spectrum, Tensor]:
-    """Singular values of Q^T X, and its left vectors [k, k], from (Q^T X)(Q^T X)^T; descending."""
-    squares, vectors = torch.linalg.eigh(products)
-    values = squares.flip(0).clamp(min=0).sqrt()
-    return Spectrum(values, total, shape), vectors.flip(1)
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """A B^T, in float64."""
+    return a.double() @ b.double().T
 
 
 def _decided(rule: Rule, spectrum: Spectrum) -> int:

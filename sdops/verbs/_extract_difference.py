@@ -38,32 +38,44 @@ class Difference:
     base_noise: float
 
 
-def difference(pair: Pair) -> Difference:
+def difference(pair: Pair, *, noise: bool = True) -> Difference:
     """Tuned - base. The difference of neighbouring half-precision numbers is exact in float32 (Sterbenz).
+
+    Args:
+        pair: A layer in both models.
+        noise: Whether to measure rounding; it is 0 otherwise.
 
     Raises:
         FormatError: a value is NaN or infinite; the error names the tensor.
     """
-    values = torch.zeros(pair.matrix if len(pair.shape) > 1 else pair.shape)
-    _, tuned_noise = _add(values.view(-1), pair.tuned, 1)
-    weight, base_noise = _add(values.view(-1), pair.base, -1)
-    return Difference(values, weight, tuned_noise, base_noise)
+    values = torch.empty(pair.matrix if len(pair.shape) > 1 else pair.shape)
+    flat, position, tuned_ulps, base_ulps, weight = values.view(-1), 0, 0.0, 0.0, 0.0
+    for part, piece in _pieces(pair.tuned):
+        place = flat[position : position + len(piece)].copy_(piece)
+        position += len(piece)
+        _finite(pair.tuned, part, place)
+        tuned_ulps += _squared_ulps(piece, pair.tuned.stored_dtype) if noise else 0.0
+    position = 0
+    for part, piece in _pieces(pair.base):
+        known = piece.float()
+        weight += _finite(pair.base, part, known)
+        flat[position : position + len(piece)].sub_(known)
+        position += len(piece)
+        base_ulps += _squared_ulps(piece, pair.base.stored_dtype) if noise else 0.0
+    return Difference(values, weight, rounding_variance(tuned_ulps, len(flat)), rounding_variance(base_ulps, len(flat)))
 
 
-def _add(total: Tensor, side: Side, sign: int) -> tuple[float, float]:
-    """Add a tensor, flat, to `total`; its squared norm and the variance of its rounding."""
-    energy, ulps, position = 0.0, 0.0, 0
-    for part in side.parts:
-        for piece in _pieces(side, part):
-            values = piece.float()
-            found = squared_norm(values)
-            if not isfinite(found):
-                _refuse(side, part, values)
-            energy += found
-            ulps += _squared_ulps(piece, side.stored_dtype)
-            total[position : position + len(piece)].add_(values, alpha=sign)
-            position += len(piece)
-    return energy, rounding_variance(ulps, position)
+def _finite(side: Side, part: Part, values: Tensor) -> float:
+    """The squared norm of values that are numbers all.
+
+    Raises:
+        FormatError: one is not.
+    """
+    found = squared_norm(values)
+    nan, infinite = (0, 0) if isfinite(found) else (int(values.isnan().sum()), int(values.isinf().sum()))
+    if nan + infinite:
+        raise nonfinite(side.input(part), nan, infinite)
+    return found
 
 
 def _squared_ulps(piece: Tensor, stored: str) -> float:
@@ -74,13 +86,14 @@ def _squared_ulps(piece: Tensor, stored: str) -> float:
     return squared_ulps(piece) * (_FP8_EPS[stored] / torch.finfo(piece.dtype).eps) ** 2  # seen through its scale
 
 
-def _refuse(side: Side, part: Part, values: Tensor) -> None:
-    nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
-    if nan + infinite:
-        raise nonfinite(side.input(part), nan, infinite)
+def _pieces(side: Side) -> Iterator[tuple[Part, Tensor]]:
+    """The elements of a tensor in their order, a piece at a time, each with the part that it is of."""
+    for part in side.parts:
+        for piece in _pieces_of(side, part):
+            yield part, piece
 
 
-def _pieces(side: Side, part: Part) -> Iterator[Tensor]:
+def _pieces_of(side: Side, part: Part) -> Iterator[Tensor]:
     """The elements of a part in their order, a piece at a time."""
     spec = side.model.source.specs[part.key]
     start, stop, total = part.share or (0, 1, 1)

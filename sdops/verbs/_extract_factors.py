@@ -48,6 +48,11 @@ class Wish:
         special = {"conv": self.conv_rank, "te": self.te_rank}.get(pair.kind)
         return self.rank if special is None else special
 
+    def looks_at_noise(self, pair: Pair) -> bool:
+        """Whether the rank of this layer depends on rounding noise."""
+        others = (self.fixed(pair), self.energy, self.ratio, self.absolute, self.quantile)
+        return all(rule is None for rule in others)
+
     def rule(self, pair: Pair, change: Difference, floor: float) -> ranks.Rule:
         """How many singular values of a layer to keep.
 
@@ -183,7 +188,7 @@ def _needed(pair: Pair, wish: Wish) -> int:
 
 
 def _factorise(pair: Pair, wish: Wish, store: Store, floor: float) -> Layer:
-    change = difference(pair)
+    change = difference(pair, noise=wish.looks_at_noise(pair))
     found = decompose(
         change.values,
         wish.rule(pair, change, floor),
