@@ -177,16 +177,18 @@ def _candidates(file: Contents) -> Sequence[Architecture]:
 
 
 def _closeness(file: Contents, architecture: Architecture, reading: Reading) -> tuple[float, ...]:
-    """Keys understood; patches whose sizes contradict; what the header says.
+    """Keys understood; patches whose sizes contradict; what the header says; whose pipeline is spelled.
 
-    Names and sizes of attention-only files for Flux in diffusers' names fit Qwen-Image as well. Flux files nearly
-    always have single blocks, which Qwen-Image lacks: so a file without them counts as Qwen-Image's, by order.
+    Names and sizes of attention-only files for Flux in diffusers' names fit Qwen-Image as well, if they hold none of
+    Flux's single blocks, nor blocks above Flux's 19. Those of Flux then begin with `transformer.`, those of Qwen-Image
+    are bare, as far as programs write them.
     """
     understood = len(file.specs) - len(reading.unknown)
     wrong = sum(_contradicts(patch, file.specs, architecture) for patch in reading.patches)
     said = " ".join(file.metadata.get(name, "") for name in ("ss_base_model_version", "modelspec.architecture"))
     hinted = any(word in said.lower() for word in _SAID.get(architecture.family, ()))
-    return understood, -wrong, hinted
+    spelled = architecture.family == "flux1" and any(key.startswith("transformer.") for key in file.specs)
+    return understood, -wrong, hinted, spelled
 
 
 def _contradicts(patch: Patch, specs: Mapping[str, Spec], architecture: Architecture) -> bool:

@@ -16,12 +16,13 @@ from torch import Tensor
 from sdops.archs.detect import detect
 from sdops.core.patch import Adapter, Patch, Target
 from sdops.core.run import run
-from sdops.core.sink import SafetensorsSink, check_inputs, check_target
+from sdops.core.sink import check_inputs, check_target
 from sdops.core.source import Source, read
 from sdops.core.spec import Spec
 from sdops.core.stream import TORCH_DTYPES
 from sdops.errors import FormatError, OutputError
 from sdops.report import Progress
+from sdops.verbs._adapter_sink import AdapterSink
 from sdops.verbs._adapter_source import AdapterSource, Lazy
 from sdops.verbs._adapters import Spelled
 from sdops.verbs._extract_store import Place, Store
@@ -186,7 +187,7 @@ def save(
     header: dict[str, Any] = dict(made.source.metadata)
     if hash_inputs is False:
         header[RECIPE] = without_hashes(header[RECIPE])
-    with SafetensorsSink(path, made.source.specs, header, force=force) as sink:
+    with AdapterSink(path, made.source.specs, header, force=force) as sink:
         with Hashes(inputs, enabled=bool(hash_inputs)) as hashes:
             with progress("writing", sink.nbytes) as advance:
                 run(made.source, sink, jobs=jobs, progress=advance)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from sdops.formats import open_file, open_list, open_source, read_json
 from sdops.text import count
 from sdops.verbs._adapter_names import names_of, read_as_any
 from sdops.verbs._adapter_source import AdapterSource, SourceValues, lazy, values_of
+from sdops.verbs._split_qkv import weakened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +99,8 @@ def _read(path: Path, source: Source, config: Mapping[str, Any] | None, *, allow
         tuple(reading.notes),
         architecture.variant,
     )
+    if architecture.family == "flux1" and (note := weakened(source, adapter.patches)):
+        adapter = replace(adapter, notes=(*adapter.notes, note))
     _check(adapter)
     return adapter
 

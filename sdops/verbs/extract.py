@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sdops.core.run import default_jobs, run
-from sdops.core.sink import SafetensorsSink, check_inputs, check_target
+from sdops.core.sink import check_inputs, check_target
 from sdops.errors import MismatchError, UsageError
 from sdops.report import Progress, Report, silent
+from sdops.verbs._adapter_sink import AdapterSink
 from sdops.verbs._adapters import spelled
 from sdops.verbs._extract_output import adapter, check_dialect, metadata, recipe
 from sdops.verbs._extract_pairs import Pair, Pairs, pairs
@@ -238,7 +239,7 @@ def _save(
         header = dict(made.source.metadata)
         if not hash_inputs:
             header[RECIPE] = without_hashes(header[RECIPE])
-        with SafetensorsSink(path, made.source.specs, header, force=force) as sink:
+        with AdapterSink(path, made.source.specs, header, force=force) as sink:
             with progress("writing", sink.nbytes) as advance:
                 run(made.source, sink, jobs=jobs, progress=advance)
             digests = hashes.wait(progress)

@@ -12,6 +12,7 @@ import torch
 
 import sdops
 from fixtures import loras
+from sdops.core.hashing import digests
 from sdops.errors import FormatError, MismatchError, OutputError, UsageError
 from sdops.verbs._adapters import open_adapter
 from tests.dialects.helpers import assert_same_deltas, bytes_of, deltas
@@ -129,7 +130,7 @@ def test_metadata(tmp_path):
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("2", "2")
     assert json.loads(header["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "2"}
     assert header["ss_tag_frequency"] == '{"a": {"cat": 3}}'
-    assert "sshs_model_hash" not in header
+    assert header["sshs_model_hash"] == digests(tmp_path / "a.safetensors").tensors
     made = json.loads(header["sdops"])
     assert made["verb"] == "resize"
     assert made["rank"] == 2

@@ -1,0 +1,47 @@
+"""A safetensors file of an adapter in the making, which says what its tensors hash to, as kohya's trainer does."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from sdops.core.sink import SafetensorsSink
+from sdops.core.spec import Spec
+
+MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"  # verbs/hash.py tells what they are of
+_BUFFER = 4 << 20
+_LEGACY = slice(0x100000, 0x110000)
+
+
+class AdapterSink(SafetensorsSink):
+    """As SafetensorsSink; the hashes are added to the metadata when everything is written."""
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, force: bool) -> None:
+        hashes = {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}  # of the length that they will have
+        super().__init__(path, specs, {**metadata, **hashes}, force=force)
+
+    def seal(self, replace_metadata: Mapping[str, str] | None = None) -> None:
+        """Complete the temporary file and make it durable."""
+        super().seal({**(replace_metadata or {}), **self._hashes()})
+
+    def _hashes(self) -> dict[str, str]:
+        """SHA-256 of the tensors; and of bytes 0x100000 to 0x10FFFF of the file with the `ss_*` metadata alone."""
+        position = len(self._header)
+        shift = self._training_header() - position  # what lies at x here would lie at x + shift there
+        tensors, legacy = hashlib.sha256(), hashlib.sha256()
+        while chunk := os.pread(self._fd, _BUFFER, position):
+            tensors.update(chunk)
+            there = position + shift
+            legacy.update(chunk[max(_LEGACY.start - there, 0) : max(_LEGACY.stop - there, 0)])
+            position += len(chunk)
+        return {MODEL_HASH: tensors.hexdigest(), LEGACY_HASH: legacy.hexdigest()[:8]}
+
+    def _training_header(self) -> int:
+        """Length of a header with the `ss_*` metadata alone."""
+        everything = self.metadata
+        self.metadata = {key: text for key, text in everything.items() if key.startswith("ss_")}
+        length = len(self._encode_header())
+        self.metadata = everything
+        return length
