@@ -42,10 +42,19 @@ from sdops.errors import FormatError, UsageError
 PORTION = 1 << 17  # elements: smaller ones cost more in calls than they gain in the cache
 HELD_SCORES = 1 << 23  # scores of a ranked method that are kept in memory instead of being made again
 
-_LOCAL = threading.local()  # each thread's buffers:
-PORTIONS, FIRST_PASS = "portions", "first_pass"  # a pass over a tensor may begin while a portion of it is at hand
-
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+class _Room(threading.local):
+    """Buffers for the inputs of a portion, each thread's own, used again and again."""
+
+    def __init__(self) -> None:
+        self._kept: list[memoryview] = []
+
+    def buffers(self, count: int) -> Sequence[memoryview]:
+        """The first so many buffers, each for PIECE elements of any dtype."""
+        self._kept += [aligned(PIECE * 8) for _ in range(count - len(self._kept))]
+        return self._kept[:count]
 
 
 class Stream:
@@ -72,6 +81,8 @@ class Stream:
         self._prepared = method.prepare is None
         self._passes: dict[str, Any] = {}  # what a first pass over a tensor found, until its last piece is read
         self._portion: dict[str, tuple[int, bytearray]] = {}  # first byte and content of the portion at hand
+        # two sets of buffers: a pass over a tensor may begin while a portion of it is at hand
+        self._room, self._pass_room = _Room(), _Room()
 
     @property
     def remark(self) -> str:
@@ -177,7 +188,7 @@ class Stream:
             return self._combine(key, step, first, count, view)
         whole = self.method.execution in ("tensor", "model")
         with self.budget.hold(_held_bytes(step) if whole else 0):
-            inputs = _read_all(step, first, count, "" if whole else PORTIONS)
+            inputs = _read_all(step, first, count, None if whole else self._room)
             result = self._call(key, step, first, inputs)
             return self._write(key, step, first, inputs[0], result, view)
 
@@ -187,7 +198,7 @@ class Stream:
         if "noise" in self.method.needs:
             supplied["noise"] = Noise(self.seed, key, first)
         if self.method.needs_gram:
-            supplied["gram"] = self._once(key, lambda: _gram(step))
+            supplied["gram"] = self._once(key, lambda: _gram(step, self._pass_room))
         if self.method.execution == "ranked":
             supplied["kept"] = self._kept(key, step, first, inputs)
         if self.method.prepare is not None:
@@ -203,7 +214,7 @@ class Stream:
         combine, used = self._once(key, lambda: self._combination(step))
         raws = [
             read_raw(step.inputs[i], first, count, buffer)
-            for i, buffer in zip(used, _buffers(PORTIONS, len(used)), strict=True)
+            for i, buffer in zip(used, self._room.buffers(len(used)), strict=True)
         ]
         out = np.frombuffer(view, FORMATS[step.spec.dtype].raw)
         overflow: int = combine(raws, out, Scratch.of_thread())
@@ -214,7 +225,7 @@ class Stream:
         return overflow
 
     def _combination(self, step: Step) -> tuple[ExactSum, list[int]]:
-        gram = _gram(step)
+        gram = _gram(step, self._pass_room)
         coefficients = self.method.call(self.method.function, gram, knobs=step.knobs).tolist()
         exact = [to_single(c) for c in coefficients]
         if abs(sum(coefficients) - 1) < 1e-12:  # an average stays one after rounding: equal models give themselves
@@ -230,7 +241,7 @@ class Stream:
             return torch.ones(ranking.rows, len(inputs[0]), dtype=torch.bool)
         if first != ranking.position:  # only when a tensor is not read from its start to its end
             ranking.rewind()
-            for portion in _portions(step, first):
+            for portion in _portions(step, self._pass_room, first):
                 ranking.advance(self._scores(step, portion))
         return ranking.advance(self._scores(step, inputs))
 
@@ -241,13 +252,13 @@ class Stream:
         rows = len(self._scores(step, [torch.zeros(1)] * len(step.inputs)))
         if first <= 0 and last >= numel:
             return Ranking(RadixSelect.keeping_all(rows))
-        scores = (self._scores(step, portion) for portion in _portions(step))
+        scores = (self._scores(step, portion) for portion in _portions(step, self._pass_room))
         if numel * rows <= HELD_SCORES:
             return Ranking(RadixSelect.of(torch.cat(list(scores), dim=1), first, last))
         select = RadixSelect(rows, first, last)
         for portion_scores in scores:
             select.count_high(portion_scores)
-        for portion in _portions(step):
+        for portion in _portions(step, self._pass_room):
             select.count_low(self._scores(step, portion))
         return Ranking(select)
 
@@ -263,7 +274,7 @@ class Stream:
 
                 def read(key: str) -> list[Tensor]:
                     step = steps[key]
-                    inputs = _read_all(step, 0, step.spec.numel)
+                    inputs = _read_all(step, 0, step.spec.numel, None)
                     return [x.reshape(item.spec.shape) for x, item in zip(inputs, step.inputs, strict=True)]
 
                 knobs = next(iter(steps.values())).knobs if steps else {}
@@ -331,59 +342,50 @@ def _shape(flat: Tensor, shape: tuple[int, ...], execution: str) -> Tensor:
     return flat
 
 
-def _read_all(step: Step, first: int, count: int, buffers: str = "") -> list[Tensor]:
+def _read_all(step: Step, first: int, count: int, room: _Room | None) -> list[Tensor]:
     """Elements [first, first + count) of all inputs: float64 if one of them is, else float32.
 
-    With the name of some `buffers`, what this thread read into them before is overwritten.
+    What this thread read into `room` before is overwritten; without one they get fresh memory.
     """
     if not count:
         return [torch.zeros(0) for _ in step.inputs]
     inputs = [
         torch.from_numpy(raw).view(TORCH_DTYPES[item.spec.dtype])
-        for raw, item in zip(_read_raws(step, first, count, buffers), step.inputs, strict=True)
+        for raw, item in zip(_read_raws(step, first, count, room), step.inputs, strict=True)
     ]
     wide = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     return [x.to(wide) for x in inputs]
 
 
-def _read_raws(step: Step, first: int, count: int, buffers: str) -> list[Raw]:
+def _read_raws(step: Step, first: int, count: int, room: _Room | None) -> list[Raw]:
     """Bit patterns of the elements [first, first + count) of all inputs.
 
     Raises:
         FormatError: NaN or infinity among them.
     """
-    room = _buffers(buffers, len(step.inputs))
-    raws = [read_raw(item, first, count, buffer) for item, buffer in zip(step.inputs, room, strict=True)]
+    buffers = room.buffers(len(step.inputs)) if room else [None] * len(step.inputs)
+    raws = [read_raw(item, first, count, buffer) for item, buffer in zip(step.inputs, buffers, strict=True)]
     for raw, item in zip(raws, step.inputs, strict=True):
         if largest_magnitude(raw, item.spec.dtype) >= FORMATS[item.spec.dtype].infinity:
             raise nonfinite(item, *count_nonfinite(raw, item.spec.dtype))
     return raws
 
 
-def _buffers(name: str, count: int) -> Sequence[memoryview | None]:
-    """This thread's first so many buffers of that name, each for PIECE elements of any dtype; none without a name."""
-    if not name:
-        return [None] * count
-    kept: list[memoryview] = _LOCAL.__dict__.setdefault(name, [])
-    kept += [aligned(PIECE * 8) for _ in range(count - len(kept))]
-    return kept[:count]
-
-
-def _portions(step: Step, stop: int | None = None) -> Iterator[list[Tensor]]:
+def _portions(step: Step, room: _Room, stop: int | None = None) -> Iterator[list[Tensor]]:
     """The inputs of a step in flat portions, up to element `stop`."""
     stop = step.spec.numel if stop is None else stop
     for first in range(0, stop, PORTION):
         count = min(PORTION, stop - first)
-        yield _read_all(step, first, count, FIRST_PASS)
+        yield _read_all(step, first, count, room)
 
 
-def _gram(step: Step) -> Tensor:
+def _gram(step: Step, room: _Room) -> Tensor:
     """Inner products of the inputs in float64, (N, N)."""
     count = len(step.inputs)
     gram = np.zeros((count, count))
     dtypes = [item.spec.dtype for item in step.inputs]
     for first in range(0, step.spec.numel, PIECE):
-        raws = _read_raws(step, first, min(PIECE, step.spec.numel - first), FIRST_PASS)
+        raws = _read_raws(step, first, min(PIECE, step.spec.numel - first), room)
         if not native.inner(raws, dtypes, gram):
             stacked = np.stack([decode(raw, dtype) for raw, dtype in zip(raws, dtypes, strict=True)])  # (N, n)
             gram += stacked @ stacked.T
