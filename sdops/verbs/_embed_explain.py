@@ -97,10 +97,12 @@ def _formulas(vectors: Vectors, table: Table, numbers: Sequence[int], terms: int
 
 
 def written(formula: Formula, table: Table, digits: int = 6) -> str:
-    """A formula as `sdops embed make` reads it; empty if there are no terms."""
-    terms = [(coefficient, _spelled(number, table)) for coefficient, number in _ordered(formula)]
-    text = " ".join(f"{'-' if c < 0 else '+'} {abs(c):.{digits}g}*{word}" for c, word in terms)
-    return text.removeprefix("+ ").replace("- ", "-", 1) if text.startswith("- ") else text.removeprefix("+ ")
+    """A formula as `sdops embed make` reads it; empty if there are no terms. It never begins with a minus."""
+    terms = _ordered(formula)
+    first = next((index for index, (coefficient, _) in enumerate(terms) if coefficient > 0), 0)
+    terms = [*terms[first : first + 1], *terms[:first], *terms[first + 1 :]]
+    text = " ".join(f"{'-' if c < 0 else '+'} {abs(c):.{digits}g}*{_spelled(row, table)}" for c, row in terms)
+    return f"({text})" if text.startswith("-") else text.removeprefix("+ ")
 
 
 def _ordered(formula: Formula) -> list[tuple[float, int]]:
