@@ -79,6 +79,7 @@ def inspect_command(console: Console, files: tuple[str, ...], **options: Any) ->
 @click.option("--only", metavar="NAME", help="Take just the embedding of this name or placeholder")
 @click.option("--encoder", help="Take just the vectors for this text encoder: clip_l, clip_g ...")
 @click.option("--name", help="Call the embedding so")
+@click.option("--lora", type=FILE, help="A LoRA to put it into, with `--to bundle`; the output has both")
 @_KIND
 @general_options
 def convert_command(console: Console, file: str, **options: Any) -> int:

@@ -26,6 +26,7 @@ def convert(
     encoder: str | None = None,
     name: str | None = None,
     kind: str | None = None,
+    lora: FilePath | None = None,
     dtype: str | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -40,6 +41,7 @@ def convert(
         encoder: Take just the vectors for this text encoder.
         name: Call the embedding so.
         kind: Settles what one row of 768 is: `tokens` or `clip-image`.
+        lora: A LoRA that `bundle` puts the embeddings into; it stays as it is, the output has both.
         dtype: Round to `fp32`, `fp16` or `bf16`; default: as stored.
         force: Replace existing files.
         dry_run: Only say what would be written.
@@ -56,10 +58,34 @@ def convert(
     if name is not None:
         embeddings = [_renamed(embeddings, name)]
     check_kinds(embeddings)
-    report = write(embeddings, to, output, Path(file).parent, found.paths, wish, force=force, dry_run=dry_run)
+    if lora is not None:
+        report = _bundled(embeddings, to, Path(lora), output, wish, force=force, dry_run=dry_run)
+    else:
+        report = write(embeddings, to, output, Path(file).parent, found.paths, wish, force=force, dry_run=dry_run)
     report.verb = "embed convert"
     report.data |= {"input": str(file), "from": found.layout, "notes": found.notes}
     return report
+
+
+def _bundled(
+    embeddings: Sequence[Embedding],
+    to: str,
+    lora: Path,
+    output: FilePath | None,
+    dtype: str | None,
+    *,
+    force: bool,
+    dry_run: bool,
+) -> Report:
+    from sdops.verbs._embed_bundle import add_to_lora
+
+    if to != "bundle" or output is None:
+        raise UsageError("`--lora` makes a file with both", hint="`--to bundle --lora LORA -o OUTPUT.safetensors`")
+    path = Path(output)
+    check_inputs(path, [lora])
+    if not dry_run:
+        add_to_lora(embeddings, lora, path, force=force, dtype=dtype)
+    return _report(embeddings, to, "safetensors", [path], dtype, dry_run=dry_run)
 
 
 def check_dtype(dtype: str | None) -> str | None:

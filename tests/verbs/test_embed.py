@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sdops
 from sdops.embeddings._types import Embedding, Vectors
@@ -220,3 +220,16 @@ def test_outputs_are_not_overwritten(tmp_path):
         embed.merge(path, output=path, force=True)
     with pytest.raises(SdopsError, match="exists already"):
         embed.merge(path, output=files.kohya_pt(tmp_path)[0])
+
+
+def test_an_embedding_goes_into_a_lora(tmp_path):
+    lora, values = files.bundle(tmp_path)
+    path, mine = files.a1111(tmp_path)
+    embed.convert(path, to="bundle", lora=lora, output=tmp_path / "both.safetensors")
+    found = open_embeddings(tmp_path / "both.safetensors").embeddings
+    assert {one.name for one in found} == {*values, "inner"}
+    both, before = load_file(tmp_path / "both.safetensors"), load_file(lora)
+    assert all(torch.equal(both[key], tensor) for key, tensor in before.items())
+    assert np.array_equal(both["bundle_emb.inner.clip_l"].numpy(), mine["inner"]["clip_l"])
+    with pytest.raises(MismatchError, match="is no LoRA"):
+        embed.convert(path, to="bundle", lora=files.sdxl(tmp_path)[0], output=tmp_path / "no.safetensors")

@@ -51,11 +51,13 @@ class Pipeline(TextualInversionLoaderMixin):
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
     def vector(self, token: str) -> np.ndarray:
+        """A word's vector."""
         number = self.tokenizer.convert_tokens_to_ids(token)
         return self.text_encoder.get_input_embeddings().weight[number].detach().numpy()
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
+    """transformers' tokenizer from the files that sdops writes."""
     folder.mkdir(exist_ok=True)
     for name, data in clip_files("<|endoftext|>").items():
         (folder / name).write_bytes(data)
@@ -63,6 +65,7 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def check_diffusers(folder: Path, vectors: torch.Tensor, start: Path) -> None:
+    """One encoder."""
     for layout, ending in (("a1111", "pt"), ("diffusers", "bin"), ("diffusers", "safetensors"), ("kohya", "pt")):
         path = folder / f"{layout}.{ending}"
         convert(start, to=layout, output=path, name="oracle-style")
@@ -75,6 +78,7 @@ def check_diffusers(folder: Path, vectors: torch.Tensor, start: Path) -> None:
 
 
 def check_sdxl(folder: Path) -> None:
+    """Two files for two encoders."""
     parts = {"clip_l": torch.randn(1, 768), "clip_g": torch.randn(1, 1280)}
     torch.save(parts, folder / "xl.pt")
     report = convert(folder / "xl.pt", to="diffusers-sdxl", output=folder / "pair.safetensors", name="<xl>")
@@ -86,6 +90,7 @@ def check_sdxl(folder: Path) -> None:
 
 
 def generator() -> Iterator[int]:
+    """The web UI's pseudo-random numbers."""
     state = 0
     while True:
         state = (1664525 * state + 1013904223) % 2**32
@@ -105,6 +110,7 @@ def hidden(picture: Image.Image) -> dict[str, object]:
 
 
 def check_pictures(folder: Path, vectors: torch.Tensor, start: Path) -> None:
+    """Text chunk and pixels."""
     convert(start, to="png-pixels", output=folder / "p.png")
     with Image.open(folder / "p.png") as picture:
         found = hidden(picture)
@@ -122,6 +128,7 @@ def check_pictures(folder: Path, vectors: torch.Tensor, start: Path) -> None:
 
 
 def check_tokens(folder: Path, count: int = 5000) -> None:
+    """Random texts."""
     reference, words, chance = tokenizer(folder / "tokenizer"), clip_words(), random.Random(0)
     for _ in range(count):
         text = "".join(chance.choice(LETTERS) for _ in range(chance.randint(1, 30)))
@@ -130,6 +137,7 @@ def check_tokens(folder: Path, count: int = 5000) -> None:
 
 
 def main() -> None:
+    """Check everything."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vectors = torch.randn(3, 768, generator=torch.Generator().manual_seed(0)) * 0.4
