@@ -33,7 +33,8 @@ def read(contents: Contents) -> list[Embedding]:
 
 def partner(stem: str) -> str:
     """What the other file of a pair is called: `a` -> `a_2`, `a_2-steps-500` -> `a-steps-500`."""
-    base, steps = re.fullmatch(r"(.*?)(-steps-\d+)?", stem, re.DOTALL).groups("")  # type: ignore[union-attr]
+    steps = "".join(re.findall(r"-steps-\d+$", stem))
+    base = stem.removesuffix(steps)
     return base.removesuffix("_2") + steps if base.endswith("_2") else f"{base}_2{steps}"
 
 

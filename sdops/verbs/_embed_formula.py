@@ -322,5 +322,6 @@ _FUNCTIONS: dict[str, tuple[int, int, Callable[[Sequence[Value], Meaning], Rows]
 }
 _USES = {
     "concat": "concat(a, b)", "mean": "mean(a, b)", "sum": "sum(a)", "slerp": "slerp(a, b, 0.5)",
-    "norm": "norm(a, 0.39)", "ortho": "ortho(a, b)", "pad": "pad(a, 4)", "repeat": "repeat(a, 4)", "prune": "prune(a, 0.95)",
+    "norm": "norm(a, 0.39)", "ortho": "ortho(a, b)", "pad": "pad(a, 4)", "repeat": "repeat(a, 4)",
+    "prune": "prune(a, 0.95)",
 }  # fmt: skip

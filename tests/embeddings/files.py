@@ -26,7 +26,7 @@ def _numpy(**parts: torch.Tensor) -> dict[str, np.ndarray]:
     return {name: part.detach().float().reshape(-1, part.shape[-1]).numpy() for name, part in parts.items()}
 
 
-def a1111_dict(vectors: torch.Tensor, name: str = "inner") -> dict[str, Any]:
+def a1111_dict(vectors: Any, name: str = "inner") -> dict[str, Any]:
     return {
         "string_to_token": {"*": 265},
         "string_to_param": {"*": vectors},
@@ -221,7 +221,7 @@ def null_text_stack(folder: Path) -> tuple[Path, Values]:
 def png_chunk(folder: Path) -> tuple[Path, Values]:
     """The text chunk that the web UI writes through Pillow, here by hand."""
     vectors = rows(2, 768)
-    text = json.dumps(a1111_dict({"TORCHTENSOR": vectors.tolist()}, "rick"))  # type: ignore[arg-type]
+    text = json.dumps(a1111_dict({"TORCHTENSOR": vectors.tolist()}, "rick"))
     content = b"sd-ti-embedding\0" + base64.b64encode(text.encode())
     parts = [(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)), (b"tEXt", content)]
     parts += [(b"IDAT", zlib.compress(bytes(4))), (b"IEND", b"")]

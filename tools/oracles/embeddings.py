@@ -20,6 +20,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parents[2]
@@ -97,7 +98,7 @@ def generator() -> Iterator[int]:
         yield state % 255
 
 
-def hidden(picture: Image.Image) -> dict[str, object]:
+def hidden(picture: Image.Image) -> dict[str, Any]:
     """What the web UI finds in a picture without a border, one number at a time."""
     low = np.asarray(picture.convert("RGB")) & 15
     empty = [column for column in range(low.shape[1]) if not low[:, column].any()]
@@ -115,7 +116,7 @@ def check_pictures(folder: Path, vectors: torch.Tensor, start: Path) -> None:
     with Image.open(folder / "p.png") as picture:
         found = hidden(picture)
         picture.save(folder / "p.webp", lossless=True)
-    rows = found["string_to_param"]["*"]["TORCHTENSOR"]  # type: ignore[index]
+    rows = found["string_to_param"]["*"]["TORCHTENSOR"]
     assert np.array_equal(np.array(rows, np.float32), vectors.numpy())
     convert(start, to="png", output=folder / "c.png")
     with Image.open(folder / "c.png") as picture:
