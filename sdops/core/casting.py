@@ -17,11 +17,13 @@ the mean is x (Croci et al., Stochastic rounding: implementation, error analysis
 from __future__ import annotations
 
 import threading
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdops.core import native
 from sdops.core.fp8 import WRITABLE, fp8_values
 from sdops.core.precision import FORMATS, Doubles, Raw
 from sdops.core.spec import DTYPE_BITS, FP8
@@ -72,6 +74,8 @@ def cast(raw: Raw, source: str, out: Raw, target: str, noise: NDArray[np.uint32]
         target: One of CASTABLE.
         noise: Random words, one per element: round at random instead of to nearest.
     """
+    if noise is None and (overflow := _compiled(raw, source, out, target)) is not None:
+        return Counts(overflow)
     counts = Counts()
     with np.errstate(invalid="ignore", over="ignore"):
         for start in range(0, len(raw), BLOCK):
@@ -79,6 +83,20 @@ def cast(raw: Raw, source: str, out: Raw, target: str, noise: NDArray[np.uint32]
             words = None if noise is None else noise[start : start + BLOCK]
             counts = counts.plus(_cast_block(part, source, result, target, words))
     return counts
+
+
+def _compiled(raw: Raw, source: str, out: Raw, target: str) -> int | None:
+    """Cast finite numbers as a sum of one term (core.native); None where there is no compiled code or more to count."""
+    bounds = native.bounds(raw, source)
+    copy = _copy(source, target)
+    if bounds is None or copy is None or bounds[0] >= FORMATS[source].infinity:
+        return None
+    return copy([raw], out, np.empty(0, np.uint32), exact=True)[0]
+
+
+@cache
+def _copy(source: str, target: str) -> native.NativeSum | None:
+    return native.make_sum([(0, 1.0)], [source], target)
 
 
 def _cast_block(raw: Raw, source: str, out: Raw, target: str, noise: NDArray[np.uint32] | None) -> Counts:

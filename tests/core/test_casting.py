@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdops.core import native
 from sdops.core.casting import BLOCK, CASTABLE, READABLE, Counts, cast, raw_dtype
 from sdops.core.fp8 import fp8_values
 from sdops.core.precision import FORMATS, encode
@@ -27,6 +29,17 @@ LARGEST = {
     "F32": FORMATS["F32"].largest,
 }
 NARROW = ("F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@pytest.fixture(scope="module", params=["compiled", "numpy"], autouse=True)
+def arithmetic(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds for the compiled code and for numpy."""
+    if request.param == "compiled" and native.library() is None:
+        pytest.skip("no compiled code: the package was installed without a C compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(native, "library", lambda: None)
+        yield
 
 
 def casted(raw: np.ndarray, source: str, target: str, noise: np.ndarray | None = None) -> tuple[np.ndarray, Counts]:
