@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sdops.core import native
+from sdops.core.casting import cast
 from sdops.core.exact import PIECE, ExactSum, Scratch
 from sdops.core.noise import LOW_32, philox
 from sdops.core.precision import FORMATS, decode
@@ -144,3 +145,17 @@ def test_inner_products(size: int) -> None:
     expected = np.tril(values @ values.T)
     assert np.allclose(gram, expected, rtol=0, atol=size * 2.0**-52 * np.abs(values).max() ** 2)
     assert not native.inner([np.zeros(1, np.uint64)], ["F64"], gram)
+
+
+@needs_library
+@pytest.mark.parametrize("target", native.DTYPES)
+@pytest.mark.parametrize("source", native.DTYPES)
+def test_casts_are_those_of_numpy(source: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = random_bits(np.random.default_rng(3), source, 200_000)  # finite: the rest is not for compiled code
+    results = []
+    for _ in range(2):
+        out = np.empty(len(raw), FORMATS[target].raw)
+        results.append((out, cast(raw, source, out, target)))
+        monkeypatch.setattr(native, "library", lambda: None)
+    assert results[0][1] == results[1][1]
+    assert np.array_equal(results[0][0], results[1][0])
