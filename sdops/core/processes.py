@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NoReturn, TypeVar
@@ -21,6 +23,7 @@ from sdops.errors import SdopsError
 
 Task = TypeVar("Task")
 WAKE_SECONDS = 0.2
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def can_fork() -> bool:
@@ -54,16 +57,17 @@ def share(
     pipes: list[Connection] = []
     children: list[int] = []
     try:
-        for index in range(count):
-            receiver, sender = Pipe(duplex=False)
-            pipes.append(receiver)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # our other threads hold no lock that is needed
-                child = os.fork()
-            if child == 0:
-                _child(tasks[index::count], perform, tally, sender, pipes)
-            children.append(child)
-            sender.close()
+        with _signals_later():
+            for index in range(count):
+                receiver, sender = Pipe(duplex=False)
+                pipes.append(receiver)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeprecationWarning)  # our other threads hold no lock that is needed
+                    child = os.fork()
+                if child == 0:
+                    _child(tasks[index::count], perform, tally, sender, pipes)
+                children.append(child)
+                sender.close()
         return _collect(pipes, progress)
     finally:
         for child in children:
@@ -72,6 +76,23 @@ def share(
             os.waitpid(child, 0)
         for pipe in pipes:
             pipe.close()
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Hold signals back: an exception that a handler raises while Python forks is printed and lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread
+        return
+    met: list[int] = []
+    handlers = {number: signal.signal(number, lambda found, _: met.append(found)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if met:
+            signal.raise_signal(met[0])
 
 
 def _child(
@@ -83,8 +104,8 @@ def _child(
 ) -> NoReturn:
     """Work, report, and leave without any of the parent's clean-up."""
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(SIGNALS[0], signal.SIG_IGN)  # the parent decides
+        for number in SIGNALS[1:]:
             signal.signal(number, signal.SIG_DFL)
         for pipe in pipes:
             pipe.close()  # so that writing fails once the parent is gone
