@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from sdops.core.source import Source, read, splits
 from sdops.core.spec import DTYPE_BITS, Spec
@@ -186,7 +187,7 @@ def _transpose(source: Source, key: str) -> bytes:
     raise MismatchError(f"`{key}` is {spec}, which cannot be transposed", hint="`--dtype` changes the dtype", key=key)
 
 
-_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_CODES: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 class Constants:

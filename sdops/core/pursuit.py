@@ -2,8 +2,8 @@
 
 Orthogonal matching pursuit (Pati, Rezaiifar, Krishnaprasad 1993): take the row a of greatest |<a, r>| / |a|, project
 the residual r away from it, repeat. What is taken too early, as it lies between two rows that belong there, is dropped
-again once the rest is exact. In hundreds of dimensions tens of thousands of rows explain a good part of anything; so the
-gain of every step is compared with the gain on random vectors of the dictionary's own mean and covariance.
+again once the rest is exact. In hundreds of dimensions tens of thousands of rows explain a good part of anything; so
+the gain of every step is compared with the gain on random vectors of the dictionary's own mean and covariance.
 """
 
 from __future__ import annotations

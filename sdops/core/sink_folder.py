@@ -65,7 +65,7 @@ class FolderSink:
     def __init__(self, path: Path, files: Mapping[str, bytes | Tensors], *, force: bool) -> None:
         self.path = path
         self.target = _check_folder(path, force=force)
-        self.specs: dict[str, Spec] = {}
+        self.specs: Mapping[str, Spec] = {}
         self.nbytes = 0
         for name, content in files.items():
             if isinstance(content, bytes):
@@ -73,7 +73,7 @@ class FolderSink:
                 continue
             for shard in content.shards:
                 specs = in_safetensors_order(shard)
-                self.specs |= {_outer(name, key): spec for key, spec in specs.items()}
+                self.specs = {**self.specs, **{_outer(name, key): spec for key, spec in specs.items()}}
                 self.nbytes += sum(spec.nbytes for spec in specs.values())
         check_space(self.target, self.nbytes)
         self._files = files

@@ -53,7 +53,8 @@ def add(parts: Sequence[Rows], weights: Sequence[float]) -> Rows:
         MismatchError: the parts have different numbers of vectors.
     """
     same_length(parts)
-    return np.sum([weight * part for weight, part in zip(weights, parts, strict=True)], axis=0)
+    total: Rows = np.sum([weight * part for weight, part in zip(weights, parts, strict=True)], axis=0)
+    return total
 
 
 def slerp(a: Rows, b: Rows, t: float) -> Rows:

@@ -54,7 +54,8 @@ class Table:
     def norms(self) -> NDArray[np.float32]:
         """Length of each row."""
         squares = [np.einsum("ij,ij->i", block, block) for block in self._blocks()]
-        return np.sqrt(np.concatenate(squares))
+        lengths: NDArray[np.float32] = np.sqrt(np.concatenate(squares))
+        return lengths
 
     @cached_property
     def usual(self) -> float:
