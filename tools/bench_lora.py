@@ -114,8 +114,7 @@ class Bench:
         """The layers of the set as sdops wrote them, for LyCORIS."""
         adapter = open_adapter(self.folder / f"sdops-{name}.safetensors")
         layers = {
-            str(patch.target).replace(":", "_").replace(".", "_"): self.pairs[patch.target].tuned.key
-            for patch in adapter.patches
+            patch.target.module.replace(".", "_"): self.pairs[patch.target].tuned.key for patch in adapter.patches
         }
         path = self.folder / f"layers-{name}.json"
         path.write_text(json.dumps(layers))
