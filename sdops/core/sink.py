@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import resource
 import secrets
 import shutil
 import stat
@@ -24,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from sdops.core import files
 from sdops.core.spec import DTYPE_BITS, Spec
 from sdops.errors import OutputError
 from sdops.text import size
@@ -162,7 +161,9 @@ class FileSink:
                 self._write_at(0, memoryview(header))
             self._finish()
             if self.target.exists():
-                os.fchmod(self._fd, stat.S_IMODE(self.target.stat().st_mode))
+                os.chmod(
+                    self._fd if os.chmod in os.supports_fd else self._temporary, self.target.stat().st_mode & 0o7777
+                )
             os.fsync(self._fd)
         except OSError as error:
             raise self._explained(error) from error
@@ -172,6 +173,8 @@ class FileSink:
         if self._temporary is None:
             raise RuntimeError("publish outside of the with block")
         try:
+            if files.HOLDS_NAMES:
+                self._close()
             self._link(self._temporary)
             self._discard()
             sync_folder(self.target.parent)
@@ -187,11 +190,10 @@ class FileSink:
         # The name is on record before the file exists, so that a signal in between leaves nothing behind. The finalizer
         # removes the file even if a signal comes just as `__exit__` begins.
         temporary = self.target.parent / f".sdops-{tag(self.target)}-{secrets.token_hex(4)}.tmp"
-        self._temporary, self._finalizer = temporary, weakref.finalize(self, temporary.unlink, missing_ok=True)
+        self._temporary, self._finalizer = temporary, weakref.finalize(self, _remove, temporary)
         mode = 0o600 if self.target.exists() else 0o666  # what replaces a private file is private while it grows
-        self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with contextlib.suppress(OSError):  # a network share without locks
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
+        self._fd = files.open_file(temporary, "O_RDWR", "O_CREAT", "O_EXCL", mode=mode)
+        files.lock(self._fd)
         return temporary.exists()
 
     def _link(self, temporary: Path) -> None:
@@ -209,16 +211,16 @@ class FileSink:
 
     def _write_at(self, offset: int, data: memoryview) -> None:
         with self._writing:
-            while data:
-                written = os.pwrite(self._fd, data, offset)
-                offset += written
-                data = data[written:]
+            files.write_at(self._fd, data, offset)
 
     def _discard(self) -> None:
+        self._close()
         if self._temporary is not None:
             self._temporary.unlink(missing_ok=True)
             self._finalizer.detach()
             self._temporary = None
+
+    def _close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -371,12 +373,17 @@ def check_space(target: Path, nbytes: int) -> None:
             needed=nbytes,
             free=free,
         )
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if limit != resource.RLIM_INFINITY and nbytes > limit:
+    limit = files.size_limit()
+    if limit is not None and nbytes > limit:
         raise OutputError(
             f"`{target.name}` needs {size(nbytes)}, this session may write files of {size(limit)}",
             hint="`ulimit -f` shows the limit",
         )
+
+
+def _remove(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows keeps a file that is open
+        temporary.unlink(missing_ok=True)
 
 
 def tag(target: Path) -> str:
@@ -388,14 +395,14 @@ def _leftovers(target: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Temporary files of killed runs: those for this target that nobody holds a lock on."""
     for path in target.parent.glob(f".sdops-{tag(target)}-*.tmp"):
         try:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = files.open_file(path, "O_RDWR", "O_NOFOLLOW", "O_NONBLOCK")
         except OSError:
             continue  # somebody else's
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield path, os.fstat(fd)
+            if files.try_lock(fd):  # else a run that is still alive
+                yield path, os.fstat(fd)
         except OSError:
-            continue  # a run that is still alive
+            continue  # who knows, without locks
         finally:
             os.close(fd)
 
@@ -403,9 +410,9 @@ def _leftovers(target: Path) -> Iterator[tuple[Path, os.stat_result]]:
 def sync_folder(folder: Path) -> None:
     """Make a new name durable, where a folder can be synchronised."""
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = files.open_file(folder, "O_RDONLY", "O_DIRECTORY")
     except OSError:
-        return  # it may be written to, but not read
+        return  # it may be written to, but not read; Windows opens no folders
     try:
         os.fsync(fd)
     except OSError as error:

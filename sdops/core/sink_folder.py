@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
 
+from sdops.core import files
 from sdops.core.sink import Sink, check_parent, check_space, in_safetensors_order, sync_folder, tag
 from sdops.core.sink_shards import TextSink, create_shards, split
 from sdops.core.spec import Spec
@@ -139,9 +139,9 @@ class FolderSink:
         self._temporary = temporary
         self._finalizer = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
         temporary.mkdir()
-        self._lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        with contextlib.suppress(OSError):  # a network share without locks
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with contextlib.suppress(PermissionError):  # Windows opens no folders
+            self._lock = files.open_file(temporary, "O_RDONLY", "O_DIRECTORY")
+            files.lock(self._lock)
         with ExitStack() as stack:
             for name, content in self._files.items():
                 file = temporary / name
@@ -221,13 +221,13 @@ def _leftovers(target: Path) -> Iterator[Path]:
     """Temporary folders of killed runs: those for this target that nobody holds a lock on."""
     for path in target.parent.glob(f".sdops-{tag(target)}-*.tmp"):
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = files.open_file(path, "O_RDONLY", "O_DIRECTORY", "O_NOFOLLOW")
         except OSError:
             continue  # a file, or somebody else's
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield path
+            if files.try_lock(fd):  # else a run that is still alive
+                yield path
         except OSError:
-            continue  # a run that is still alive
+            continue  # who knows, without locks
         finally:
             os.close(fd)

@@ -8,8 +8,7 @@ tensors are not touched at any time. A new file goes through the sink: it has it
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sdops.core import files
 from sdops.core.sink import FileSink, sync_folder, tag
 from sdops.core.spec import Spec
 from sdops.errors import ChangedError, OutputError, SdopsError
@@ -79,7 +79,7 @@ def replace_header(path: Path, old: bytes, new: bytes) -> None:
         raise ValueError("a header that is replaced in place must keep its length")
     target = Path(os.path.realpath(path))
     with _explained(path), _locked(target) as fd:
-        if os.pread(fd, len(old), 0) != old:
+        if files.read_bytes(fd, len(old), 0) != old:
             raise ChangedError(f"`{path}` changed while it was being read", hint="run the command again", path=path)
         journal = _write_journal(target, os.fstat(fd).st_size, old, new)
         try:
@@ -118,7 +118,7 @@ def recover(path: Path) -> bool:
 
 def _is_mixture(fd: int, old: bytes, new: bytes) -> bool:
     """Whether the file begins with parts of either header: otherwise all is well, or it is another file."""
-    now = os.pread(fd, len(old), 0)
+    now = files.read_bytes(fd, len(old), 0)
     if now in (old, new) or len(now) != len(old):
         return False
     return all(byte in both for byte, *both in zip(now, old, new, strict=True))
@@ -164,16 +164,13 @@ def _read_journal(journal: Path) -> tuple[int, bytes, bytes] | None:
 @contextmanager
 def _locked(target: Path) -> Iterator[int]:
     """The file, open for reading and writing; only one sdops at a time may have it so."""
-    fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
+    fd = files.open_file(target, "O_RDWR")
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise OutputError(
-                    f"`{target.name}` is being edited by another command", hint="run the command again"
-                ) from None
-            # else a network share without locks
+        alone = True
+        with contextlib.suppress(OSError):  # no locks here
+            alone = files.try_lock(fd)
+        if not alone:
+            raise OutputError(f"`{target.name}` is being edited by another command", hint="run the command again")
         yield fd
     finally:
         os.close(fd)
@@ -190,7 +187,5 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _overwrite(fd: int, data: bytes) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], done)
+    files.write_at(fd, memoryview(data), 0)
     os.fsync(fd)

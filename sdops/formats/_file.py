@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+from sdops import standin
+from sdops.core import files
 from sdops.errors import ChangedError, FormatError, SdopsError
 
 HEAD = 4096  # bytes that tell what a file is
@@ -21,7 +23,7 @@ _KINDS = {
 
 
 class InputFile:
-    """A regular file, open for reading at any position from any thread.
+    """A regular file, or what it stands in for, open for reading at any position from any thread.
 
     Args:
         path: As the user gave it; links are followed.
@@ -42,10 +44,11 @@ class InputFile:
         self.fd = -1
         try:
             # Without O_NONBLOCK the opening of a named pipe waits for a writer, for ever.
-            self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self.fd = files.open_file(path, "O_RDONLY", "O_NONBLOCK")
             self._status = os.fstat(self.fd)
         except (OSError, ValueError) as error:
             raise unreadable(path, error) from None
+        self._elsewhere = standin.find(path)
         self.size = self._status.st_size
         self.fingerprint = _fingerprint(self._status)
         if not stat.S_ISREG(self._status.st_mode):
@@ -59,10 +62,13 @@ class InputFile:
             ChangedError: the file was cut short or written to since it was opened.
         """
         view = buffer.cast("B")
+        if self._elsewhere is not None:
+            self._elsewhere.read_into(offset, view)
+            return
         done = 0
         try:
             while done < len(view):
-                count = os.preadv(self.fd, [view[done : done + _READ_LIMIT]], offset + done)
+                count = files.read_at(self.fd, view[done : done + _READ_LIMIT], offset + done)
                 if count == 0:
                     raise ChangedError(
                         f"`{self.path}` was cut short while it was being read", hint=_AGAIN, path=self.path
@@ -88,6 +94,8 @@ class InputFile:
         Raises:
             ChangedError: it was written to, replaced or removed.
         """
+        if self._elsewhere is not None:  # a file at a commit does not change
+            return
         try:
             self._check(os.stat(self.path))
         except OSError as error:

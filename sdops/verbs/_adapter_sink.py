@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from sdops.core import files
 from sdops.core.sink import SafetensorsSink
 from sdops.core.spec import Spec
 
@@ -31,7 +31,7 @@ class AdapterSink(SafetensorsSink):
         position = len(self._header)
         shift = self._training_header() - position  # what lies at x here would lie at x + shift there
         tensors, legacy = hashlib.sha256(), hashlib.sha256()
-        while chunk := os.pread(self._fd, _BUFFER, position):
+        while chunk := files.read_bytes(self._fd, _BUFFER, position):
             tensors.update(chunk)
             there = position + shift
             legacy.update(chunk[max(_LEGACY.start - there, 0) : max(_LEGACY.stop - there, 0)])

@@ -10,13 +10,13 @@ With it the folder becomes the same file again, byte for byte.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdops.core import files
 from sdops.core.source import Source, read
 from sdops.core.spec import DTYPE_BITS, Spec
 from sdops.errors import FormatError
@@ -63,7 +63,7 @@ def raw_header(source: Source) -> bytes:
     """The header of a safetensors file as it is; nothing for other sources."""
     if not isinstance(source, SafetensorsFile):
         return b""
-    return os.pread(source.fd, source.data_start, 0)
+    return files.read_bytes(source.fd, source.data_start, 0)
 
 
 def compressed(header: bytes) -> tuple[Spec, bytes]:

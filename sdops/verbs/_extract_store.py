@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdops.core import files
 from sdops.core.spec import Spec
 from sdops.core.stream import TORCH_DTYPES
 from sdops.errors import OutputError
@@ -57,7 +57,7 @@ class Store:
             place = Place(self._end, len(data))
             self._end += len(data)
         try:
-            _write_at(self._file.fileno(), place.offset, data)
+            files.write_at(self._file.fileno(), data, place.offset)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -96,16 +96,9 @@ class Store:
         self._file.close()
 
 
-def _write_at(fd: int, offset: int, data: memoryview) -> None:
-    while data:
-        written = os.pwrite(fd, data, offset)
-        offset += written
-        data = data[written:]
-
-
 def _read_at(fd: int, offset: int, buffer: memoryview) -> None:
     while buffer:
-        count = os.preadv(fd, [buffer], offset)
+        count = files.read_at(fd, buffer, offset)
         if not count:
             raise EOFError("the temporary file is shorter than what was written to it")
         offset += count

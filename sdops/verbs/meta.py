@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdops import settings
+from sdops.core import files
 from sdops.errors import FormatError, OutputError, SdopsError, UsageError
 from sdops.formats import FileSource, open_source
 from sdops.formats.safetensors import SafetensorsFile
@@ -194,13 +195,9 @@ def _training(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _header(source: SafetensorsFile) -> bytes:
     """The file's header as it is, with the leading length."""
-    header = bytearray(source.data_start)
-    done = 0
-    while part := os.pread(source.fd, len(header) - done, done):
-        header[done : done + len(part)] = part
-        done += len(part)
+    header = files.read_bytes(source.fd, source.data_start, 0)
     source.check_unchanged()
-    return bytes(header)
+    return header
 
 
 def _entries(source: SafetensorsFile) -> dict[str, Any]:
