@@ -9,13 +9,14 @@ tensors       of everything after the safetensors header ("addnet"); AutoV3 is i
 from __future__ import annotations
 
 import json
-import os
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from sdops import standin
 from sdops.core.hashing import Digests, digests
 from sdops.formats import open_source
+from sdops.hub import located
 from sdops.report import Progress, Report, Section, silent
 from sdops.verbs._each import FilePath, each_file
 
@@ -48,8 +49,9 @@ def _parts(files: tuple[FilePath, ...]) -> list[FilePath]:
     """The files themselves, folders and indexes replaced by what belongs to them."""
     parts: list[FilePath] = []
     for file in files:
-        if os.path.isdir(file) or str(file).endswith(".index.json"):
-            source = open_source(Path(file))
+        file = located(file)
+        if file.is_dir() or file.name.endswith(".index.json"):
+            source = open_source(file)
             parts += source.files
             source.close()
         else:
@@ -66,7 +68,8 @@ def _one(path: Path, verify: bool, progress: Progress) -> Report:
     if verify:
         stored = stored_hashes(path, found)
         report.data["stored"] = stored
-        report.sections.append(Section("", [[key, _STATES[entry["state"]]] for key, entry in stored.items()]))
+        rows = [[key, _STATES[entry["state"]]] for key, entry in stored.items()]
+        report.sections.append(Section("", rows or [["stored inside", "no hashes, so there is nothing to compare"]]))
         report.failed = any(entry["state"] in ("differs", "empty") for entry in stored.values())
     return report
 
@@ -118,13 +121,13 @@ def training_legacy(path: Path, header: dict[str, Any]) -> str | None:
     offset = 0x100000 - 8 - (length + 7) // 8 * 8
     if offset < 0:
         return None
-    with open(path, "rb") as file:
+    with open(standin.real(path), "rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little") + offset)
         return sha256(file.read(0x10000)).hexdigest()[:8]
 
 
 def _header(path: Path) -> dict[str, Any]:
     open_source(path).close()  # refuses what is damaged or hostile
-    with open(path, "rb") as file:
+    with open(standin.real(path), "rb") as file:
         header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return header

@@ -78,6 +78,10 @@ def test_stored_hashes(key, stored, state, failed, write):
     assert report.failed is failed
 
 
+def test_verifying_says_that_there_is_nothing_to_compare(write):
+    assert "no hashes" in str(hash_files(write("m.safetensors", BIG), verify=True).sections)
+
+
 def test_the_trainers_legacy_hash_is_of_the_file_with_training_metadata_only(write):
     """Trainers hash a serialisation that has the `ss_*` metadata and not yet the hashes themselves."""
     training = {"ss_epoch": "10", "ss_title": '日本 \x01 "quoted"'}
