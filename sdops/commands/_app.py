@@ -30,8 +30,12 @@ COMMANDS: dict[str, dict[str, str]] = {
         "resize": "Give a LoRA lower ranks, with the least error that they allow",
         "compare": "Compare two LoRAs: do they push layers the same way, on the same inputs?",
     },
+    "Recipes": {
+        "build": "Build a recipe: all of its steps in one pass",
+    },
     "Embeddings": {
         "embed": "Inspect, convert, explain and make embeddings (textual inversion)",
+        "hypernet": "Inspect, convert and merge hypernetworks; bake them in, or make LoRAs of them",
     },
     "Help": {
         "env": "Show versions, devices and caches, for a bug report",

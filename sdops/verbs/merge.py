@@ -31,6 +31,7 @@ from sdops.verbs._knobs import check_knobs, parse_knobs
 from sdops.verbs._memory import whole_tensor_memory
 from sdops.verbs._merge_adapters_wish import request
 from sdops.verbs._merge_report import done_report, dry_report
+from sdops.verbs._merge_request import check_count
 from sdops.verbs._pairing import Pairing, Policy
 from sdops.verbs._provenance import RECIPE, derived_name, metadata, recipe, with_hashes, without_hashes
 from sdops.verbs._swap import swap
@@ -310,16 +311,7 @@ class Merge:
 
 def _check_request(card: Card, count: int, base: bool, dtype: str, missing: str) -> None:
     """Refuse a wrong number of models and unknown words, before any file is opened."""
-    method = card.name.replace("_", "-")
-    hint = f"`sdops methods {method}` explains the method"
-    many = any(name.startswith("*") for name in card.inputs)
-    if base and not card.base:
-        raise UsageError(f"`{method}` takes no base model", hint=hint)
-    if card.base and not base:
-        raise UsageError(f"`{method}` needs the models' common ancestor", hint="name it with `--base FILE`")
-    if count != len(card.inputs) and not (many and count):
-        wanted = "at least 1 model" if many else f"{len(card.inputs)} models ({', '.join(card.inputs)})"
-        raise UsageError(f"`{method}` merges {wanted}, {count} given", hint=hint)
+    check_count(card, count, base)
     for option, value, allowed in (("dtype", dtype, DTYPES), ("missing", missing, MISSING)):
         if value not in allowed:
             raise UsageError(f"`{option}` cannot be `{value}`", hint=f"choose one of {', '.join(allowed)}")

@@ -1,0 +1,172 @@
+"""The steps of a recipe as calls of verbs: a Source for the steps that use it, or a file.
+
+`merge` and `apply` compute while they are read. What has to be known as a whole before its first byte is (the ranks of
+a LoRA, an embedding) is worked out when its Source is asked for, and lies in a file without a name until it is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from sdops.core.source import Source
+from sdops.errors import SdopsError, UsageError
+from sdops.report import Report
+from sdops.verbs._recipe_check import CheckedStep, split_lora
+from sdops.verbs._verb_card import VERBS, VerbParameter, lora_merge_card, verb_card
+
+if TYPE_CHECKING:
+    from sdops.verbs.apply import Apply
+    from sdops.verbs.merge import Merge
+
+File = Source | str  # what a step reads: another step, or a file
+
+
+class Call:
+    """A step with its files in place.
+
+    Args:
+        step: What the recipe says.
+        files: Name of an input or step -> what stands for it.
+
+    Attributes:
+        arguments: The verb's keywords; `models` and `files` are positional.
+        output: The file that the step asks for itself, or empty.
+    """
+
+    def __init__(self, step: CheckedStep, files: Mapping[str, File]) -> None:
+        self.step = step
+        self.id = step.id
+        self.verb = step.step.verb
+        given = dict(step.arguments)
+        self.output: str = given.pop("output", "")
+        parameters = {**lora_merge_card().parameters} if verb_card(self.verb).knobs else {}
+        parameters |= verb_card(self.verb).parameters
+        self.arguments = {
+            key: _in_place(parameters.get(key), value, files, f"{step.step.path}.{key}") for key, value in given.items()
+        }
+        self._lazy: Merge | Apply | None = None
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the result can be read before it is made."""
+        return self.verb == "apply" or (self.verb == "merge" and not self.is_adapter)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether a merge is one of LoRAs."""
+        from sdops.verbs._adapter_peek import are_adapters
+
+        return self.verb == "merge" and are_adapters(self.arguments["models"])
+
+    def lazy(self) -> Merge | Apply:
+        """The planned merge or apply.
+
+        Raises:
+            SdopsError: as the verb.
+        """
+        if self._lazy is None:
+            with told(self.step):
+                self._lazy = cast("Merge | Apply", self._call({}))
+        return self._lazy
+
+    def save(self, output: Path, running: Mapping[str, Any]) -> Report:
+        """Write the result.
+
+        Args:
+            output: The file.
+            running: jobs, memory, force, hash_inputs, dry_run, progress; what the verb does not know is left out.
+
+        Raises:
+            SdopsError: as the verb.
+        """
+        with told(self.step):
+            if not self.is_lazy:
+                return cast("Report", self._call({**running, "output": output}))
+            lazy = self.lazy()
+            if running["dry_run"]:
+                return lazy.dry_run(output, force=running["force"], jobs=running["jobs"])
+            return lazy.save(
+                output,
+                jobs=running["jobs"],
+                force=running["force"],
+                hash_inputs=running["hash_inputs"],
+                progress=running["progress"],
+            )
+
+    def _call(self, more: Mapping[str, Any]) -> Any:
+        module, name = VERBS[self.verb]
+        function = getattr(import_module(f"sdops.verbs.{module}"), name)
+        arguments = dict(self.arguments)
+        if self.is_adapter:  # merge itself has no trial run for them
+            from sdops.verbs._merge_adapters import merge_adapters
+
+            return merge_adapters(arguments.pop("models"), **arguments, **_known(merge_adapters, more))
+        starred = next((key for key, one in verb_card(self.verb).parameters.items() if one.kind == "files"), "")
+        return function(*arguments.pop(starred, ()), **arguments, **_known(function, more))
+
+
+def _known(function: Any, more: Mapping[str, Any]) -> dict[str, Any]:
+    names = signature(function).parameters
+    return {key: value for key, value in more.items() if key in names}
+
+
+def _in_place(parameter: VerbParameter | None, value: Any, files: Mapping[str, File], path: str) -> Any:
+    """A value with files in place of their names."""
+    kind = parameter.kind if parameter else ""
+    if kind == "file":
+        return files[value]
+    if kind == "files":
+        return [files[name] for name in value]
+    if kind == "loras":
+        return [(files[name], strength) for name, strength in (split_lora(item, path) for item in value)]
+    return value
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@contextmanager
+def told(step: CheckedStep) -> Iterator[None]:
+    """Let errors say which step, and which of its keys, they come from; hints speak of keys instead of options."""
+    try:
+        yield
+    except SdopsError as error:
+        if "path" not in error.data or not str(error.data["path"]).startswith("steps."):
+            key = _key_of(error, step)
+            path = f"{step.step.path}.{key}" if key else step.step.path
+            error.hint = _as_keys(error.hint, step) if error.hint else None
+            error.message = f"`{path}`: {error.message}"
+            error.data["path"] = path
+        raise
+
+
+def _key_of(error: SdopsError, step: CheckedStep) -> str:
+    """The key that an error speaks of, or an empty text."""
+    said = [str(error.data[name]) for name in ("knob", "option") if name in error.data]
+    said += re.findall(r"`(?:--)?([a-z_-]+)\b[^`]*`", error.message)[:1] if isinstance(error, UsageError) else []
+    keys = [word.replace("-", "_") for word in said]
+    return next((key for key in keys if key in step.arguments), "")
+
+
+def _as_keys(hint: str, step: CheckedStep) -> str:
+    """`--missing keep` as it stands in a recipe: `missing = "keep"`."""
+    parameters = verb_card(step.step.verb).parameters
+
+    def spelled(found: re.Match[str]) -> str:
+        key, value = found[1].replace("-", "_"), found[2].strip("'\" ")
+        if key not in parameters:
+            return found[0]
+        kind = parameters[key].kind
+        if kind == "bool":
+            return f"`{key} = true`"
+        if kind in ("text", "texts"):
+            return f'`{key} = "{value}"`' if kind == "text" else f'`{key} = ["{value}"]`'
+        return f"`{key} = {value}`" if kind in ("int", "float") else f"`{key} = ...`"
+
+    return re.sub(r"`--([a-z-]+)(?: ([^`]*))?`", spelled, hint)

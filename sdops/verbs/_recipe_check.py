@@ -1,0 +1,379 @@
+"""Whether a recipe makes sense, before any file is looked at: verbs, keys, types, ranges, names, circles.
+
+Everything here comes from texts: the recipe's, and those of verbs and merge methods (`_verb_card`, `card`). What is
+wrong is told by its path, with the word that was meant. No torch, no numpy, no import of a verb.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from sdops.card import Card, Knob, find, method_name, names
+from sdops.errors import UsageError
+from sdops.text import suggest
+from sdops.verbs._merge_adapters_wish import METHODS
+from sdops.verbs._merge_request import check_count
+from sdops.verbs._recipe_text import Recipe, Scalar, Step, checked_value, wrong
+from sdops.verbs._verb_card import RUNNING, VERBS, VerbParameter, lora_merge_card, verb_card
+
+_MARK = re.compile(r"\$([a-z][a-z0-9_]*)")
+_WORDS = {
+    "text": "a text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "texts": "a list of texts",
+    "floats": "a list of numbers",
+    "ints": "a list of whole numbers",
+    "file": "the name of an input or a step",
+    "files": "a list of names of inputs and steps",
+    "loras": "a list of LoRAs",
+    "output": "a file name",
+}
+_DEFAULT_METHOD = "weighted-sum"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedStep:
+    """A step that can be planned.
+
+    Attributes:
+        step: As it was written.
+        arguments: With the parameters' values in place; files still by name.
+        uses: The inputs and steps that it reads, as often as it names them.
+    """
+
+    step: Step
+    arguments: Mapping[str, Any]
+    uses: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        """How others call it."""
+        return self.step.id
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A recipe that makes sense as far as its text goes.
+
+    Attributes:
+        recipe: As it was written.
+        values: Of all parameters.
+        steps: In an order in which every step comes after what it uses.
+        warnings: One sentence each.
+    """
+
+    recipe: Recipe
+    values: Mapping[str, Scalar]
+    steps: tuple[CheckedStep, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def result(self) -> CheckedStep:
+        """The step whose output is the recipe's: the one that is written last."""
+        return next(step for step in self.steps if step.id == self.recipe.steps[-1].id)
+
+
+def check_recipe(recipe: Recipe, settings: Mapping[str, object] | None = None) -> Checked:
+    """Check all of a recipe.
+
+    Args:
+        recipe: Any.
+        settings: Parameter -> value, where it is not the default.
+
+    Raises:
+        UsageError: with the path of what is wrong.
+    """
+    values = parameter_values(recipe, settings or {})
+    found = [_check_step(recipe, step, values) for step in recipe.steps]
+    ordered = _ordered(found)
+    wanted = _needed(found)
+    for step in found:
+        if step.id not in wanted:
+            raise wrong(
+                step.step.path,
+                f"nothing uses `{step.id}`",
+                f"name `{step.id}` in a later step, or give it an `output`; the last step is the result",
+            )
+    return Checked(recipe, values, tuple(ordered), tuple(_idle(recipe, found)))
+
+
+def parameter_values(recipe: Recipe, settings: Mapping[str, object]) -> dict[str, Scalar]:
+    """The values of all parameters.
+
+    Raises:
+        UsageError: there is no such parameter, or a value does not fit.
+    """
+    for name in settings:
+        if name not in recipe.parameters:
+            close = suggest(name, recipe.parameters)
+            known = ", ".join(recipe.parameters) or "none"
+            hint = f"did you mean `--set {close}=...`?" if close else f"its parameters: {known}"
+            raise UsageError(f"`{recipe.name}` has no parameter `{name}`", hint=hint, parameter=name)
+    return {
+        name: checked_value(one, settings.get(name, one.default), f"parameters.{name}")
+        for name, one in recipe.parameters.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+def _check_step(recipe: Recipe, step: Step, values: Mapping[str, Scalar]) -> CheckedStep:
+    if step.verb not in VERBS:
+        close = suggest(step.verb, VERBS)
+        hint = f"did you mean `{close}`?" if close else f"there are {', '.join(VERBS)}"
+        raise wrong(f"{step.path}.verb", f"there is no verb `{step.verb}`", hint)
+    files = [*recipe.inputs, *(each.id for each in recipe.steps)]
+    arguments = {key: _filled(value, values, files, f"{step.path}.{key}", key) for key, value in step.arguments.items()}
+    allowed, card = _allowed(step, arguments)
+    uses: list[str] = []
+    for key, value in arguments.items():
+        path = f"{step.path}.{key}"
+        if key not in allowed:
+            raise _unknown_key(step, key, allowed)
+        for file, place in _check_value(allowed[key], value, path):
+            if file not in files:
+                raise _unknown_file(recipe, file, place, files)
+            uses.append(file)
+    for key, parameter in allowed.items():
+        if isinstance(parameter, VerbParameter) and parameter.required and key not in arguments:
+            raise wrong(
+                step.path, f"`{step.verb}` needs `{key}`", f"{key}: {parameter.help}" if parameter.help else None
+            )
+    if step.verb == "embed make":
+        uses += _files_of_formula(arguments["formula"], files, f"{step.path}.formula")
+    if card is not None and "method" in arguments:
+        _check_models(card, step, arguments)
+    return CheckedStep(step, arguments, tuple(uses))
+
+
+def _filled(value: Any, values: Mapping[str, Scalar], files: Sequence[str], path: str, key: str) -> Any:
+    """A value with parameters in place of `$name`; a text that is nothing else becomes the parameter's value."""
+    if isinstance(value, list):
+        return [_filled(item, values, files, f"{path}.{number}", key) for number, item in enumerate(value, start=1)]
+    if isinstance(value, dict):
+        return {name: _filled(item, values, files, f"{path}.{name}", key) for name, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    for mark in _MARK.finditer(value):
+        if mark[1] not in values and not (key == "formula" and mark[1] in files):
+            close = suggest(mark[1], values)
+            hint = f"did you mean `${close}`?" if close else f"declare it: `[parameters]`, `{mark[1]} = 0.5`"
+            raise wrong(path, f"there is no parameter `${mark[1]}`", hint)
+    if whole := _MARK.fullmatch(value):
+        return values.get(whole[1], value)
+    return _MARK.sub(lambda mark: _spelled(values[mark[1]]) if mark[1] in values else mark[0], value)
+
+
+def _spelled(value: Scalar) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _allowed(step: Step, arguments: Mapping[str, Any]) -> tuple[dict[str, VerbParameter | Knob], Card | None]:
+    """What the step may say; of merges also its method's knobs and what is for LoRAs."""
+    card = verb_card(step.verb)
+    allowed: dict[str, VerbParameter | Knob] = dict(card.parameters)
+    if not card.knobs:
+        return allowed, None
+    method = arguments.get("method", _DEFAULT_METHOD)
+    if not isinstance(method, str):
+        raise wrong(f"{step.path}.method", f"`{method}` is no merge method", "`sdops methods` lists them")
+    loras: dict[str, VerbParameter | Knob] = dict(lora_merge_card().parameters)
+    del loras["files"]
+    if method in METHODS and method_name(method) not in names():
+        return loras | {"models": card.parameters["models"]}, None
+    try:
+        found = find(method)
+    except UsageError as error:
+        raise wrong(f"{step.path}.method", error.message, error.hint) from None
+    return loras | allowed | {knob.name: knob for knob in found.knobs}, found
+
+
+def _unknown_key(step: Step, key: str, allowed: Mapping[str, object]) -> UsageError:
+    if key in RUNNING:
+        return wrong(f"{step.path}.{key}", "is said when the recipe is built", "`sdops build --help`")
+    close = suggest(key, allowed)
+    method = f" with `{step.arguments['method']}`" if "method" in step.arguments else ""
+    hint = f"did you mean `{close}`?" if close else f"there are {', '.join(allowed)}"
+    return wrong(f"{step.path}.{key}", f"`{step.verb}`{method} has no `{key}`", hint)
+
+
+def _unknown_file(recipe: Recipe, file: str, path: str, files: Sequence[str]) -> UsageError:
+    close = suggest(file, files)
+    if close:
+        return wrong(path, f"there is no input or step `{file}`", f"did you mean `{close}`?")
+    looks = "." in file or "/" in file
+    example = f'`[inputs]`, `model = "{file}"`, then `"model"` here' if looks else f'`[inputs]`, `{file} = "FILE"`'
+    known = f"; there are {', '.join(recipe.inputs)}" if recipe.inputs and not looks else ""
+    return wrong(path, f"there is no input or step `{file}`", f"declare it: {example}{known}")
+
+
+def _check_models(card: Card, step: Step, arguments: Mapping[str, Any]) -> None:
+    models = arguments.get("models", ())
+    try:
+        check_count(card, len(models), "base" in arguments)
+    except UsageError as error:
+        option = error.data["option"]
+        hint = "name it: `base = ...`" if option == "base" and card.base else error.hint
+        raise wrong(f"{step.path}.{option}", error.message, hint) from None
+
+
+# ----------------------------------------------------------------------------------------------------------- one value
+
+
+def _check_value(parameter: VerbParameter | Knob, value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Check a value; gives the files that it names, with their paths."""
+    if isinstance(parameter, Knob):
+        _check_knob(parameter, value, path)
+        return
+    kind = parameter.kind
+    if kind == "file":
+        yield _a(str, value, kind, path), path
+    elif kind == "files":
+        for number, item in enumerate(_a(list, value, kind, path), start=1):
+            yield _a(str, item, "file", f"{path}.{number}"), f"{path}.{number}"
+    elif kind == "loras":
+        for number, item in enumerate(_a(list, value, kind, path), start=1):
+            yield split_lora(item, f"{path}.{number}")[0], f"{path}.{number}"
+    elif kind == "output":
+        check_relative(_a(str, value, kind, path), path)
+    else:
+        _check_plain(kind, value, path)
+        _check_choice(parameter.choices, value, path)
+
+
+def _a(wanted: type[Any], value: Any, kind: str, path: str) -> Any:
+    if not isinstance(value, wanted):
+        raise wrong(path, f"`{value}` is not {_WORDS[kind]}")
+    return value
+
+
+def _check_plain(kind: str, value: Any, path: str) -> None:
+    """A value of a kind that TOML has, or a list of them."""
+    if kind in ("texts", "floats", "ints"):
+        for number, item in enumerate(_a(list, value, kind, path), start=1):
+            _check_plain(kind.removesuffix("s"), item, f"{path}.{number}")
+        return
+    kinds: dict[str, tuple[type, ...]] = {"text": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+    if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool") or value != value:
+        raise wrong(path, f"`{value}` is not {_WORDS[kind]}")
+
+
+def _check_choice(choices: Sequence[str], value: Any, path: str) -> None:
+    if choices and value not in choices:
+        close = suggest(str(value), choices)
+        hint = f"did you mean `{close}`?" if close else f"choose one of {', '.join(choices)}"
+        raise wrong(path, f"cannot be `{value}`", hint)
+
+
+def _check_knob(knob: Knob, value: Any, path: str) -> None:
+    """A merge method's knob. A float knob may also be a dial: text, table or list of block weights (core.dial)."""
+    numbers: list[Any] = []
+    if knob.type in ("float", "floats") and isinstance(value, list):
+        numbers = value
+    elif knob.type == "float" and isinstance(value, dict):
+        numbers = list(value.values())
+    elif knob.type == "float" and isinstance(value, str):
+        return  # read when the model's blocks are known
+    else:
+        kind = {"str": "text"}.get(knob.type, knob.type)
+        _check_plain(kind, value, path)
+        numbers = [value] if kind in ("int", "float") else []
+    for number in numbers:
+        _check_plain("float", number, path)
+        if not knob.allows(number):
+            raise wrong(path, f"is {number:g}", f"`{knob.name}` goes from {knob.range}: {knob.help}")
+    _check_choice(knob.choices, value, path)
+
+
+def split_lora(item: Any, path: str) -> tuple[str, Any]:
+    """The name of a LoRA and its strength: `"style"`, `"style:0.8:te=0.4"` or `["style", 0.8]`.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if isinstance(item, str):
+        name, _, strength = item.partition(":")
+        return name.strip(), strength.strip() or 1.0
+    if isinstance(item, list) and len(item) == 2 and isinstance(item[0], str):
+        strength = item[1]
+        plain = isinstance(strength, int | float | str) and not isinstance(strength, bool)
+        if plain or isinstance(strength, list | dict):
+            return item[0], strength
+    raise wrong(path, f"`{item}` names no LoRA", '`"style:0.8"` or `["style", 0.8]`')
+
+
+def check_relative(text: str, path: str) -> None:
+    """Refuse paths that lead anywhere but downward.
+
+    Raises:
+        UsageError: absolute, with `..` or `~`, or an address.
+    """
+    windows = PureWindowsPath(text)
+    parts = {*PurePosixPath(text).parts, *windows.parts}
+    outside = windows.drive or windows.root or text.startswith(("/", "~")) or ".." in parts or "\0" in text
+    if outside or not text or "://" in text:
+        raise wrong(path, f"`{text}` leads outside", "recipes name files below their own folder, or `hf://` addresses")
+
+
+_FORMULA_FILE = re.compile(r"\.(pt|bin|safetensors|png|webp|pti|ckpt)\b", re.IGNORECASE)
+
+
+def _files_of_formula(formula: str, files: Sequence[str], path: str) -> list[str]:
+    """The inputs and steps in a formula, where they are written as `$name`."""
+    if _FORMULA_FILE.search(formula):
+        raise wrong(path, "names a file", "declare it under `[inputs]` and write `$name` in the formula")
+    return [mark[1] for mark in _MARK.finditer(formula) if mark[1] in files]
+
+
+# ----------------------------------------------------------------------------------------------------------- all steps
+
+
+def _ordered(steps: Sequence[CheckedStep]) -> list[CheckedStep]:
+    """Steps after what they use, else as written.
+
+    Raises:
+        UsageError: there is a circle.
+    """
+    known = {step.id: step for step in steps}
+    try:
+        TopologicalSorter({step.id: [name for name in step.uses if name in known] for step in steps}).prepare()
+    except CycleError as error:
+        circle = list(reversed(error.args[1]))
+        text = "` uses `".join(circle)
+        raise wrong(known[circle[0]].step.path, f"`{text}`: a circle", "let one of them use an input instead") from None
+    done: dict[str, CheckedStep] = {}
+    while len(done) < len(steps):
+        for step in steps:
+            if step.id not in done and all(name in done for name in step.uses if name in known):
+                done[step.id] = step
+    return list(done.values())
+
+
+def _needed(steps: Sequence[CheckedStep]) -> set[str]:
+    """The steps that the result, or an output that is asked for, depends on."""
+    known = {step.id: step for step in steps}
+    todo = [steps[-1].id, *(step.id for step in steps if "output" in step.arguments)]
+    found: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name in known and name not in found:
+            found.add(name)
+            todo += known[name].uses
+    return found
+
+
+def _idle(recipe: Recipe, steps: Sequence[CheckedStep]) -> Iterator[str]:
+    """Declarations that nothing uses."""
+    used = {name for step in steps for name in step.uses}
+    yield from (f"`inputs.{name}` is used by no step" for name in recipe.inputs if name not in used)
+    written = "\n".join(str(step.arguments) for step in recipe.steps)
+    marks = {mark[1] for mark in _MARK.finditer(written)}
+    yield from (f"`parameters.{name}` is used by no step" for name in recipe.parameters if name not in marks)

@@ -1,0 +1,139 @@
+"""A recipe with its files: opened, planned step by step, ready to be written in one pass.
+
+plan_recipe(checked, found)      every check that headers allow; nothing is computed
+build_recipe(planned, output)    the result, and the outputs that steps ask for
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from sdops.core.sink import check_inputs, check_target
+from sdops.core.source import Source
+from sdops.report import Report
+from sdops.verbs._recipe_calls import Call, File
+from sdops.verbs._recipe_check import Checked
+from sdops.verbs._recipe_inputs import Found
+
+
+class Planned:
+    """A planned recipe.
+
+    Args:
+        checked: The recipe.
+        found: Its inputs.
+        folder: Where steps write the outputs that they ask for.
+
+    Attributes:
+        calls: The steps by id, in order.
+
+    Raises:
+        SdopsError: an input cannot be read, or a step makes no sense for it; with the step's path.
+    """
+
+    def __init__(self, checked: Checked, found: Mapping[str, Found], folder: Path) -> None:
+        self.checked = checked
+        self.found = found
+        self.folder = folder
+        self.calls: dict[str, Call] = {}
+        self._readers = Counter(name for step in checked.steps for name in step.uses)
+        self._files: dict[str, File] = {}
+        for step in checked.steps:
+            for name in step.uses:
+                if name in found and name not in self._files:
+                    self._files[name] = _handle(found[name])
+            call = Call(step, self._files)
+            self.calls[step.id] = call
+            if call.is_lazy:
+                self._files[step.id] = self._shared(step.id, cast("Source", call.lazy()))
+
+    @property
+    def result(self) -> Call:
+        """The last step."""
+        return self.calls[self.checked.result.id]
+
+    def _shared(self, name: str, source: Source) -> Source:
+        """A step's Source, which remembers its last piece if several others read it."""
+        if self._readers[name] < 2:
+            return source
+        from sdops.core.remembered import Remembered
+
+        return Remembered(source)
+
+    def check(self, output: Path, *, force: bool) -> None:
+        """Refuse outputs that exist or are inputs, before anything is computed.
+
+        Raises:
+            OutputError: naming the file.
+        """
+        files = [file for one in self.found.values() for file in one.files()]
+        for target in (output, *self.outputs().values()):
+            check_inputs(target, files)
+            check_target(target, force=force)
+
+    def outputs(self) -> dict[str, Path]:
+        """Steps, but for the last, that ask for a file -> the file."""
+        result = self.result.id
+        return {call.id: self.folder / call.output for call in self.calls.values() if call.output and call.id != result}
+
+    def warnings(self) -> list[str]:
+        """What the steps before the last one warn of."""
+        lazy = [call.lazy() for call in self.calls.values() if call.is_lazy and call is not self.result]
+        return [text for one in lazy for text in (one.warnings if hasattr(one, "warnings") else one.plan.warnings)]
+
+    def by_id(self, text: str) -> str:
+        """A text with the ids of steps in place of the names that their results would have as files."""
+        names = {call.lazy().name: call.id for call in self.calls.values() if call.is_lazy and call is not self.result}
+        for name in sorted(names, key=len, reverse=True):
+            text = text.replace(name, names[name])
+        return text
+
+    def close(self) -> None:
+        """Close all inputs."""
+        for one in self.found.values():
+            one.close()
+
+
+def _handle(found: Found) -> File:
+    """What verbs take: an opened model, or of LoRAs the path, which may be a folder of PEFT's or a list of tensors."""
+    from sdops.verbs._adapter_peek import is_adapter
+
+    return found.address if is_adapter(found.address) else found.open()
+
+
+def plan_recipe(checked: Checked, found: Mapping[str, Found], folder: Path) -> Planned:
+    """Open the inputs and plan all steps.
+
+    Args:
+        checked: The recipe.
+        found: Its inputs.
+        folder: Where steps write the outputs that they ask for.
+
+    Raises:
+        SdopsError: as `Planned`.
+    """
+    return Planned(checked, found, folder)
+
+
+def build_recipe(planned: Planned, output: Path, running: Mapping[str, Any]) -> tuple[Report, dict[str, Report]]:
+    """Write the result; before it, the outputs that steps ask for.
+
+    Args:
+        planned: The recipe.
+        output: Where the result goes.
+        running: jobs, memory, force, hash_inputs, dry_run, progress.
+
+    Returns:
+        The last step's report, and those of the steps that wrote a file.
+
+    Raises:
+        SdopsError: as the verbs.
+    """
+    planned.check(output, force=running["force"])
+    asked: dict[str, Report] = {}
+    for name, path in planned.outputs().items():
+        asked[name] = planned.calls[name].save(path, running)
+    return planned.result.save(output, running), asked
