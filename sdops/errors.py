@@ -5,7 +5,8 @@
     ├── FormatError            a file is not what it should be: damaged, foreign, hostile
     ├── MismatchError          inputs do not fit each other: architecture, keys, shapes
     ├── OutputError            the output cannot be written: exists, is an input, no space
-    └── ChangedError           an input changed while it was being read
+    ├── ChangedError           an input changed while it was being read
+    └── HubError               the Hub does not give or take what was asked for; `data["reason"]` says why
 
 An error says what is wrong with the user's own names, carries those names as attributes (`data`), and
 ends in a hint: the next command to type.
@@ -14,6 +15,8 @@ ends in a hint: the next command to type.
 from __future__ import annotations
 
 from typing import Any
+
+from sdops.standin import shown
 
 
 class SdopsError(Exception):
@@ -28,9 +31,10 @@ class SdopsError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None, **data: Any) -> None:
+        message = shown(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint and shown(hint)
         self.data = data
 
 
@@ -54,3 +58,11 @@ class OutputError(SdopsError):
 
 class ChangedError(SdopsError):
     """An input file changed while it was being read."""
+
+
+class HubError(SdopsError):
+    """The Hub cannot be reached, refuses, or does not have what was asked for.
+
+    `data["reason"]` is one of: access, gated, token, missing-repository, missing-revision, missing-file, ambiguous,
+    offline, unreachable, busy (429), unavailable (5xx), damaged (wrong hash), refused.
+    """

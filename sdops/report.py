@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from unicodedata import east_asian_width
 
+from sdops.standin import shown
+
 SCHEMA = 1  # of as_dict(); raised when a field changes its meaning or goes away
 
 Style = Callable[[str, str], str]  # (kind, text) -> text; kinds: heading, dim, heat0 ... heat4
@@ -85,12 +87,13 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Schema number, verb, the data and the warnings."""
-        return {"schema": SCHEMA, "verb": self.verb, **self.data, "warnings": self.warnings}
+        found: dict[str, Any] = _shown({"schema": SCHEMA, "verb": self.verb, **self.data, "warnings": self.warnings})
+        return found
 
     def text(self, *, detail: bool = False, style: Style = plain) -> str:
         """The sections as text, without a line break at the end."""
-        shown = [section for section in self.sections if section.rows and (detail or not section.detail)]
-        return "\n\n".join("\n".join(_lines(section, style)) for section in shown)
+        wanted = [section for section in self.sections if section.rows and (detail or not section.detail)]
+        return "\n\n".join("\n".join(_lines(section, style)) for section in wanted)
 
     def __str__(self) -> str:
         return "\n".join([self.text(), *(f"warning: {printable(text)}" for text in self.warnings)])
@@ -110,10 +113,25 @@ def joined(verb: str, reports: Iterable[Report]) -> Report:
 
 
 def printable(text: str) -> str:
-    """`text` with whatever could move the cursor, change colour or reorder the line written as an escape."""
+    """`text` with whatever could move the cursor, change colour or reorder the line written as an escape.
+
+    Files that stand in for others have those others' names.
+    """
+    text = shown(text)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _shown(value: Any) -> Any:
+    """Plain values with the names of what stand-ins stand for."""
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, dict):
+        return {shown(key) if isinstance(key, str) else key: _shown(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(part) for part in value]
+    return value
 
 
 def _lines(section: Section, style: Style) -> Iterator[str]:

@@ -3,6 +3,10 @@
 SDOPS_CACHE        folder of the cache; default: the platform's cache folder + `sdops`
 SDOPS_DEBUG        1 shows the traceback behind an error
 SDOPS_NATIVE       0 computes with numpy where compiled code would be used
+RANK, LOCAL_RANK, WORLD_SIZE            set by torchrun for each of several processes that train together
+SDOPS_HUB_RETRIES  how often a request to the Hub that fails is made again; default: 5
+HF_HOME, HF_HUB_CACHE                   where downloads are kept; HF_TOKEN, HF_ENDPOINT and the others are read by
+                                        huggingface_hub itself
 NO_COLOR, FORCE_COLOR, TERM=dumb        as elsewhere
 """
 
@@ -35,6 +39,12 @@ def hub_cache_directory() -> Path:
     return Path(home or Path(xdg) / "huggingface").expanduser() / "hub"
 
 
+def hub_retries() -> int:
+    """How often a request to the Hub is made again while it is busy or the connection breaks."""
+    text = os.environ.get("SDOPS_HUB_RETRIES", "")
+    return int(text) if text.isdigit() else 5
+
+
 def debug() -> bool:
     """Whether errors show their traceback."""
     return os.environ.get("SDOPS_DEBUG", "") not in ("", "0")
@@ -43,6 +53,15 @@ def debug() -> bool:
 def native() -> bool:
     """Whether compiled code may be used."""
     return os.environ.get("SDOPS_NATIVE", "") != "0"
+
+
+def launched() -> tuple[int, int, int] | None:
+    """Number of this process, its number on this machine, and of all, if torchrun started it; else None."""
+    try:
+        rank, local, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    except (KeyError, ValueError):
+        return None
+    return rank, local, size
 
 
 def colour_wish() -> bool | None:

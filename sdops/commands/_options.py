@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from sdops import hub
 from sdops.commands._console import Console
 
 Function = Callable[..., Any]
@@ -48,6 +49,7 @@ def general_options(function: Function) -> Function:
     ) -> Any:
         console.json, console.quiet, console.verbose = json, quiet, verbose
         console.color, console.bars = color, not no_progress
+        hub.show_progress(console.progress)
         return function(console, *args, **kwargs)
 
     wrapped: Function = update_wrapper(command, function)
@@ -55,6 +57,18 @@ def general_options(function: Function) -> Function:
         wrapped = option(wrapped)
     return wrapped
 
+
+def _set_streaming(_ctx: click.Context, _option: click.Parameter, value: bool) -> None:
+    hub.set_streaming(value)
+
+
+stream_option = click.option(
+    "--stream",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_streaming,
+    help="Read hf:// files over the net while working, keep no copy of them",
+)
 
 files_argument = click.argument(
     "files",

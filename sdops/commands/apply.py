@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from sdops.commands._console import Console
-from sdops.commands._options import FILE, general_options
+from sdops.commands._options import FILE, general_options, stream_option
 from sdops.errors import UsageError
 
 _DTYPES = click.Choice(["keep", "fp32", "fp16", "bf16"])
@@ -56,6 +56,7 @@ _DTYPES = click.Choice(["keep", "fp32", "fp16", "bf16"])
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core")
 @click.option("--no-hash", is_flag=True, help="Do not record the inputs' SHA-256")
 @general_options
+@stream_option
 def command(
     console: Console,
     model: str,

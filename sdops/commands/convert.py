@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from sdops.commands._console import Console
-from sdops.commands._options import FILE, general_options, size_option
+from sdops.commands._options import FILE, general_options, size_option, stream_option
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.argument("file", metavar="FILE", type=FILE, help="A model file, a shard, or a folder of diffusers"),
@@ -72,6 +72,7 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @_with_options
 @general_options
+@stream_option
 def command(console: Console, file: str, components: str | None, unknown: str | None, **options: Any) -> int:
     """Convert a model to another container, layout or dtype, a LoRA to another dialect or family.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from sdops.commands._console import Console
-from sdops.commands._options import FILE, general_options
+from sdops.commands._options import FILE, general_options, stream_option
 from sdops.errors import SdopsError
 
 _TROUBLE = 2  # as with `diff`: scripts must tell a file that cannot be read from one that differs
@@ -25,6 +25,7 @@ _TROUBLE = 2  # as with `diff`: scripts must tell a file that cannot be read fro
 @click.option("--html", type=FILE, metavar="FILE", help="Write a report with pictures, complete in one file")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing report")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core")
+@stream_option
 @general_options
 def command(console: Console, a: str, b: str, html: str | None, force: bool, jobs: int | None) -> int:
     """Compare two models, through containers, prefixes and layouts."""

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from sdops.commands._console import Console
-from sdops.commands._options import FILE, general_options, size_option
+from sdops.commands._options import FILE, general_options, size_option, stream_option
 
 _RANK = click.IntRange(1)
 _SHARE = click.FloatRange(0, 1)
@@ -65,6 +65,7 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 )
 @_with_options
+@stream_option
 @general_options
 def command(console: Console, tuned: str, no_hash: bool, **options: Any) -> int:
     """Extract a LoRA: the difference of a fine-tune to its base.

@@ -10,7 +10,7 @@ import click
 
 from sdops.card import Card, Knob, find, names
 from sdops.commands._console import Console
-from sdops.commands._options import FILE, general_options, size_option
+from sdops.commands._options import FILE, general_options, size_option, stream_option
 from sdops.errors import UsageError
 from sdops.verbs._merge_adapters_wish import METHODS
 
@@ -136,6 +136,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),
     size_option("--memory", help="Stay below this, e.g. 300MB"),
     click.option("--no-hash", is_flag=True, help="Do not record the inputs' SHA-256"),
+    stream_option,
 )
 
 

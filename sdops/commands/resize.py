@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from sdops.commands._console import Console
-from sdops.commands._options import FILE, general_options, size_option
+from sdops.commands._options import FILE, general_options, size_option, stream_option
 
 _RANK = click.IntRange(1)
 _SHARE = click.FloatRange(0, 1)
@@ -61,6 +61,7 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @_with_options
 @general_options
 def command(console: Console, lora: str, no_hash: bool, **options: Any) -> int:
+@stream_option
     """Give a LoRA lower ranks, with the least error that they allow.
 
     Works on the factors alone: no dense matrix is built, and without a rule nothing is lost. The report says what each

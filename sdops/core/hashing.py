@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
 
-from sdops import settings
+from sdops import settings, standin
 from sdops.core.source import aligned
 from sdops.errors import ChangedError, SdopsError
 from sdops.report import Progress, silent
@@ -64,7 +64,9 @@ def sha256(path: str | os.PathLike[str], progress: Progress = silent) -> str:
 
 
 def cached_sha256(path: str | os.PathLike[str]) -> str | None:
-    """The remembered SHA-256 of a file, or None. Reads nothing but the cache."""
+    """The remembered SHA-256 of a file, or None. Reads nothing but the cache; the Hub knows those of its files."""
+    if (elsewhere := standin.find(path)) is not None:
+        return elsewhere.sha256
     return (_recall(path) or {}).get("sha256")
 
 
@@ -85,6 +87,7 @@ def digests(path: str | os.PathLike[str], progress: Progress = silent, *, fresh:
         SdopsError: the file cannot be read.
         ChangedError: it changed meanwhile.
     """
+    path = standin.real(Path(path))
     known = None if fresh else _recall(path)
     if known and "legacy" in known:
         return Digests(known["sha256"], known.get("tensors"), known["legacy"])

@@ -19,6 +19,7 @@ from sdops.core.spec import Spec
 from sdops.formats._file import read_head, unreadable
 from sdops.formats._guess import unknown
 from sdops.formats._torch import Tensor
+from sdops.hub import located
 
 # Asked in this order, because a shard is a safetensors file as well.
 _FILES = ("safetensors", "torch_zip", "gguf", "torch_legacy")
@@ -43,13 +44,13 @@ class FileSource(Source, Protocol):
 
 
 def open_source(path: str | os.PathLike[str]) -> FileSource:
-    """Open a model file or folder of any format, told by its content.
+    """Open a model file or folder of any format, told by its content; also one on the Hub, by its reference.
 
     Raises:
         SdopsError: there is nothing of that name; a similar name is suggested.
         FormatError: it is no model, or damaged; the message says what it looks like.
     """
-    path = Path(path)
+    path = located(path)
     try:
         head = b"" if path.is_dir() else read_head(path)
         return _first_match(path, head, ORDER)
@@ -74,7 +75,7 @@ def load_object(path: str | os.PathLike[str]) -> Any:
     Raises:
         SdopsError: as `open_source`.
     """
-    path = Path(path)
+    path = located(path)
     head = read_head(path)
     for name in ("torch_zip", "torch_legacy"):
         module = import_module(f"{__name__}.{name}")
@@ -93,7 +94,7 @@ def open_tree(path: str | os.PathLike[str]) -> tuple[Any, FileSource] | None:
     """
     from sdops.formats._tree import Trees
 
-    path = Path(path)
+    path = located(path)
     head = b"" if path.is_dir() else read_head(path)
     for name in ("torch_zip", "torch_legacy"):
         module = import_module(f"{__name__}.{name}")
@@ -123,7 +124,7 @@ def open_list(path: str | os.PathLike[str], names: Callable[[list[Spec]], list[s
     Raises:
         SdopsError: as `open_source`.
     """
-    path = Path(path)
+    path = located(path)
     head = b"" if path.is_dir() else read_head(path)
     for name in ("torch_zip", "torch_legacy"):
         module = import_module(f"{__name__}.{name}")

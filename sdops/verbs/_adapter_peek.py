@@ -11,6 +11,8 @@ from typing import cast
 from sdops.core.source import Source
 from sdops.errors import MismatchError, SdopsError
 from sdops.formats import FileSource, open_source
+from sdops.formats._file import InputFile
+from sdops.hub import located
 
 # A tensor whose name only adapters have. The text of metadata cannot look so: quotes within it are escaped.
 _TENSOR = re.compile(
@@ -45,17 +47,20 @@ def is_adapter(model: str | os.PathLike[str] | Source) -> bool:
     """Whether it holds a LoRA or one of its relatives; False also for what cannot be read."""
     if not isinstance(model, str | os.PathLike):
         return False
-    path = Path(model)
+    path = located(model)
     if path.is_dir():
         return (path / "adapter_config.json").is_file()
     try:
-        with path.open("rb") as file:
-            head = file.read(9)
-            length = int.from_bytes(head[:8], "little")
-            if head[8:9] == b"{" and length < _HEADER:
-                return _TENSOR.search(b"{" + file.read(length - 1)) is not None
-    except OSError:
+        file = InputFile(path)
+    except SdopsError:
         return False
+    try:
+        head = bytes(file.read(0, min(9, file.size)))
+        length = int.from_bytes(head[:8], "little")
+        if head[8:9] == b"{" and length <= min(_HEADER, file.size - 8):
+            return _TENSOR.search(file.read(8, length)) is not None
+    finally:
+        file.close()
     return path.suffix in (".pt", ".bin") and _opens_as_adapter(path)
 
 
@@ -78,6 +83,7 @@ def open_adapter_file(path: Path) -> FileSource:
     """
     from sdops.verbs._adapters import open_adapter
 
+    path = located(path)
     if path.is_file() and path.suffix not in (".pt", ".bin"):
         return open_source(path)
     return cast("FileSource", open_adapter(path, allow_unknown=True).source)

@@ -22,6 +22,7 @@ from sdops.dialects.cloneofsimo import list_names
 from sdops.dialects.peft import CONFIG
 from sdops.errors import FormatError, SdopsError
 from sdops.formats import open_file, open_list, open_source, read_json
+from sdops.hub import located
 from sdops.text import count
 from sdops.verbs._adapter_names import names_of, read_as_any
 from sdops.verbs._adapter_source import AdapterSource, SourceValues, lazy, values_of
@@ -47,7 +48,7 @@ def open_adapter(path: str | os.PathLike[str], *, allow_unknown: bool = False) -
         FormatError: it is no adapter, is damaged, holds tensors that are not understood, or its numbers make no sense.
         SdopsError: there is no such file.
     """
-    path = Path(path)
+    path = located(path)
     source, config = _open(path)
     try:
         return _read(path, source, config, allow_unknown=allow_unknown)
@@ -61,6 +62,41 @@ def _open(path: Path) -> tuple[Source, Mapping[str, Any] | None]:
     folder = path if path.is_dir() else path.parent
     config = folder / CONFIG
     if path.is_dir() and config.is_file():
+def open_alike(files: Sequence[str | os.PathLike[str]], *, allow_unknown: bool = False) -> list[Adapter]:
+    """Open adapters for one model; those that could be for several are read as the others are.
+
+    Raises:
+        MismatchError: they are for different models.
+        FormatError, SdopsError: as `open_adapter`.
+    """
+    adapters: list[Adapter] = []
+    try:
+        adapters += (open_adapter(file, allow_unknown=allow_unknown) for file in files)
+        sure = next((adapter.architecture for adapter in adapters if not adapter.rivals), adapters[0].architecture)
+        for index, adapter in enumerate(adapters):
+            if sure in adapter.rivals:
+                adapters[index] = open_adapter(files[index], allow_unknown=allow_unknown, architecture=sure)
+                adapter.source.close()
+        _check_alike(adapters)
+    except BaseException:
+        for adapter in adapters:
+            adapter.source.close()
+        raise
+    return adapters
+
+
+def _check_alike(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters for different models; layers of different shapes are found when they are read."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        if (other.architecture, other.variant) != (first.architecture, first.variant):
+            names = [f"{title_of(a.architecture)} {a.variant}".strip() for a in (first, other)]
+            raise MismatchError(
+                f"`{first.source.name}` is for {names[0]}, `{other.source.name}` for {names[1]}",
+                hint=f"`sdops inspect {first.source.name} {other.source.name}` shows both",
+            )
+
+
         weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
         if weights is None:
             raise SdopsError(
@@ -73,7 +109,9 @@ def _open(path: Path) -> tuple[Source, Mapping[str, Any] | None]:
     return open_list(path, list_names) or open_source(path), beside
 
 
-def _read(path: Path, source: Source, config: Mapping[str, Any] | None, *, allow_unknown: bool) -> Adapter:
+def _read(
+    path: Path, source: Source, config: Mapping[str, Any] | None, wanted: str | None, *, allow_unknown: bool
+) -> Adapter:
     file = Contents(source.specs, source.metadata, config)
     if "lora_controlnet" in source.specs:
         raise FormatError(
@@ -84,7 +122,8 @@ def _read(path: Path, source: Source, config: Mapping[str, Any] | None, *, allow
     name = best(source.specs)
     if name is None:
         raise FormatError(f"`{path}` is no adapter file", hint=f"see what it is: `sdops inspect {path}`", path=path)
-    architecture, reading = read_as_any(file, dialect(name))
+    meant = read_as_any(file, dialect(name), wanted)
+    architecture, reading = meant.architecture, meant.reading
     if reading.unknown and not allow_unknown:
         raise _not_understood(path, reading.unknown)
     if not reading.patches and not reading.extras:

@@ -14,6 +14,7 @@ from sdops.core.hashing import cached_sha256
 from sdops.core.source import Source
 from sdops.core.spec import FP8, Spec
 from sdops.errors import FormatError, MismatchError, UsageError
+from sdops.formats._file import InputFile
 from sdops.formats import open_source
 from sdops.text import count
 from sdops.verbs._apply_loras import Lora
@@ -117,9 +118,12 @@ def foreign_base(lora: Lora, model: Opened) -> list[str]:
 
 def _legacy_hash(path: Path) -> str:
     """First 8 digits of the SHA-256 of 64 KiB, as trainers record it."""
-    with path.open("rb") as file:
-        file.seek(_LEGACY[0])
-        return hashlib.sha256(file.read(_LEGACY[1])).hexdigest()[:8]
+    file = InputFile(path)
+    try:
+        start = min(_LEGACY[0], file.size)
+        return hashlib.sha256(file.read(start, min(_LEGACY[1], file.size - start))).hexdigest()[:8]
+    finally:
+        file.close()
 
 
 def output_of(

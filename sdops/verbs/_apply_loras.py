@@ -21,6 +21,7 @@ from sdops.archs.detect import component_of, detect
 from sdops.core.dial import Dial, DialValue, Place, parse_dial
 from sdops.core.patch import Adapter
 from sdops.errors import UsageError
+from sdops.hub import is_reference
 from sdops.verbs._adapters import open_adapter
 from sdops.verbs._inputs import Opened
 
@@ -117,7 +118,8 @@ def _open(wish: Wish, model: Opened, *, allow_unknown: bool) -> Lora:
 
 def split_file(text: str) -> tuple[str, str]:
     """The file, and what stands after its colon. A name that holds colons is told by the file that is there."""
-    colons = [found.start() for found in re.finditer(":", text)]
+    scheme = text.index(":") if is_reference(text) else -1
+    colons = [found.start() for found in re.finditer(":", text) if found.start() > scheme]
     for end in (len(text), *reversed(colons)):
         if end and Path(text[:end]).exists():
             return text[:end], text[end + 1 :]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdops import __version__
+from sdops import __version__, standin
 from sdops.archs.detect import Detection, detect
 from sdops.core.run import default_jobs, run
 from sdops.core.sink import Sink
@@ -87,6 +87,7 @@ class Conversion:
             FormatError: with `strict`, a value is too large for its new dtype.
         """
         begin = time.monotonic()
+        standin.prepare(file for each in (self.origin, *self.donors.values()) for file in each.files)
         with self.sink:
             with progress("converting", self.sink.nbytes) as advance:
                 run(self.lazy, self.sink, jobs=jobs or default_jobs(), progress=advance)

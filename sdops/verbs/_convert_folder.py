@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdops import standin
 from sdops.archs.detect import OTHER, Detection
 from sdops.archs.junk import junk_kind
 from sdops.core.assembled import Constants, rows
@@ -271,7 +272,7 @@ def small_files(reference: Path, components: Collection[str]) -> dict[str, bytes
         absent = (folder / "config.json").is_file() and part not in components
         wanted = path.suffix in _SMALL_FILES and not name.endswith((".index.json", "model_index.json"))
         if wanted and not absent and path.is_file() and path.stat().st_size <= _SMALL:
-            found[name] = path.read_bytes()
+            found[name] = standin.real(path).read_bytes()
     return found
 
 

@@ -11,6 +11,7 @@ from sdops.core.sink import check_inputs
 from sdops.embeddings import layout
 from sdops.embeddings._types import OUT, Embedding
 from sdops.errors import MismatchError, UsageError
+from sdops.hub import is_reference
 from sdops.report import Report, Section
 from sdops.text import count, suggest
 from sdops.verbs._embed_open import FilePath, choose, open_embeddings
@@ -61,7 +62,8 @@ def convert(
     if lora is not None:
         report = _bundled(embeddings, to, Path(lora), output, wish, force=force, dry_run=dry_run)
     else:
-        report = write(embeddings, to, output, Path(file).parent, found.paths, wish, force=force, dry_run=dry_run)
+        folder = Path() if is_reference(file) else Path(file).parent
+        report = write(embeddings, to, output, folder, found.paths, wish, force=force, dry_run=dry_run)
     report.verb = "embed convert"
     report.data |= {"input": str(file), "from": found.layout, "notes": found.notes}
     return report

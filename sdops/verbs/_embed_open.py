@@ -18,6 +18,7 @@ from sdops.embeddings._types import AMBIGUOUS, CLIP_IMAGE, KINDS, Contents, Embe
 from sdops.errors import FormatError, MismatchError, UsageError
 from sdops.formats import open_source, open_tree
 from sdops.formats._file import InputFile, read_head
+from sdops.hub import located
 from sdops.text import suggest
 
 FilePath = str | PathLike[str]
@@ -66,7 +67,7 @@ def open_embeddings(path: FilePath, kind: str | None = None) -> EmbeddingFile:
         close = suggest(kind, KINDS)
         hint = f"did you mean `{close}`?" if close else f"one of {', '.join(KINDS)}"
         raise UsageError(f"there is no kind `{kind}`", hint=hint)
-    path = Path(path)
+    path = located(path)
     if path.is_dir():
         path = _in_folder(path)
     found = _open(path)

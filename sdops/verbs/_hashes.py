@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from sdops import standin
 from sdops.core import hashing
 from sdops.core.source import aligned
 from sdops.formats._file import InputFile
+from sdops.hub.reference import cached_reference
 from sdops.report import Progress
 from sdops.verbs._inputs import Opened, Unwritten
 
@@ -28,7 +31,20 @@ def part_record(role: str, part: Opened) -> dict[str, Any]:
         record["layouts"] = {name: list(pair) for name, pair in part.layouts.items()}
     if isinstance(part.origin, Unwritten):
         return {**record, "recipe": part.origin.made}
+    if reference := reference_of(part.files):
+        record["hub"] = reference
     return {**record, "sha256": UNKNOWN} if part.files else record
+
+
+def reference_of(files: Sequence[Path]) -> str:
+    """Where on the Hub, and at which commit, a model was read from; empty for others. Of several files, their folder's.
+
+    Files in huggingface_hub's cache are told by their place in it, however they came there.
+    """
+    found = [file.reference if (file := standin.find(path)) else cached_reference(path) for path in files]
+    if len(found) <= 1 or "" in found:
+        return found[0] if len(found) == 1 else ""
+    return "hf://" + os.path.commonpath([reference.removeprefix("hf://") for reference in found])
 
 
 class Hashes:
@@ -49,6 +65,7 @@ class Hashes:
 
     def __enter__(self) -> Self:
         files = {file for part in self._parts for file in part.files}
+        standin.prepare(sorted(files))
         if self._enabled:
             self._found = {file: known for file in files if (known := hashing.cached_sha256(file))}
             self._missing = [InputFile(file) for file in sorted(files - self._found.keys())]

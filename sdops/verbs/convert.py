@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sdops.dialects import ORDER
 from sdops.errors import UsageError
+from sdops.hub import located
 from sdops.report import Progress, Report, silent
 from sdops.verbs._adapter_peek import is_adapter
 from sdops.verbs._convert_wish import Wish, check, parse_dtypes
@@ -132,7 +133,7 @@ def convert(
         unknown,
         prefix,
         shard or 0,
-        None if reference is None else Path(reference),
+        None if reference is None else located(reference),
         strict,
         seed,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdops import standin
 from sdops.report import HEAT, Progress, Report, Section, silent
 from sdops.text import count, shorten
 from sdops.verbs._each import FilePath
@@ -90,6 +91,7 @@ def diff(
     try:
         new = open_model(Path(b))
         try:
+            standin.prepare([*old.origin.files, *new.origin.files])
             found = _compare(old, new, jobs, progress)
             old.origin.check_unchanged()
             new.origin.check_unchanged()

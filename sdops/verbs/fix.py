@@ -18,6 +18,7 @@ from sdops.errors import FormatError, UsageError
 from sdops.formats import FileSource, open_source
 from sdops.formats._file import read_head
 from sdops.formats.safetensors import SafetensorsFile, sniff
+from sdops.hub import is_reference, located
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import suggest
 from sdops.verbs._each import FilePath
@@ -59,9 +60,11 @@ def fix(
         OutputError: the output cannot be written.
     """
     chosen = _chosen(tuple(only))
-    path = Path(file)
+    path = located(file)
     if in_place and output is not None:
         raise UsageError("either `--in-place` or `--output`", hint="leave one of them out")
+    if in_place and is_reference(file):
+        raise UsageError(f"`{path}` is on the Hub and cannot be repaired in place", hint="leave `--in-place` out")
     recovered = recover(path) if path.is_file() else False
     source = _open(path)
     try:
@@ -74,7 +77,8 @@ def fix(
         left = {name: told for name in TABLE if name not in chosen and (told := TABLE[name].apply(draft.copy()))}
         if told := _true_hashes(source, draft, HASHES in chosen, progress):
             done[HASHES] = told
-        target = path if in_place else Path(output) if output is not None else path.with_name(_fixed_name(path))
+        folder = Path() if is_reference(file) else path.parent
+        target = path if in_place else Path(output) if output is not None else folder / _fixed_name(path)
         if done:
             _write(source, draft, done, target, in_place, force, dry_run, progress)
         report = _report(path, target, done, left, dry_run)

@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from sdops import settings
+from sdops import settings, standin
 from sdops.core import files
 from sdops.errors import FormatError, OutputError, SdopsError, UsageError
 from sdops.formats import FileSource, open_source
 from sdops.formats.safetensors import SafetensorsFile
+from sdops.hub import located
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, shorten, size, suggest
 from sdops.verbs import _modelspec, _private
@@ -66,7 +67,7 @@ def meta(
     """
     from sdops.core.sink_header import recover
 
-    path = Path(file)
+    path = located(file)
     recovered = recover(path) if path.is_file() else False
     source = open_source(path)
     try:
@@ -260,6 +261,8 @@ def _copy(
 def _check_place(path: Path) -> None:
     """Files in the Hub's cache are named by their hash and shared by programs: they must stay as they are."""
     cache = os.path.realpath(settings.hub_cache_directory())
+    if standin.find(path):
+        raise OutputError(f"`{path}` is on the Hugging Face Hub", hint="`-o FILE` writes a copy")
     if Path(os.path.realpath(path)).is_relative_to(cache):
         raise OutputError(f"`{path}` is in the cache of the Hugging Face Hub", hint="`-o FILE` writes a copy")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdops import standin
 from sdops.core.hashing import digests
 from sdops.core.source import Source
 from sdops.formats import FileSource, open_source
@@ -41,6 +42,7 @@ def _one(path: Path, progress: Progress) -> Report:
 
     source = open_source(path)
     try:
+        standin.prepare(source.files)
         tallies = scan(source, progress)
         ids = position_ids(source)
         stored = _stored(source, progress)

@@ -1,0 +1,196 @@
+"""Bring a file of the Hub into huggingface_hub's cache: resumed where it broke off, also by a later run, and checked.
+
+The cache is that of every program that uses huggingface_hub: `blobs/` holds contents by hash, `snapshots/COMMIT/` links
+to them by name, `refs/` says which commit a branch was. Where the Hub offers Xet, huggingface_hub's own download
+transfers the content; elsewhere we do, because its plain HTTP download drops a partial file when a connection is reset.
+Neither compares hashes: we do, and a content that is wrong never gets a name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sdops import hub
+from sdops.core.sink import sync_folder
+from sdops.errors import HubError, OutputError
+from sdops.hub.listing import Entry, Listing, cache_folder, cached
+from sdops.hub.reference import MAIN
+from sdops.hub.session import is_offline, library, patiently, utilities
+from sdops.text import size
+
+_CHUNK = 1 << 20
+
+Advance = Callable[[int], None]
+
+
+def download(found: Listing, path: str) -> Path:
+    """The file in the cache, brought there if need be.
+
+    Raises:
+        HubError: the Hub does not give it, or twice gives something else than it announces.
+        OutputError: there is no space for it.
+    """
+    if here := cached(found, path):
+        return here
+    what, entry = found.pinned(path), found.files[path]
+    blob = cache_folder(found.repo) / "blobs" / entry.blob
+    if not blob.exists() and not is_offline():
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(blob.parent, entry, path)
+        if not _by_xet(found, path, entry):
+            _by_http(found, path, entry, blob)
+    linked = patiently(
+        what, lambda: library().hf_hub_download(found.repo, path, revision=found.commit, library_name="sdops")
+    )
+    _remember_revision(found)
+    return Path(str(linked))
+
+
+def _by_xet(found: Listing, path: str, entry: Entry) -> bool:
+    """Let huggingface_hub download a file from Xet. Returns whether it is here now, as announced."""
+    if library().constants.HF_HUB_DISABLE_XET or find_spec("hf_xet") is None or entry.sha256 is None:
+        return False
+    url = library().hf_hub_url(found.repo, path, revision=found.commit)
+    about: Any = patiently(found.pinned(path), lambda: library().get_hf_file_metadata(url))
+    if about.xet_file_data is None:
+        return False
+    try:
+        with hub.progress()(f"downloading {Path(path).name}", entry.size) as advance:
+            linked = Path(
+                library().hf_hub_download(found.repo, path, revision=found.commit, tqdm_class=_meter(advance))
+            )
+    except Exception:  # noqa: BLE001 -- whatever it is: plain HTTP is left, and says what is wrong
+        return False
+    if _digest(linked, entry) == entry.blob:
+        return True
+    linked.resolve().unlink(missing_ok=True)
+    linked.unlink(missing_ok=True)
+    return False
+
+
+def _meter(advance: Advance) -> type:
+    """What huggingface_hub takes for a progress bar."""
+    bar = utilities().tqdm
+
+    def begin(self: Any, *_: Any, **__: Any) -> None:
+        bar.__init__(self, disable=True)
+
+    def update(_: Any, nbytes: float = 1) -> None:
+        advance(int(nbytes or 0))
+
+    return type("Meter", (bar,), {"__init__": begin, "update": update})
+
+
+def _by_http(found: Listing, path: str, entry: Entry, blob: Path) -> None:
+    """Download by ranges behind what an earlier attempt or run left, then compare the hash."""
+    partial = blob.with_name(f"{blob.name}.sdops.incomplete")
+    for attempt in range(2):
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # another run may be at it
+            if blob.exists():
+                return
+            with hub.progress()(f"downloading {Path(path).name}", entry.size) as advance:
+                _complete(found, path, entry, fd, advance)
+            if _digest(partial, entry) == entry.blob:
+                os.fsync(fd)
+                os.replace(partial, blob)
+                sync_folder(blob.parent)
+                return
+            partial.unlink()
+        finally:
+            os.close(fd)
+        if attempt:
+            break
+    raise HubError(
+        f"`{found.pinned(path)}` arrived damaged, twice: its hash is not the one that the Hub announces",
+        hint="a proxy or mirror in between may alter it: check HF_ENDPOINT and the proxy, then run the command again",
+        reason="damaged",
+    )
+
+
+def _complete(found: Listing, path: str, entry: Entry, fd: int, advance: Advance) -> None:
+    """Append until the file has its size. As long as there is progress, every break is forgiven."""
+    have = min(os.fstat(fd).st_size, entry.size)
+    os.ftruncate(fd, have)
+    advance(have)
+    while have < entry.size:
+        have += patiently(found.pinned(path), lambda: _append(found, path, entry, fd, advance))
+
+
+def _append(found: Listing, path: str, entry: Entry, fd: int, advance: Advance) -> int:
+    """One request for all that is missing; returns how many bytes it brought before it ended or broke off.
+
+    Raises:
+        Exception: as the client does, if it brought none.
+    """
+    have, brought = os.fstat(fd).st_size, 0
+    url = library().hf_hub_url(found.repo, path, revision=found.commit)
+    headers = {**utilities().build_hf_headers(library_name="sdops"), "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    timeout = library().constants.HF_HUB_DOWNLOAD_TIMEOUT
+    try:
+        with (
+            utilities()
+            .get_session()
+            .stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as answer
+        ):
+            utilities().hf_raise_for_status(answer)
+            if have and answer.status_code != 206:  # a server without ranges begins again
+                advance(-have)
+                os.ftruncate(fd, 0)
+                have, brought = 0, -have
+            for chunk in answer.iter_raw(_CHUNK):
+                chunk = chunk[: entry.size - have]
+                os.pwrite(fd, chunk, have)
+                have += len(chunk)
+                brought += len(chunk)
+                advance(len(chunk))
+        if brought <= 0:
+            raise ConnectionError
+    except Exception:
+        if brought <= 0:
+            raise
+    return brought
+
+
+def _digest(file: Path, entry: Entry) -> str:
+    """The hash by which the Hub knows a content: SHA-256 in LFS, else git's SHA-1 of it with its size in front."""
+    if entry.sha256:
+        digest = hashlib.sha256()
+    else:
+        digest = hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False)
+    with file.open("rb") as content:
+        while chunk := content.read(4 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_space(folder: Path, entry: Entry, path: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if entry.size > free:
+        raise OutputError(
+            f"`{Path(path).name}` needs {size(entry.size)}, the cache `{folder.parent.parent}` has {size(free)} free",
+            hint="HF_HOME names another place for it; `--stream` reads without keeping the file",
+            needed=entry.size,
+            free=free,
+        )
+
+
+def _remember_revision(found: Listing) -> None:
+    """Note which commit a branch or tag was, for runs without network."""
+    revision = found.revision or MAIN
+    if revision == found.commit:
+        return
+    ref = cache_folder(found.repo) / "refs" / revision
+    if not ref.is_file() or ref.read_text(encoding="ascii") != found.commit:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(found.commit, encoding="ascii")
