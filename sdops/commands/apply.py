@@ -53,10 +53,11 @@ _DTYPES = click.Choice(["keep", "fp32", "fp16", "bf16"])
 @click.option("--sequential", is_flag=True, help="DoRA, OFT and the like see the LoRAs before them, as in ComfyUI")
 @click.option("--allow-unmatched", is_flag=True, help="Leave out layers that the model does not have")
 @click.option("--allow-unknown", is_flag=True, help="Leave out tensors of a LoRA that are not understood")
+@click.option("--architecture", metavar="NAME", help="What the LoRAs were made for, where they do not tell: flux1 ...")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core")
 @click.option("--no-hash", is_flag=True, help="Do not record the inputs' SHA-256")
-@general_options
 @stream_option
+@general_options
 def command(
     console: Console,
     model: str,

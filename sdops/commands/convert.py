@@ -37,7 +37,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--vae", type=FILE, help="Take the VAE from this file"),
     click.option("--text-encoder", type=FILE, help="Take the text encoders from this file"),
     click.option("--keep-unknown", "unknown", flag_value="keep", help="Keep tensors that no layout has a place for"),
-    click.option("--drop-unknown", "unknown", flag_value="drop", help="Leave them out"),
+    click.option("--drop-unknown", "--allow-unknown", "unknown", flag_value="drop", help="Leave them out"),
     click.option("--prefix/--no-prefix", default=None, help="Of a component that is alone in a single file"),
     size_option("--shard", help="Cut into files of at most this size, e.g. 5GB"),
     click.option("--reference", type=FILE, help="Take configurations and tokenizers from this diffusers folder"),
@@ -45,6 +45,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--rank", type=click.IntRange(1), help="LoRAs: highest rank of what --family lora makes"),
     click.option("--energy", type=click.FloatRange(0, 1), help="LoRAs: or the share of the energy to keep"),
     click.option("--base", type=FILE, help="LoRAs: the checkpoint it is for, where the change depends on it"),
+    click.option("--architecture", metavar="NAME", help="LoRAs: what it was made for, where the file does not tell"),
     click.option("--strip-training-metadata", is_flag=True, help="LoRAs: leave out tags, folders and settings"),
     click.option("--strict", is_flag=True, help="Refuse values that are too large for the dtype instead of clamping"),
     click.option("--seed", type=int, help="Round at random with this seed instead of to nearest"),
@@ -71,8 +72,8 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 )
 @_with_options
-@general_options
 @stream_option
+@general_options
 def command(console: Console, file: str, components: str | None, unknown: str | None, **options: Any) -> int:
     """Convert a model to another container, layout or dtype, a LoRA to another dialect or family.
 

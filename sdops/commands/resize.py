@@ -39,6 +39,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--strip-training-metadata", is_flag=True, help="Leave out tags, folders and settings of the training"
     ),
+    click.option("--allow-unknown", is_flag=True, help="Leave out tensors that are not understood"),
+    click.option("--architecture", metavar="NAME", help="What it was made for, where it does not tell: flux1 ..."),
     click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),
     click.option("--no-hash", is_flag=True, help="Do not record the input's SHA-256"),
 )
@@ -59,9 +61,9 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 )
 @_with_options
+@stream_option
 @general_options
 def command(console: Console, lora: str, no_hash: bool, **options: Any) -> int:
-@stream_option
     """Give a LoRA lower ranks, with the least error that they allow.
 
     Works on the factors alone: no dense matrix is built, and without a rule nothing is lost. The report says what each

@@ -71,6 +71,7 @@ class Adapter:
         extras: Tensors that are understood and no patches, e.g. bundled embeddings -> what they are.
         unknown: Tensors that are not understood.
         notes: What the user should know, one sentence each, without a full stop.
+        rivals: Other families that it may be for as well: neither names, shapes nor the header tell.
     """
 
     source: Source
@@ -81,3 +82,4 @@ class Adapter:
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     variant: str = ""
+    rivals: tuple[str, ...] = ()

@@ -5,8 +5,8 @@ Each module offers
     score(keys: Collection[str]) -> float       which share of a file's names is spelled this way, 0 to 1
     stems(names: Names) -> Mapping[str, Target] every name of a layer in this dialect -> the layer
     read(file: Contents, names: Names) -> Reading
-        The file's patches, extras and unknown names. Raises FormatError for half pairs, layers that come twice, and
-        adapters that are only valid on a base that is not there.
+        The file's patches, extras and unknown names; half pairs and layers that come twice are its `problem`. Raises
+        FormatError for adapters that are only valid on a base that is not there, and several in one file.
     write(adapter: Adapter, names: Names, values: Values) -> Written
         What the tensors of a file in this dialect are made of. Raises MismatchError for what it cannot hold.
 

@@ -53,12 +53,15 @@ class Reading:
         extras: Key -> what it is.
         unknown: Keys that are not understood.
         notes: Sentences for the user.
+        problem: The first layer that is incomplete or there twice; for whoever settles that the names mean what they
+            are taken to mean here.
     """
 
     patches: list[Patch] = field(default_factory=list)
     extras: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    problem: FormatError | None = None
 
 
 def read_stems(
@@ -77,7 +80,7 @@ def read_stems(
         extra: Key -> what it is, for keys that are no patches.
 
     Raises:
-        FormatError: a pair is incomplete, a target is patched twice, or a file holds several PEFT adapters.
+        FormatError: a file holds several PEFT adapters, or two tensors for one part of a layer.
     """
     reading = Reading()
     groups: dict[str, dict[str, Split]] = {}  # stem -> key -> its parts
@@ -94,14 +97,8 @@ def read_stems(
     owners: dict[tuple[Target, str], str] = {}
     for stem, keys in groups.items():
         for family, names in _families(keys, specs, reading).items():
-            _check_complete(stem, family, names)
             before = owners.setdefault((stems[stem], family), stem)
-            if before != stem:
-                raise FormatError(
-                    f"`{before}` and `{stem}` are the same layer",
-                    hint="two files seem to be mixed in this one; get it again from its author",
-                    stems=[before, stem],
-                )
+            reading.problem = reading.problem or _incomplete(stem, family, names) or _twice(before, stem)
             reading.patches.append(Patch(stems[stem], family, names, settings(stem)))
     _note_repairs(groups.values(), reading)
     return reading
@@ -141,17 +138,30 @@ def _may_have(family: str, part: str) -> bool:
     return family in ("lora", "loha", "lokr")
 
 
-def _check_complete(stem: str, family: str, parts: Mapping[str, str]) -> None:
+def _incomplete(stem: str, family: str, parts: Mapping[str, str]) -> FormatError | None:
+    """The error for a layer of which a part is missing."""
     for ways in _NEEDED.get(family, ()):
         if not any(way <= parts.keys() for way in ways):
             missing = " or ".join(" and ".join(f"`{part}`" for part in sorted(way)) for way in ways)
             there = ", ".join(f"`{key}`" for key in parts.values())
-            raise FormatError(
+            return FormatError(
                 f"`{stem}` is incomplete: {there} is there, its {missing} is not",
                 hint="the file was not saved completely; get it again",
                 stem=stem,
                 family=family,
             )
+    return None
+
+
+def _twice(before: str, stem: str) -> FormatError | None:
+    """The error for two names of one layer."""
+    if before == stem:
+        return None
+    return FormatError(
+        f"`{before}` and `{stem}` are the same layer",
+        hint="two files seem to be mixed in this one; get it again from its author",
+        stems=[before, stem],
+    )
 
 
 def _check_one_adapter(groups: Iterable[Mapping[str, Split]]) -> None:

@@ -13,6 +13,7 @@ from sdops.core.patch import Adapter, Target
 from sdops.core.source import read
 from sdops.core.stream import TORCH_DTYPES
 from sdops.errors import MismatchError
+from sdops.verbs._adapter_family import check_family
 from sdops.verbs._extract_pairs import canonical
 from sdops.verbs._inputs import open_model
 
@@ -33,12 +34,7 @@ class Base:
 
     def __init__(self, path: str | os.PathLike[str], adapter: Adapter) -> None:
         self.model = open_model(path)
-        family, title = self.model.detection.family, self.model.detection.title
-        if family != adapter.architecture:
-            raise MismatchError(
-                f"`{adapter.source.name}` is for {adapter.architecture}, `{self.model.name}` is {title}",
-                hint=f"name the {adapter.architecture} checkpoint that it was made for with `--base`",
-            )
+        check_family(adapter, self.model.detection, self.model.name)
         made: dict[str, Made] = {}
         for part in self.model.detection.components:
             if part.kind in _KINDS:

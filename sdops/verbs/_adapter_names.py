@@ -1,4 +1,4 @@
-"""The layers of the architectures that adapters are made for, under all their names; and which of them a file means.
+"""The layers of the architectures that adapters are made for, under all their names.
 
 Names come from `archs/` (the canonical layout) and `layouts/` (what they are called elsewhere).
 """
@@ -6,16 +6,15 @@ Names come from `archs/` (the canonical layout) and `layouts/` (what they are ca
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from sdops import adapters, layouts
+from sdops import layouts
 from sdops.archs.tables import Table, tables
-from sdops.core.patch import Patch, Target
-from sdops.core.spec import Spec
-from sdops.dialects import CANONICAL, Contents, Dialect, Names, Reading
-from sdops.errors import FormatError, SdopsError
+from sdops.core.patch import Target
+from sdops.dialects import CANONICAL, Names
+from sdops.errors import SdopsError
 from sdops.layouts.tables import made_of
 
 _PARAMETER = re.compile(r"\.(?:weight|bias|scale)$")
@@ -75,18 +74,6 @@ ARCHITECTURES = (
     Architecture("z_image", r"layers[._]\d+[._]|refiner", widths=((r".*\.attention\.qkv", (11520,), (3840,)),)),
     Architecture("lumina2", r"layers[._]\d+[._]|refiner", widths=((r".*\.attn\.to_q", (2304,), (2304,)),)),
 )
-_TEXT_NAMES = r"text_model|text_encoder|lora_te|encoder[._]block"
-_TEXT_WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280, "t5xxl": 4096, "umt5xxl": 4096}
-# What headers call the families; believed only where names and shapes leave a choice.
-_SAID = {
-    "sd1": ("sd_v1", "sd_1.5", "stable-diffusion-v1"),
-    "sd2": ("sd_v2", "stable-diffusion-v2"),
-    "sdxl": ("sdxl", "stable-diffusion-xl"),
-    "flux1": ("flux1", "flux-1"),
-    "sd3": ("sd3", "stable-diffusion-3"),
-    "chroma": ("chroma",),
-    "qwen_image": ("qwen",),
-}
 
 
 @cache
@@ -143,78 +130,3 @@ def _module(key: str) -> str:
     """The module that a tensor belongs to; empty for parameters that belong to none."""
     found = _PARAMETER.search(key)
     return key[: found.start()] if found else ""
-
-
-# --------------------------------------------------------------------------------------- which architecture is meant
-
-
-def read_as_any(file: Contents, dialect: Dialect) -> tuple[Architecture, Reading]:
-    """Read a file as an adapter of the architecture that explains it best.
-
-    Raises:
-        FormatError: it explains nothing as any, or is damaged.
-    """
-    best: tuple[tuple[float, ...], Architecture, Reading] | None = None
-    error: FormatError | None = None
-    for architecture in _candidates(file):
-        try:
-            reading = dialect.read(file, names_of(architecture.family, architecture.variant))
-        except FormatError as failed:
-            error = error or failed
-            continue
-        closeness = _closeness(file, architecture, reading)
-        if best is None or closeness > best[0]:
-            best = closeness, architecture, reading
-    if best is None or (error is not None and not best[2].patches):
-        raise error or FormatError("no architecture fits", hint="see the names with `sdops inspect FILE`")
-    return best[1], best[2]
-
-
-def _candidates(file: Contents) -> Sequence[Architecture]:
-    """Those that the names do not rule out at once; all, if there is nothing for a denoiser."""
-    names = "\n".join(key for key in file.specs if not re.search(_TEXT_NAMES, key))
-    return [a for a in ARCHITECTURES if re.search(a.signs, names)] or ARCHITECTURES
-
-
-def _closeness(file: Contents, architecture: Architecture, reading: Reading) -> tuple[float, ...]:
-    """Keys understood; patches whose sizes contradict; what the header says; whose pipeline is spelled.
-
-    Names and sizes of attention-only files for Flux in diffusers' names fit Qwen-Image as well, if they hold none of
-    Flux's single blocks, nor blocks above Flux's 19. Those of Flux then begin with `transformer.`, those of Qwen-Image
-    are bare, as far as programs write them.
-    """
-    understood = len(file.specs) - len(reading.unknown)
-    wrong = sum(_contradicts(patch, file.specs, architecture) for patch in reading.patches)
-    said = " ".join(file.metadata.get(name, "") for name in ("ss_base_model_version", "modelspec.architecture"))
-    hinted = any(word in said.lower() for word in _SAID.get(architecture.family, ()))
-    spelled = architecture.family == "flux1" and any(key.startswith("transformer.") for key in file.specs)
-    return understood, -wrong, hinted, spelled
-
-
-def _contradicts(patch: Patch, specs: Mapping[str, Spec], architecture: Architecture) -> bool:
-    """Whether the shapes tell that the layer is another model's."""
-    wanted = _wanted(patch.target, architecture)
-    if wanted is None:
-        return False
-    try:
-        facts = adapters.family(patch.family).check({p: specs[key].shape for p, key in patch.parts.items()}, None)
-    except SdopsError:
-        return False  # damaged, whatever it is for; the caller looks at that
-    start, stop, total = patch.target.share or (0, 1, 1)
-    rows = None if facts.rows is None else facts.rows * total // (stop - start)
-    return _is_foreign(rows, wanted[0]) or _is_foreign(facts.columns, wanted[1])
-
-
-def _wanted(target: Target, architecture: Architecture) -> tuple[Iterable[int], Iterable[int]] | None:
-    if target.component in _TEXT_WIDTHS:
-        is_attention = target.module.endswith((".q_proj", ".k_proj", ".v_proj", ".q", ".k", ".v"))
-        return ((), (_TEXT_WIDTHS[target.component],)) if is_attention else None
-    for pattern, rows, columns in architecture.widths:
-        if re.fullmatch(pattern, target.module):
-            return rows, columns
-    return None
-
-
-def _is_foreign(size: int | None, wanted: Iterable[int]) -> bool:
-    choices = tuple(wanted)
-    return size is not None and bool(choices) and size not in choices

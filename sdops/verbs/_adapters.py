@@ -8,7 +8,7 @@ spelled(adapter, dialect) -> Source      the same adapter in another dialect, ma
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -20,11 +20,12 @@ from sdops.core.source import Source
 from sdops.dialects import ORDER, Contents, best, dialect
 from sdops.dialects.cloneofsimo import list_names
 from sdops.dialects.peft import CONFIG
-from sdops.errors import FormatError, SdopsError
+from sdops.errors import FormatError, MismatchError, SdopsError
 from sdops.formats import open_file, open_list, open_source, read_json
 from sdops.hub import located
 from sdops.text import count
-from sdops.verbs._adapter_names import names_of, read_as_any
+from sdops.verbs._adapter_family import read_as_any, title_of
+from sdops.verbs._adapter_names import names_of
 from sdops.verbs._adapter_source import AdapterSource, SourceValues, lazy, values_of
 from sdops.verbs._split_qkv import weakened
 
@@ -37,31 +38,30 @@ _SHOWN = 5
 _SCALED = ("lora", "loha", "lokr", "glora")
 
 
-def open_adapter(path: str | os.PathLike[str], *, allow_unknown: bool = False) -> Adapter:
+def open_adapter(
+    path: str | os.PathLike[str], *, allow_unknown: bool = False, architecture: str | None = None
+) -> Adapter:
     """Open a LoRA-like file, or a PEFT folder, whatever its dialect.
 
     Args:
         path: A file, or a folder with `adapter_config.json`.
         allow_unknown: Leave tensors that are not understood in `Adapter.unknown` instead of refusing the file.
+        architecture: The family that it is for, if the user says so; otherwise it is told from the file.
 
     Raises:
         FormatError: it is no adapter, is damaged, holds tensors that are not understood, or its numbers make no sense.
+        UsageError: there is no such architecture.
         SdopsError: there is no such file.
     """
     path = located(path)
     source, config = _open(path)
     try:
-        return _read(path, source, config, allow_unknown=allow_unknown)
+        return _read(path, source, config, architecture, allow_unknown=allow_unknown)
     except BaseException:
         source.close()
         raise
 
 
-def _open(path: Path) -> tuple[Source, Mapping[str, Any] | None]:
-    """The file with the tensors, and PEFT's configuration beside it."""
-    folder = path if path.is_dir() else path.parent
-    config = folder / CONFIG
-    if path.is_dir() and config.is_file():
 def open_alike(files: Sequence[str | os.PathLike[str]], *, allow_unknown: bool = False) -> list[Adapter]:
     """Open adapters for one model; those that could be for several are read as the others are.
 
@@ -97,6 +97,11 @@ def _check_alike(adapters: Sequence[Adapter]) -> None:
             )
 
 
+def _open(path: Path) -> tuple[Source, Mapping[str, Any] | None]:
+    """The file with the tensors, and PEFT's configuration beside it."""
+    folder = path if path.is_dir() else path.parent
+    config = folder / CONFIG
+    if path.is_dir() and config.is_file():
         weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
         if weights is None:
             raise SdopsError(
@@ -137,6 +142,7 @@ def _read(
         tuple(reading.unknown),
         tuple(reading.notes),
         architecture.variant,
+        meant.rivals,
     )
     if architecture.family == "flux1" and (note := weakened(source, adapter.patches)):
         adapter = replace(adapter, notes=(*adapter.notes, note))
@@ -149,7 +155,7 @@ def _not_understood(path: Path, unknown: list[str]) -> FormatError:
     more = f" and {count(len(unknown) - _SHOWN, 'other')}" if len(unknown) > _SHOWN else ""
     return FormatError(
         f"`{path}` holds {count(len(unknown), 'tensor')} that nothing here understands: {shown}{more}",
-        hint="`--allow-unknown` leaves them out",
+        hint="`--allow-unknown` of `apply`, `convert` and `resize` leaves them out",
         path=path,
         unknown=unknown,
     )

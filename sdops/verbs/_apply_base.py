@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdops.archs.detect import detect
-from sdops.archs.tables import tables
 from sdops.core.hashing import cached_sha256
 from sdops.core.source import Source
 from sdops.core.spec import FP8, Spec
 from sdops.errors import FormatError, MismatchError, UsageError
-from sdops.formats._file import InputFile
 from sdops.formats import open_source
+from sdops.formats._file import InputFile
 from sdops.text import count
+from sdops.verbs._adapter_family import check_family
 from sdops.verbs._apply_loras import Lora
 from sdops.verbs._inputs import Model, Opened, open_model
 
@@ -48,8 +48,7 @@ def open_base(model: Model) -> Opened:
 def check_architectures(loras: Sequence[Lora], model: Opened, problem: str = "") -> None:
     """Refuse adapters that were made for another family of models.
 
-    What family a file is for is a guess where its layers are those of several: so this is asked only where they do not
-    fit the model.
+    Those for text encoders alone fit whatever has such encoders.
 
     Args:
         loras: All adapters.
@@ -60,17 +59,11 @@ def check_architectures(loras: Sequence[Lora], model: Opened, problem: str = "")
         MismatchError: names both.
     """
     main = model.detection.main
+    if main is None or main.kind != "model":
+        return
     for lora in loras:
-        speaks = any(patch.target.component in _DENOISERS for patch in lora.adapter.patches)
-        if main is None or main.kind != "model" or not speaks or main.family == lora.adapter.architecture:
-            continue
-        title = next((t.title for t in tables() if t.family == lora.adapter.architecture), lora.adapter.architecture)
-        raise MismatchError(
-            f"`{lora.name}` is for {title}, `{model.name}` is {model.detection.title}{problem and ': '}{problem}",
-            hint=f"`sdops inspect {lora.name} {model.name}` shows both",
-            lora=lora.adapter.architecture,
-            model=main.family,
-        )
+        if any(patch.target.component in _DENOISERS for patch in lora.adapter.patches):
+            check_family(lora.adapter, model.detection, model.name, problem)
 
 
 def check_matched(loras: Sequence[Lora], changes: Changes, model: Opened, *, allowed: bool) -> None:
@@ -80,8 +73,6 @@ def check_matched(loras: Sequence[Lora], changes: Changes, model: Opened, *, all
         MismatchError: names them, unless they are allowed and the adapter is for this family.
     """
     for lora, matched in zip(loras, changes.matched, strict=True):
-        if matched.unmatched:
-            check_architectures([lora], model)
         if matched.unmatched and not allowed:
             names = [f"`{name}`" for name in matched.unmatched]
             shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} others" if names[_SHOWN:] else "")

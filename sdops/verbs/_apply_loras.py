@@ -38,12 +38,14 @@ class Strength:
 
     Attributes:
         dial: By block, component and name.
+        given: The same as it was given, without what `te` and `unet` add.
         blocks: Factors beside it (`lbw`).
         te, unet: Of components that the model does not have, where it does not matter; None = as the dial says.
         encoders: Names of the components that are text encoders, for a model that lacks them.
     """
 
     dial: Dial
+    given: Dial
     blocks: Dial | None = None
     te: float | None = None
     unet: float | None = None
@@ -62,10 +64,10 @@ class Strength:
         return f"{self.dial}" + (f", times block weights {self.blocks}" if self.blocks else "")
 
     def to_json(self) -> Any:
-        """For the recipe: a number, or text that reads as the same strength."""
-        if self.blocks is None:
-            return self.dial.to_json()
-        return {"strength": self.dial.to_json(), "lbw": self.blocks.to_json()}
+        """For the recipe: a number, or text that reads as the same strength; with the options in a table."""
+        options = {"te": self.te, "unet": self.unet, "lbw": self.blocks.to_json() if self.blocks else None}
+        given = {name: value for name, value in options.items() if value is not None}
+        return {"strength": self.given.to_json(), **given} if given else self.given.to_json()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,9 @@ class Lora:
         return self.adapter.source.name
 
 
-def open_loras(wishes: Sequence[Wish], model: Opened, *, allow_unknown: bool) -> list[Lora]:
+def open_loras(
+    wishes: Sequence[Wish], model: Opened, *, allow_unknown: bool, architecture: str | None = None
+) -> list[Lora]:
     """Open all adapters and read their strengths.
 
     Raises:
@@ -98,19 +102,21 @@ def open_loras(wishes: Sequence[Wish], model: Opened, *, allow_unknown: bool) ->
         FormatError: a file is no adapter, damaged, or not understood.
         SdopsError: there is no such file.
     """
-    return [_open(wish, model, allow_unknown=allow_unknown) for wish in wishes]
+    return [_open(wish, model, architecture, allow_unknown=allow_unknown) for wish in wishes]
 
 
-def _open(wish: Wish, model: Opened, *, allow_unknown: bool) -> Lora:
+def _open(wish: Wish, model: Opened, architecture: str | None, *, allow_unknown: bool) -> Lora:
     if isinstance(wish, tuple):
         path, given, options = wish[0], wish[1], dict[str, str]()
+        if isinstance(given, str):
+            given, options = split_options(given)
     elif isinstance(wish, str):
         path, text = split_file(wish)
         given, options = split_options(text)
     else:
         path, given, options = wish, 1.0, {}
     strength = _strength(given, options, model, Path(path).name)
-    adapter = open_adapter(path, allow_unknown=allow_unknown)
+    adapter = open_adapter(path, allow_unknown=allow_unknown, architecture=architecture)
     opened = Opened(adapter.source, adapter.source, detect(adapter.source.specs))
     spelled = f"{strength.dial.default:g}" if strength.dial.is_constant and not strength.blocks else "-blocks"
     return Lora(adapter, opened, strength, "" if spelled == "1" else spelled)
@@ -148,7 +154,7 @@ def _strength(given: DialValue, options: Mapping[str, str], model: Opened, name:
     numbers = {
         option: _number(options[option], f"{option} of {name}") for option in ("te", "unet") if option in options
     }
-    dial = parse_dial(given, knob=knob, default=1.0, slots=slots, components=parts)
+    dial = plain = parse_dial(given, knob=knob, default=1.0, slots=slots, components=parts)
     kinds = {"te": "text_encoder", "unet": "model"}
     for option, number in numbers.items():
         own = {f"component:{part.name}": number for part in detection.components if part.kind == kinds[option]}
@@ -161,7 +167,7 @@ def _strength(given: DialValue, options: Mapping[str, str], model: Opened, name:
     for each in (dial, blocks):
         if each is not None and each.rules:
             each.check(places)
-    return Strength(dial, blocks, numbers.get("te"), numbers.get("unet"))
+    return Strength(dial, plain, blocks, numbers.get("te"), numbers.get("unet"))
 
 
 def _number(text: str, knob: str) -> float:

@@ -39,6 +39,7 @@ def convert_adapter(
     rank: int | None = None,
     energy: float | None = None,
     base: str | os.PathLike[str] | None = None,
+    architecture: str | None = None,
     output: str | os.PathLike[str] | None = None,
     dtype: str = "keep",
     allow_unknown: bool = False,
@@ -65,6 +66,7 @@ def convert_adapter(
         rank: Highest rank of converted layers; default: what is exact, or where nothing is, that of the layer or 32.
         energy: Keep this share of the squared singular values of converted layers instead.
         base: The checkpoint that it was made for.
+        architecture: The family that it was made for, where the file does not tell.
         output: Where to write; default: `FILE.DIALECT.safetensors`, for peft the folder `FILE.peft`, in this folder.
         dtype: Of what is computed: keep, fp16, bf16 or fp32.
         allow_unknown: Leave out tensors that are not understood.
@@ -76,7 +78,7 @@ def convert_adapter(
         progress: Called as `progress(label, total_bytes)`.
 
     Raises:
-        UsageError: there is no such dialect or family.
+        UsageError: there is no such dialect, family or architecture.
         MismatchError: the dialect cannot hold it, or the base is needed or does not fit.
         FormatError: the file is no adapter, is damaged, or holds NaN.
         OutputError: the output exists, is the input, or does not fit on the disk.
@@ -92,7 +94,7 @@ def convert_adapter(
         )
     if to is not None:
         dialect(to)
-    adapter = open_adapter(file, allow_unknown=allow_unknown)
+    adapter = open_adapter(file, allow_unknown=allow_unknown, architecture=architecture)
     try:
         to = to or adapter.dialect
         path = _output_path(Path(file), output, to)

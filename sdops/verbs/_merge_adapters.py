@@ -21,7 +21,7 @@ from sdops.errors import MismatchError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import duration, size
 from sdops.verbs._adapter_metadata import union, with_recipe
-from sdops.verbs._adapters import open_adapter, spelled
+from sdops.verbs._adapters import open_alike, spelled
 from sdops.verbs._merge_adapters_wish import METHODS, Wish, checked
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def merge_adapters(
         dialect(to)
     adapters: list[Adapter] = []
     try:
-        adapters += (open_adapter(file) for file in files)
-        _check_alike(adapters)
+        adapters += open_alike(files)
         path = Path(_derived_name(files, wish.method) if output is None else output)
         return _merge(
             adapters,
@@ -106,21 +105,6 @@ def merge_adapters(
     finally:
         for adapter in adapters:
             adapter.source.close()
-
-
-def _check_alike(adapters: Sequence[Adapter]) -> None:
-    """Refuse adapters for different models, and layers of different shapes are found when they are read."""
-    first = adapters[0]
-    for other in adapters[1:]:
-        if (other.architecture, other.variant) != (first.architecture, first.variant):
-            raise MismatchError(
-                f"`{first.source.name}` is for {_model(first)}, `{other.source.name}` for {_model(other)}",
-                hint=f"`sdops inspect {first.source.name} {other.source.name}` shows both",
-            )
-
-
-def _model(adapter: Adapter) -> str:
-    return f"{adapter.architecture} {adapter.variant}".strip()
 
 
 def _derived_name(files: Sequence[str | os.PathLike[str]], method: str) -> str:

@@ -38,6 +38,8 @@ def report(adapter: Adapter, layers: Sequence[Layer], facts: Mapping[str, Any], 
     ]
     found.sections = [Section("", rows), _by_component(layers), _each(layers)]
     found.warnings = list(adapter.notes)
+    if adapter.unknown:
+        found.warnings.append(f"{count(len(adapter.unknown), 'tensor')} not understood and left out")
     gone = sum(layer.after == 0 for layer in layers)
     if gone:
         found.warnings.append(f"{count(gone, 'layer')} left out: nothing of them is worth its room")

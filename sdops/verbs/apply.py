@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 from sdops import __version__
 from sdops.core.run import default_jobs, run
 from sdops.core.sink import SafetensorsSink, check_inputs, check_space, check_target
-from sdops.errors import MismatchError, UsageError
+from sdops.errors import UsageError
 from sdops.report import Progress, Report, silent
 from sdops.verbs._apply_base import check_architectures, check_matched, foreign_base, open_base, output_of
 from sdops.verbs._apply_loras import Lora, Wish, open_loras
 from sdops.verbs._apply_report import done_report, dry_report
 from sdops.verbs._hashes import Hashes, part_record
 from sdops.verbs._inputs import Model, Opened
-from sdops.verbs._provenance import LONGEST_NAME, RECIPE, metadata, with_hashes, without_hashes
+from sdops.verbs._provenance import LONGEST_NAME, RECIPE, compact, metadata, with_hashes, without_hashes
 
 if TYPE_CHECKING:
     from sdops.core.applied import Applied
@@ -42,6 +42,8 @@ _DEFAULTS = {
     "dora_strength": "lerp",
     "sequential": False,
     "allow_unmatched": False,
+    "architecture": None,
+    "allow_unknown": False,
 }
 
 
@@ -58,6 +60,7 @@ def apply(
     sequential: bool = False,
     allow_unmatched: bool = False,
     allow_unknown: bool = False,
+    architecture: str | None = None,
     jobs: int | None = None,
     force: bool = False,
     hash_inputs: bool = True,
@@ -82,6 +85,7 @@ def apply(
         sequential: Families whose change depends on the weight see it with the LoRAs before, as in ComfyUI.
         allow_unmatched: Leave out layers that the model does not have.
         allow_unknown: Leave out tensors of an adapter that are not understood.
+        architecture: What the LoRAs were made for (sd1, sdxl, flux1 ...), where files do not tell.
         jobs: Threads; default: one per core.
         force: Replace an existing output.
         hash_inputs: Record the inputs' SHA-256 (remembered between runs).
@@ -114,9 +118,11 @@ def apply(
         "dora_strength": dora_strength,
         "sequential": sequential,
         "allow_unmatched": allow_unmatched,
+        "architecture": architecture,
+        "allow_unknown": allow_unknown,
     }
     opened = open_base(model)
-    made = Apply(opened, open_loras(lora, opened, allow_unknown=allow_unknown), settings)
+    made = Apply(opened, open_loras(lora, opened, allow_unknown=allow_unknown, architecture=architecture), settings)
     if output is None:
         return made
     return made.save(output, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
@@ -137,6 +143,8 @@ def on_merge(made: Merge, wide: Merge, lora: Sequence[Wish]) -> Apply:
     loras = open_loras(lora, opened, allow_unknown=False)
     result = Apply(opened, loras, _DEFAULTS, Opened(wide, wide, opened.detection))
     result.verb = "merge"
+    result.made["rounded"] = "once"  # LoRAs on a merge that was rounded before give other numbers
+    result.metadata[RECIPE] = compact(result.made)
     result.warnings[:0] = made.plan.warnings
     return result
 
@@ -171,11 +179,8 @@ class Apply:
         self.loras = loras
         self.settings = settings
         self.parts = {"model": model, **{f"lora{i}": lora.opened for i, lora in enumerate(loras, start=1)}}
-        try:
-            self.changes = Changes(wide or model, loras, peft_dora=settings["dora_strength"] == "peft")
-        except MismatchError as error:
-            check_architectures(loras, model, error.message)  # tells more than that a shape is wrong
-            raise
+        check_architectures(loras, model)
+        self.changes = Changes(wide or model, loras, peft_dora=settings["dora_strength"] == "peft")
         check_matched(loras, self.changes, model, allowed=settings["allow_unmatched"])
         self.warnings = [text for lora in loras for text in (*lora.adapter.notes, *foreign_base(lora, model))]
         self.made = self._recipe()

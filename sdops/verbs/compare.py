@@ -17,7 +17,7 @@ from sdops.errors import MismatchError
 from sdops.report import HEAT, Progress, Report, Section, silent
 from sdops.text import count
 from sdops.verbs._adapter_blocks import Blocks
-from sdops.verbs._adapters import open_adapter
+from sdops.verbs._adapters import open_alike
 
 if TYPE_CHECKING:
     from sdops.verbs._adapter_measures import Likeness
@@ -52,15 +52,12 @@ def compare(
         FormatError: a file is no adapter, is damaged, or holds NaN.
         MismatchError: they are for different models, or have no layer in common.
     """
-    one = open_adapter(a)
+    one, other = open_alike([a, b])
     try:
-        other = open_adapter(b)
-        try:
-            return _compared(one, other, base, jobs or default_jobs(), progress)
-        finally:
-            other.source.close()
+        return _compared(one, other, base, jobs or default_jobs(), progress)
     finally:
         one.source.close()
+        other.source.close()
 
 
 def _compared(
@@ -73,11 +70,6 @@ def _compared(
     from sdops.verbs._adapter_measures import likeness
     from sdops.verbs._merge_adapters_work import check_shapes, groups
 
-    if (one.architecture, one.variant) != (other.architecture, other.variant):
-        raise MismatchError(
-            f"`{one.source.name}` is for {one.architecture}, `{other.source.name}` for {other.architecture}",
-            hint=f"`sdops inspect {one.source.name} {other.source.name}` shows both",
-        )
     pair = one, other
     weights = None if base is None else Base(base, one)
     every = groups(pair)

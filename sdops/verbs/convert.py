@@ -41,6 +41,7 @@ def convert(
     rank: int | None = None,
     energy: float | None = None,
     base: FilePath | None = None,
+    architecture: str | None = None,
     strip_training_metadata: bool = False,
     strict: bool = False,
     seed: int | None = None,
@@ -76,6 +77,7 @@ def convert(
         family: Of LoRAs: lora makes LoRA of other families, full plain differences.
         rank, energy: Of LoRAs that come to be: their highest rank, the energy to keep.
         base: Of LoRAs: the checkpoint that it was made for.
+        architecture: Of LoRAs: the family that it was made for (sd1, sdxl, flux1 ...), where the file does not tell.
         strip_training_metadata: Of LoRAs: leave out tags, folders and settings of the training.
         strict: Refuse to clamp values that are too large for the dtype.
         seed: Round at random instead of to nearest.
@@ -103,6 +105,7 @@ def convert(
             rank=rank,
             energy=energy,
             base=base,
+            architecture=architecture,
             output=output,
             dtype=dtype or "keep",
             allow_unknown=unknown == "drop",
@@ -112,7 +115,7 @@ def convert(
             force=force,
             progress=progress,
         )
-    if family or rank or energy or base or strip_training_metadata:
+    if family or rank or energy or base or architecture or strip_training_metadata:
         raise UsageError("`--family` and what belongs to it are for LoRAs", hint="`sdops convert FILE --to diffusers`")
     if to is None:
         raise UsageError("what to convert to is not said", hint="`--to diffusers`; `sdops convert --help` lists all")

@@ -85,6 +85,8 @@ def resize(
     to: str | None = None,
     dtype: str = "keep",
     strip_training_metadata: bool = False,
+    allow_unknown: bool = False,
+    architecture: str | None = None,
     jobs: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -113,6 +115,8 @@ def resize(
         to: The dialect; default: the input's.
         dtype: Of new factors: keep, fp16, bf16 or fp32.
         strip_training_metadata: Leave out tags, folders and settings of the training.
+        allow_unknown: Leave out tensors that are not understood.
+        architecture: What it was made for (sd1, sdxl, flux1 ...), where the file does not tell.
         jobs: Threads; default: one per core.
         dry_run: Check everything, write nothing.
         force: Replace an existing output.
@@ -145,7 +149,7 @@ def resize(
     if to is not None:
         dialect(to)
     path = Path(f"{Path(lora).stem}.resized.safetensors" if output is None else output)
-    adapter = open_adapter(lora)
+    adapter = open_adapter(lora, allow_unknown=allow_unknown, architecture=architecture)
     try:
         return _resized(
             adapter,

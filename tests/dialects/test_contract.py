@@ -16,7 +16,8 @@ from fixtures import loras
 from sdops.core.spec import Spec
 from sdops.dialects import ORDER, Contents, best, dialect
 from sdops.errors import MismatchError, UsageError
-from sdops.verbs._adapter_names import ARCHITECTURES, names_of, read_as_any
+from sdops.verbs._adapter_family import read_as_any
+from sdops.verbs._adapter_names import ARCHITECTURES, names_of
 from sdops.verbs._adapters import holders, open_adapter, spelled
 from tests.dialects.helpers import assert_same_deltas, bytes_of, fixture, save
 
@@ -89,9 +90,10 @@ def test_understands_every_name_of_real_files(path):
     specs = {key: Spec("F16", tuple(shape)) for key, shape in json.loads(path.read_text()).items()}
     name = best(specs)
     assert name is not None
-    architecture, reading = read_as_any(Contents(specs), dialect(name))
+    meant = read_as_any(Contents(specs), dialect(name))
+    reading = meant.reading
     assert reading.unknown == []
-    assert architecture.family == path.stem.removesuffix("_format").partition("_lo")[0].replace("flux", "flux1")
+    assert meant.architecture.family == path.stem.removesuffix("_format").partition("_lo")[0].replace("flux", "flux1")
     assert sum(len(patch.parts) for patch in reading.patches) == len(specs)
 
 

@@ -35,6 +35,7 @@ PROJ = "middle_block.1.proj_in"
 Q_PROJ = "text_model.encoder.layers.0.self_attn.q_proj"
 TE = "text_encoders.clip_l.transformer."
 DIFFUSION = "diffusion_model."
+SAYS_SDXL = {"ss_base_model_version": "sdxl_base_v1-0"}  # what shapes do not tell of so few layers
 
 
 # The layers that are changed, and whatever else an SDXL is known by.
@@ -140,7 +141,7 @@ def test_every_family_adds_what_its_shelf_says(sdxl, tmp_path, family, strength)
     modules = {"lokr": [TO_K, FF, PROJ], "glora": [TO_K, FF, PROJ], "full": [FF, CONV]}.get(family, [TO_K, FF, CONV])
     modules = [TO_K, CONV] if family == "boft" else modules
     stems = {DIFFUSION + m: SHAPES[f"{UNET}{m}.weight"] for m in modules}
-    file = lora_file(tmp_path / "x.safetensors", stems, family)
+    file = lora_file(tmp_path / "x.safetensors", stems, family, SAYS_SDXL)
     after = saved(tmp_path / "out.safetensors", model=sdxl, lora=[(file, strength)])
     adapter = open_adapter(file)
     assert len(adapter.patches) == len(stems)
@@ -410,7 +411,8 @@ def test_files_and_options_are_told_apart(tmp_path):
 
 def small_lora(path: Path, changes: Mapping[str, Any] = {}, drop: str = "") -> Path:
     found = dict(loras.FAMILIES["lora_alpha"]((4, 4), 2, np.random.default_rng(0)))
-    return loras.save(path, {f"{DIFFUSION}{TO_K}{k}": v for k, v in (found | dict(changes)).items() if k != drop})
+    stem = f"{DIFFUSION}{TO_K}"
+    return loras.save(path, {stem + k: v for k, v in (found | dict(changes)).items() if k != drop}, SAYS_SDXL)
 
 
 def refuse(error: type[SdopsError], message: str, tmp_path: Path, model: Path, *files: Path, **options: Any) -> None:

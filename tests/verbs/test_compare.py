@@ -81,7 +81,7 @@ def test_what_depends_on_the_base_is_told(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(MismatchError, match="sdxl"):
+    with pytest.raises(MismatchError, match="Stable Diffusion XL"):
         sdops.compare(lora(tmp_path, "a"), lora(tmp_path, "b", model="sdxl"))
     with pytest.raises(MismatchError, match="in common"):
         sdops.compare(lora(tmp_path, "c", "dora"), lora(tmp_path, "d", "dora"))

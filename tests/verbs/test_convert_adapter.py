@@ -165,7 +165,7 @@ def test_refusals(tmp_path, small_checkpoint):
         sdops.convert(source, to="diffusers", output=target)
     with pytest.raises(UsageError, match="for LoRAs"):
         sdops.convert(small_checkpoint("sd15"), family="lora", output=target)
-    with pytest.raises(MismatchError, match="sd1"):
+    with pytest.raises(MismatchError, match="Stable Diffusion 1"):
         sdops.convert(lora(tmp_path, "oft"), family="lora", base=small_checkpoint("sd21-ldm"), output=target)
     half = tmp_path / "half.safetensors"
     half.write_bytes(source.read_bytes()[:-10])

@@ -201,7 +201,7 @@ def test_metadata(tmp_path):
 def test_refusals(tmp_path, small_checkpoint):
     one, other = lora(tmp_path, "a"), lora(tmp_path, "x", architecture="sdxl")
     target = tmp_path / "out.safetensors"
-    with pytest.raises(MismatchError, match=r"sd1.*sdxl"):
+    with pytest.raises(MismatchError, match=r"Stable Diffusion 1.*Stable Diffusion XL"):
         sdops.merge(one, other, output=target)
     with pytest.raises(MismatchError, match="is not"):
         sdops.merge(one, small_checkpoint("sd15-ldm"), output=target)
