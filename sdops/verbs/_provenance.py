@@ -67,7 +67,7 @@ def metadata(
         **inherited,
         "modelspec.title": title,
         "modelspec.merged_from": ", ".join(Path(name).name for name in names),
-        RECIPE: _compact(made),
+        RECIPE: compact(made),
     }
 
 
@@ -76,7 +76,7 @@ def with_hashes(text: str, hashes: Sequence[str]) -> str:
     made = json.loads(text)
     for item, digest in zip(_files(made), hashes, strict=True):
         item["sha256"] = digest
-    return _compact(made)
+    return compact(made)
 
 
 def without_hashes(text: str) -> str:
@@ -84,7 +84,7 @@ def without_hashes(text: str) -> str:
     made = json.loads(text)
     for item in _files(made):
         del item["sha256"]
-    return _compact(made)
+    return compact(made)
 
 
 def _files(made: Mapping[str, Any]) -> Iterator[dict[str, str]]:
@@ -96,7 +96,8 @@ def _files(made: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             yield item
 
 
-def _compact(made: Mapping[str, Any]) -> str:
+def compact(made: Mapping[str, Any]) -> str:
+    """A recipe as the header holds it."""
     return json.dumps(made, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -594,7 +594,7 @@ def test_the_file_tells_how_it_was_made(sdxl, tmp_path, two):
     for item, path in zip(made["inputs"], (sdxl, two[0]), strict=True):
         assert item["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert item["file"] == path.name
-    assert made["inputs"][1]["strength"] == "0.8, component:clip_l=0.5, component:clip_g=0.5"
+    assert made["inputs"][1]["strength"] == {"strength": 0.8, "te": 0.5}
     assert str(tmp_path) not in "".join(text.values())
     assert report.data["recipe"] == made
     assert report.result == [str(out)]
