@@ -1,0 +1,24 @@
+"""Kernels for weights of diffusion models: merging, baking LoRAs, factoring, training; see README.md.
+
+Everything works without a GPU and without Triton too, by torch functions that give the same results.
+"""
+
+from . import reference
+from .bake import Bake, bake
+from .changes import Change, Dense, LoHa, LoKr, LoRA, gain_of
+from .linear_merge import LinearMerge, Merged, linear_merge
+
+__all__ = [
+    "Bake",
+    "Change",
+    "Dense",
+    "LinearMerge",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "Merged",
+    "bake",
+    "gain_of",
+    "linear_merge",
+    "reference",
+]

@@ -1,0 +1,127 @@
+"""What the kernels compute, in plain torch, on any device: one function of each operation's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .changes import Change
+from .exact import exact_sum, round_once, to_odd, two_sum
+
+__all__ = ["bake", "exact_sum", "fp8_scale", "random_words", "total_change"]
+
+# Narrow dtypes: mantissa bits, exponent of the smallest normal number, largest value.
+GRIDS = {
+    torch.float16: (10, -14, 65504.0),
+    torch.bfloat16: (7, -126, torch.finfo(torch.bfloat16).max),
+    torch.float8_e4m3fn: (3, -6, 448.0),
+    torch.float8_e5m2: (2, -14, 57344.0),
+}
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+LOW = 0xFFFFFFFF
+
+
+def bake(
+    weight: Tensor,
+    changes: Sequence[Change],
+    dtype: torch.dtype,
+    *,
+    scale: Tensor | None = None,
+    key: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """round(W + sum_l t_l change_l), rounded once.
+
+    Args:
+        weight: W, of any strides.
+        changes: With their strengths.
+        dtype: Of the result.
+        scale: Of an fp8 weight: one number, or one per row.
+        key: Round at random, with Philox4x32-10's words of this key.
+
+    Returns:
+        The result and, for fp8, its scale: the largest magnitude becomes the largest code.
+    """
+    rows = weight.shape[0] if weight.ndim > 1 else 1
+    values = weight.float().reshape(rows, prod(weight.shape) // rows)
+    if scale is not None:
+        values = values * scale.reshape(-1, 1)
+    total = total_change(values, changes)
+    high, low = two_sum(values.double(), total.double())
+    new = None
+    if dtype in FP8:
+        assert scale is not None  # noqa: S101 - who writes fp8 reads fp8
+        magnitude = (values + total).abs()
+        most = magnitude.amax(1, keepdim=True) if scale.numel() > 1 else magnitude.amax().reshape(1, 1)
+        new = fp8_scale(most, dtype)
+        high, low = ((values + total) / new).double(), torch.zeros_like(high)
+    if key is not None and dtype != torch.float32:
+        result = _at_random(high, low, random_words(key, values.numel(), weight.device).reshape(high.shape), dtype)
+    elif dtype in FP8:
+        result = _nearest_fp8(high.float(), dtype)
+    else:
+        result, _ = round_once(to_odd(high, low), dtype)
+    return result.reshape(weight.shape), new
+
+
+def total_change(values: Tensor, changes: Sequence[Change]) -> Tensor:
+    """What is added to a matrix, float32: every change is made from the original values."""
+    total = torch.zeros_like(values)
+    for change in changes:
+        rows = slice(change.first, change.first + change.shape[0])
+        delta = change.delta()
+        if change.gain is not None:
+            gain = change.gain[:, None] if change.gain_axis == 0 else change.gain[None, :]
+            delta = (values[rows] + delta) * gain - values[rows]
+        total[rows] += delta * change.strength
+    return total
+
+
+def fp8_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales with which the largest magnitudes become the largest code; 1 for zeros."""
+    scale = largest / GRIDS[dtype][2]
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def random_words(key: tuple[int, int], count: int, device: torch.device | str = "cpu") -> Tensor:
+    """The first words of a tensor, int64 [count]: word i % 4 of Philox4x32-10 of the counter i // 4.
+
+    Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
+    """
+    counter = torch.arange(-(-count // 4), dtype=torch.int64, device=device)
+    c0, c1, c2, c3 = counter & LOW, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _product(c0, 0xD2511F53)
+        high1, low1 = _product(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
+    return torch.stack([c0, c1, c2, c3], 1).reshape(-1)[:count]
+
+
+def _product(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low words of 32 x 32 -> 64-bit products; int64 has no room for the sign, so it is done in halves."""
+    low, high = words * (factor & 0xFFFF), words * (factor >> 16)  # 48 bits each
+    total = (low >> 16) + high
+    return total >> 16, ((total & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def _at_random(high: Tensor, low: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 pairs on the grid of a dtype, above or below with chances that make the mean right."""
+    mantissa, lowest, largest = GRIDS[dtype]
+    value = (high + low).clamp(-4 * largest, 4 * largest) if dtype != torch.bfloat16 else high + low
+    exponent = (value.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+    spacing = exponent.clamp(min=2.0**lowest) * 2.0**-mantissa
+    steps = torch.floor(value / spacing + (words >> 8).double() * 2.0**-24)
+    grid = torch.copysign(steps * spacing, value).clamp(-largest, largest)
+    return grid.float().to(dtype)
+
+
+def _nearest_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:
+    mantissa, lowest, largest = GRIDS[dtype]
+    exponent = (values.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(min=2.0**lowest)
+    magic = exponent * (1.5 * 2.0 ** (23 - mantissa))
+    grid = torch.copysign(values + magic - magic, values)
+    return grid.clamp(-largest, largest).to(dtype)
