@@ -34,7 +34,10 @@ _PUBLIC = {
     "meta": ("sdops.verbs.meta", "meta"),
     "methods": ("sdops.verbs.methods", "methods"),
     "open": ("sdops.formats", "open_source"),
+    "pull": ("sdops.verbs.pull", "pull"),
+    "push": ("sdops.verbs.push", "push"),
     "resize": ("sdops.verbs.resize", "resize"),
+    "streaming": ("sdops.hub", "streaming"),
     "verify": ("sdops.verbs.verify", "verify"),
 }
 

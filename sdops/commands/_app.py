@@ -37,6 +37,10 @@ COMMANDS: dict[str, dict[str, str]] = {
         "embed": "Inspect, convert, explain and make embeddings (textual inversion)",
         "hypernet": "Inspect, convert and merge hypernetworks; bake them in, or make LoRAs of them",
     },
+    "Hub": {
+        "pull": "Download a model from the Hub, checked, into the shared cache or a place",
+        "push": "Publish a model on the Hub, with a card that tells how it was made",
+    },
     "Help": {
         "env": "Show versions, devices and caches, for a bug report",
         "completion": "Print the completion script of a shell",

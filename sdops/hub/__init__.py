@@ -47,6 +47,13 @@ def located(path: str | os.PathLike[str]) -> Path:
     return mounted(os.fspath(path))
 
 
+def commit_of(reference: str) -> str:
+    """The commit that a reference meant when it was located."""
+    from sdops.hub import mount
+
+    return mount.commit_of(reference)
+
+
 @contextmanager
 def streaming(wish: bool = True) -> Iterator[None]:
     """Whether files opened now are read by range requests to the end, and kept nowhere."""

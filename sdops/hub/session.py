@@ -98,7 +98,7 @@ def patiently(what: Reference, ask: Callable[[], Made]) -> Made:
 def _pause(error: Exception, attempt: int) -> float | None:
     """Seconds until the next attempt; None to give up."""
     status = _status(error)
-    if attempt >= settings.hub_retries() or (status not in _BUSY if status else not _is_transport(error)):
+    if attempt >= settings.hub_retries() or (status not in _BUSY if status else not is_transport(error)):
         return None
     asked = _retry_after(error)
     if asked is not None:
@@ -108,7 +108,8 @@ def _pause(error: Exception, attempt: int) -> float | None:
     return min(0.25 * 2.0**attempt, 8.0)
 
 
-def _is_transport(error: Exception) -> bool:
+def is_transport(error: Exception) -> bool:
+    """Whether a connection failed or broke."""
     return isinstance(error, transport_errors()) and type(error).__name__ != "OfflineModeIsEnabled"
 
 
@@ -146,7 +147,7 @@ def explained(what: Reference, error: Exception) -> HubError:
         )
     if status is not None:
         return HubError(f"the Hub refuses the request for `{what}` ({status})", hint=_look(what), reason="refused")
-    if _is_transport(error):
+    if is_transport(error):
         return HubError(
             f"`{endpoint()}` cannot be reached ({kind})",
             hint="check the network and HF_ENDPOINT; what was downloaded before is found with HF_HUB_OFFLINE=1",

@@ -169,7 +169,10 @@ def _handler(hub: HubServer, kind: str) -> type[BaseHTTPRequestHandler]:  # noqa
             else:
                 self._route(parts.path)
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("do_"):
+                return self._serve
+            raise AttributeError(name)
 
         # ------------------------------------------------------------------------------------------ answers
 
@@ -254,7 +257,7 @@ def _handler(hub: HubServer, kind: str) -> type[BaseHTTPRequestHandler]:  # noqa
         # ------------------------------------------------------------------------------------------ routes
 
         def _route(self, path: str) -> None:
-            for pattern, method in _ROUTES:
+            for pattern, method in routes:
                 if found := re.fullmatch(pattern, path):
                     return method(self, *(unquote(part) if part else "" for part in found.groups()))
             return self._fail(404, "", "no such route")
@@ -406,25 +409,22 @@ def _handler(hub: HubServer, kind: str) -> type[BaseHTTPRequestHandler]:  # noqa
             now = found.find(revision)
             if now is None:
                 return self._fail(404, "RevisionNotFound", "Invalid rev id")
-            files, summary = dict(found.commits[now]), ""
-            for line in self.body.splitlines():
-                key, value = json.loads(line)["key"], json.loads(line)["value"]
-                if key == "header":
-                    summary = value["summary"]
-                    if value.get("parentCommit") not in (None, now):
-                        return self._fail(412, "", "The branch has moved")
-                elif key == "file":
-                    files[value["path"]] = Blob(base64.b64decode(value["content"]))
-                elif key == "lfsFile":
-                    if value["oid"] not in hub.contents:
-                        return self._fail(400, "", "LFS object missing")
-                    files[value["path"]] = hub.contents[value["oid"]]
+            lines = [json.loads(line) for line in self.body.splitlines()]
+            (header,) = (line["value"] for line in lines if line["key"] == "header")
+            if header.get("parentCommit") not in (None, now):
+                return self._fail(412, "", "The branch has moved")
+            large = {line["value"]["path"]: line["value"]["oid"] for line in lines if line["key"] == "lfsFile"}
+            if not set(large.values()) <= hub.contents.keys():
+                return self._fail(400, "", "LFS object missing")
+            files = found.commits[now] | {path: hub.contents[oid] for path, oid in large.items()}
+            for value in (line["value"] for line in lines if line["key"] == "file"):
+                files[value["path"]] = Blob(base64.b64decode(value["content"]))
             pull = "create_pr" in self.query
             number = 1 + sum(branch.startswith("refs/pr/") for branch in found.branches)
             branch = f"refs/pr/{number}" if pull else unquote(revision)
             if pull:
                 found.branches[branch] = now
-            new = found.commit(files, branch, summary)
+            new = found.commit(files, branch, header["summary"])
             answer = {"success": True, "commitOid": new, "commitUrl": f"{hub.url}/{name}/commit/{new}"}
             if pull:
                 answer["pullRequestUrl"] = f"{hub.url}/{name}/discussions/{number}"
@@ -461,7 +461,7 @@ def _handler(hub: HubServer, kind: str) -> type[BaseHTTPRequestHandler]:  # noqa
             return self._file(hub.contents[oid], {"ETag": f'"{oid}"'})
 
     repo, revision = r"([\w.-]+/[\w.-]+)", r"([^/]+|refs/pr/\d+)"
-    _ROUTES: list[tuple[str, Callable[..., None]]] = [
+    routes: list[tuple[str, Callable[..., None]]] = [
         (r"/api/whoami-v2", Handler.whoami),
         (r"/api/repos/create", Handler.create),
         (r"/api/validate-yaml", Handler.validate),
