@@ -148,8 +148,7 @@ def _merged_adapters(
 
     if output is None:
         raise UsageError("LoRAs are merged into a file, not lazily", hint='give `output="both.safetensors"`')
-    files = [model for model in models if isinstance(model, str | os.PathLike)]
-    return merge_adapters(files, **options, output=output, **others)
+    return merge_adapters(models, **options, output=output, **others)
 
 
 class Merge:
@@ -323,13 +322,22 @@ def _open_parts(models: Sequence[Model], base: Model | None, swaps: Mapping[str,
     opened = {role: open_model(model) for role, model in zip(roles, models, strict=True)}
     if base is not None:
         opened = {"base": open_model(base), **opened}
-    first = opened["a"]
+    first = opened["a"] = _as_written(opened["a"])
     check_families(first, [part for part in opened.values() if part is not first])
     opened = {role: part if part is first else alike(part, first) for role, part in opened.items()}
     for role, model in swaps.items():
         if model is not None:
             opened[role] = same_names(open_model(model), first, SWAPS[role])
     return opened
+
+
+def _as_written(first: Opened) -> Opened:
+    """The first model, whose names the output has: a folder's as a single file would have them."""
+    if not any(part.prefix.endswith("/") for part in first.detection.components):
+        return first
+    from sdops.verbs._folder_model import as_single_file
+
+    return as_single_file(first)
 
 
 def _file_path(output: str | os.PathLike[str]) -> Path:

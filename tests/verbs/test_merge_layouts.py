@@ -15,6 +15,7 @@ from sdops.core.spec import Spec
 from sdops.errors import MismatchError
 from sdops.formats import open_source
 from sdops.layouts.tables import layouts
+from sdops.verbs.convert import convert
 from sdops.verbs.merge import Merge, merge
 from tests import tiny
 from tests.archs.lists import load
@@ -177,3 +178,17 @@ def test_a_vae_that_is_lacking_is_added_in_its_place(small_checkpoint: Callable[
     assert added == {key for key in whole if key.startswith("first_stage_model.")}
     for key in added:
         assert bytes(read(made, key)) == np.ascontiguousarray(whole[key][1]).tobytes(), key
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize("method", ["weighted-sum", "nearswap"])
+def test_a_folder_merges_as_the_single_file_that_it_stands_for(
+    name: str, method: str, small_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    file, other = small_checkpoint(name, dtype="F16"), small_checkpoint(name, dtype="F16", tuned=1)
+    convert(file, to="diffusers", output=tmp_path / "folder")
+    seen, plain = lazy(tmp_path / "folder", other, method=method), lazy(file, other, method=method)
+    assert seen.parts["a"].layouts["unet"] == ("diffusers", detect(open_source(file).specs).main.layout)
+    assert set(seen.specs) == set(plain.specs)
+    for key in list(plain.specs)[::9]:
+        assert read(seen, key) == read(plain, key), key
