@@ -163,7 +163,7 @@ class Bench:
                 is_peer = name not in ("floor", "sdops")
                 if series[name].failed or (is_peer and not 0 < number <= self.options.peer_rounds):
                     continue
-                self.settle(case)
+                settle(self.folder, {self.path(model) for model in case.models})
                 cost = self.once(command, case, is_peer=is_peer)
                 say(f"  {case.title}: {name} {cost.wall:.2f} s {cost.error}")
                 if number or cost.code:  # the first round warms up
@@ -179,22 +179,6 @@ class Bench:
             shutil.rmtree(self.cache, ignore_errors=True)
         environment = {"SDOPS_CACHE": str(self.cache), "KOHYA_MERGE": str(self.options.kohya)}
         return run(command, environment=environment, limit_mb=self.options.peer_memory * 1000 if is_peer else 1e9)
-
-    def settle(self, case: Case) -> None:
-        """Fill free memory with the page cache of other models, then read the inputs.
-
-        A virtual machine may have given free memory back to its host, and getting it again costs more than the
-        merge: with memory full of cache every run finds the same state.
-        """
-        inputs = {self.path(model) for model in case.models}
-        for path in sorted(set(self.folder.glob("*.safetensors")) - inputs):
-            if free_memory() < LITTLE:
-                break
-            if path.stat().st_blocks * 512 >= path.stat().st_size:  # no holes
-                read(path)
-        for path in inputs:
-            if path.stat().st_size < 10 * GB:
-                read(path)
 
     def clear(self) -> None:
         """Remove the output and let the disk come to rest."""
@@ -269,6 +253,22 @@ class Bench:
                 {"title": title, **walls, "peak_mb": max(cost.peak_mb for cost in costs), "code": costs[0].code}
             )
         return rows
+
+
+def settle(folder: Path, inputs: set[Path]) -> None:
+    """Fill free memory with the page cache of other models in the folder, then read the inputs.
+
+    A virtual machine may have given free memory back to its host, and getting it again costs more than the
+    merge: with memory full of cache every run finds the same state.
+    """
+    for path in sorted(set(folder.glob("*.safetensors")) - inputs):
+        if free_memory() < LITTLE:
+            break
+        if path.stat().st_blocks * 512 >= path.stat().st_size:  # no holes
+            read(path)
+    for path in inputs:
+        if path.stat().st_size < 10 * GB:
+            read(path)
 
 
 def free_memory() -> int:

@@ -15,11 +15,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, Pipe, wait
-from multiprocessing.reduction import ForkingPickler
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sdops.errors import SdopsError
+
+if TYPE_CHECKING:  # copies need no processes, and the import takes as long as the rest of a small copy
+    from multiprocessing.connection import Connection
 
 Task = TypeVar("Task")
 WAKE_SECONDS = 0.2
@@ -54,6 +55,8 @@ def share(
         SdopsError: as `perform` raised it, or a process was killed. The other processes are killed then, as they
             are when this one is interrupted; when this one is killed, they end at their next task.
     """
+    from multiprocessing.connection import Pipe
+
     pipes: list[Connection] = []
     children: list[int] = []
     try:
@@ -121,6 +124,8 @@ def _child(
 
 
 def _picklable(error: BaseException) -> BaseException:
+    from multiprocessing.reduction import ForkingPickler
+
     try:
         ForkingPickler.dumps(error)
     except Exception:  # noqa: BLE001 - whatever keeps it from being sent
@@ -130,6 +135,8 @@ def _picklable(error: BaseException) -> BaseException:
 
 def _collect(pipes: Sequence[Connection], progress: Callable[[int], None]) -> list[Any]:
     """Listen until every process has told its tally."""
+    from multiprocessing.connection import Connection, wait
+
     tallies: dict[int, Any] = {}
     open_pipes = {id(pipe): index for index, pipe in enumerate(pipes)}
     while open_pipes:

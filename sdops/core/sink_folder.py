@@ -73,7 +73,8 @@ class FolderSink:
                 continue
             for shard in content.shards:
                 specs = in_safetensors_order(shard)
-                self.specs = {**self.specs, **{_outer(name, key): spec for key, spec in specs.items()}}
+                prefix = _prefix(name)
+                self.specs = {**self.specs, **{prefix + key: spec for key, spec in specs.items()}}
                 self.nbytes += sum(spec.nbytes for spec in specs.values())
         check_space(self.target, self.nbytes)
         self._files = files
@@ -148,7 +149,8 @@ class FolderSink:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 part = self._part(file, content)
                 self._parts.append(stack.enter_context(part))
-                self._places |= {_outer(name, key): (part, key) for key in part.specs}
+                prefix = _prefix(name)
+                self._places |= {prefix + key: (part, key) for key in part.specs}
             self._stack = stack.pop_all()
 
     def _part(self, file: Path, content: bytes | Tensors) -> Sink:
@@ -190,10 +192,10 @@ class FolderSink:
 _ANOTHER = "name another folder with `-o`"
 
 
-def _outer(name: str, key: str) -> str:
-    """A tensor's name for the run: the folder of its file, and its own."""
+def _prefix(name: str) -> str:
+    """What stands before the names of a file's tensors in the run: its folder."""
     folder = PurePosixPath(name).parent
-    return key if folder == PurePosixPath() else f"{folder}/{key}"
+    return "" if folder == PurePosixPath() else f"{folder}/"
 
 
 def _check_folder(path: Path, *, force: bool) -> Path:

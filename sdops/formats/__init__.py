@@ -18,7 +18,6 @@ from sdops.core.source import Source
 from sdops.core.spec import Spec
 from sdops.formats._file import read_head, unreadable
 from sdops.formats._guess import unknown
-from sdops.formats._torch import Tensor
 from sdops.hub import located
 
 # Asked in this order, because a shard is a safetensors file as well.
@@ -124,6 +123,8 @@ def open_list(path: str | os.PathLike[str], names: Callable[[list[Spec]], list[s
     Raises:
         SdopsError: as `open_source`.
     """
+    from sdops.formats._torch import Tensor
+
     path = located(path)
     head = b"" if path.is_dir() else read_head(path)
     for name in ("torch_zip", "torch_legacy"):

@@ -69,7 +69,7 @@ class Pipeline:
 
 def pipeline(family: str, variants: Iterable[str] = ()) -> Pipeline | None:
     """The folder of a family in these variants, or None."""
-    rows = _files().get(family)
+    rows = _file(family)
     return None if rows is None else _pipeline(family, rows, set(variants))
 
 
@@ -104,5 +104,6 @@ def _component(row: dict[str, Any], config: dict[str, Any]) -> Component:
 
 
 @cache
-def _files() -> dict[str, dict[str, Any]]:
-    return {path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.toml"))}
+def _file(family: str) -> dict[str, Any] | None:
+    path = FOLDER / f"{family}.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from fractions import Fraction
 
 from sdops.archs.junk import is_position_ids
 from sdops.core.assembled import Made, joined, rows
@@ -49,20 +48,22 @@ def lay_out(chosen: Chosen, layout: str, drop: Sequence[str] = ()) -> Laid:
         name: joined([rows(chosen.source, chosen.read[each.key], each.share, each.operation) for each in parts])
         for name, parts in recipes.items()
     }
-    used = _used(recipes.values())
-    left = [name for name in chosen.read if used.get(name, 0) < 1]
+    whole = _whole(recipes.values())
+    left = [name for name in chosen.read if name not in whole]
     extra = set(part.extra)
     unknown = [name for name in left if chosen.read[name] in extra or (part.expected is None and not drop)]
     return Laid(tensors, left, [name for name in unknown if not is_position_ids(name)])
 
 
-def _used(recipes: Iterable[tuple[Part, ...]]) -> dict[str, Fraction]:
-    """Which share of every tensor's rows is read."""
-    used: dict[str, Fraction] = {}
+def _whole(recipes: Iterable[tuple[Part, ...]]) -> set[str]:
+    """The tensors of which all rows are read."""
+    used: dict[str, int] = {}  # rows; shares of one tensor have one total
+    totals: dict[str, int] = {}
     for part in (part for parts in recipes for part in parts):
         start, stop, total = part.share or (0, 1, 1)
-        used[part.key] = used.get(part.key, Fraction()) + Fraction(stop - start, total)
-    return used
+        used[part.key] = used.get(part.key, 0) + stop - start
+        totals[part.key] = total
+    return {key for key, rows in used.items() if rows >= totals[key]}
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -10,7 +10,8 @@ from sdops.errors import UsageError
 from sdops.text import suggest
 from sdops.verbs._convert_select import EMA
 
-TARGETS = ("safetensors", "diffusers", "original", "ckpt", "gguf")
+CONTAINERS = ("safetensors", "original", "ckpt", "gguf")  # of checkpoints alone; LoRAs become `diffusers`, too
+TARGETS = ("diffusers", *CONTAINERS)
 DTYPES = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16", "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
 SCALED = {"fp8_e4m3_scaled": "fp8_e4m3", "fp8_e5m2_scaled": "fp8_e5m2"}  # with a scale per tensor
 _OTHER_WORDS = {

@@ -10,12 +10,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdops.dialects import ORDER
 from sdops.errors import UsageError
 from sdops.hub import located
 from sdops.report import Progress, Report, silent
 from sdops.verbs._adapter_peek import is_adapter
-from sdops.verbs._convert_wish import Wish, check, parse_dtypes
+from sdops.verbs._convert_wish import CONTAINERS, Wish, check, parse_dtypes
 
 FilePath = str | os.PathLike[str]
 
@@ -95,7 +94,7 @@ def convert(
         FormatError: the file is damaged, or quantised.
         OutputError: the output exists, is an input, or does not fit on the disk.
     """
-    if (family or to in ORDER) and is_adapter(file):
+    if (family or (to and to not in CONTAINERS)) and is_adapter(file):
         from sdops.verbs._convert_adapter import convert_adapter
 
         return convert_adapter(
