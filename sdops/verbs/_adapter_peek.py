@@ -46,7 +46,7 @@ def _name(model: str | os.PathLike[str] | Source) -> str:
 def is_adapter(model: str | os.PathLike[str] | Source) -> bool:
     """Whether it holds a LoRA or one of its relatives; False also for what cannot be read."""
     if not isinstance(model, str | os.PathLike):
-        return False
+        return _TENSOR.search("".join(f'"{key}":{{"' for key in model.specs).encode()) is not None
     path = located(model)
     if path.is_dir():
         return (path / "adapter_config.json").is_file()

@@ -27,7 +27,7 @@ from sdops.text import count
 from sdops.verbs._adapter_family import read_as_any, title_of
 from sdops.verbs._adapter_names import names_of
 from sdops.verbs._adapter_source import AdapterSource, SourceValues, lazy, values_of
-from sdops.verbs._split_qkv import weakened
+from sdops.verbs._split_qkv import warning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,13 +38,14 @@ _SHOWN = 5
 _SCALED = ("lora", "loha", "lokr", "glora")
 
 
-def open_adapter(
-    path: str | os.PathLike[str], *, allow_unknown: bool = False, architecture: str | None = None
-) -> Adapter:
+AdapterFile = str | os.PathLike[str] | Source  # a LoRA as verbs take it
+
+
+def open_adapter(path: AdapterFile, *, allow_unknown: bool = False, architecture: str | None = None) -> Adapter:
     """Open a LoRA-like file, or a PEFT folder, whatever its dialect.
 
     Args:
-        path: A file, or a folder with `adapter_config.json`.
+        path: A file, a folder with `adapter_config.json`, or an opened file.
         allow_unknown: Leave tensors that are not understood in `Adapter.unknown` instead of refusing the file.
         architecture: The family that it is for, if the user says so; otherwise it is told from the file.
 
@@ -53,6 +54,8 @@ def open_adapter(
         UsageError: there is no such architecture.
         SdopsError: there is no such file.
     """
+    if not isinstance(path, str | os.PathLike):
+        return _read(Path(path.name), path, None, architecture, allow_unknown=allow_unknown)
     path = located(path)
     source, config = _open(path)
     try:
@@ -62,7 +65,12 @@ def open_adapter(
         raise
 
 
-def open_alike(files: Sequence[str | os.PathLike[str]], *, allow_unknown: bool = False) -> list[Adapter]:
+def name_of(file: AdapterFile) -> str:
+    """The file's name, without its folders."""
+    return Path(file if isinstance(file, str | os.PathLike) else file.name).name
+
+
+def open_alike(files: Sequence[AdapterFile], *, allow_unknown: bool = False) -> list[Adapter]:
     """Open adapters for one model; those that could be for several are read as the others are.
 
     Raises:
@@ -114,6 +122,15 @@ def _open(path: Path) -> tuple[Source, Mapping[str, Any] | None]:
     return open_list(path, list_names) or open_source(path), beside
 
 
+def read_adapter(source: Source) -> Adapter:
+    """An adapter file that is open already; tensors that are not understood are left in `Adapter.unknown`.
+
+    Raises:
+        FormatError: it is no adapter, is damaged, or its numbers make no sense.
+    """
+    return _read(Path(source.name), source, None, None, allow_unknown=True)
+
+
 def _read(
     path: Path, source: Source, config: Mapping[str, Any] | None, wanted: str | None, *, allow_unknown: bool
 ) -> Adapter:
@@ -144,7 +161,7 @@ def _read(
         architecture.variant,
         meant.rivals,
     )
-    if architecture.family == "flux1" and (note := weakened(source, adapter.patches)):
+    if architecture.family == "flux1" and (note := warning(source, adapter.patches)):
         adapter = replace(adapter, notes=(*adapter.notes, note))
     _check(adapter)
     return adapter

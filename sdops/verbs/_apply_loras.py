@@ -9,7 +9,6 @@ FILE:0.8:lbw=1,0,0,0,1,1,1,1,1,1,1,1      block weights that multiply the streng
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +21,10 @@ from sdops.core.dial import Dial, DialValue, Place, parse_dial
 from sdops.core.patch import Adapter
 from sdops.errors import UsageError
 from sdops.hub import is_reference
-from sdops.verbs._adapters import open_adapter
+from sdops.verbs._adapters import AdapterFile, name_of, open_adapter
 from sdops.verbs._inputs import Opened
 
-File = str | os.PathLike[str]
-Wish = File | tuple[File, DialValue]  # a LoRA as callers name it
+Wish = AdapterFile | tuple[AdapterFile, DialValue]  # a LoRA as callers name it
 
 _OPTIONS = ("te", "unet", "lbw")
 _OPTION = re.compile(rf":\s*({'|'.join(_OPTIONS)})\s*=")
@@ -115,7 +113,7 @@ def _open(wish: Wish, model: Opened, architecture: str | None, *, allow_unknown:
         given, options = split_options(text)
     else:
         path, given, options = wish, 1.0, {}
-    strength = _strength(given, options, model, Path(path).name)
+    strength = _strength(given, options, model, name_of(path))
     adapter = open_adapter(path, allow_unknown=allow_unknown, architecture=architecture)
     opened = Opened(adapter.source, adapter.source, detect(adapter.source.specs))
     spelled = f"{strength.dial.default:g}" if strength.dial.is_constant and not strength.blocks else "-blocks"
@@ -144,6 +142,16 @@ def split_options(text: str) -> tuple[str, dict[str, str]]:
             raise UsageError(f"`{option[1]}` is given twice in `{text}`", hint="give it once")
         options[option[1]] = f":{text}"[option.end() : end].strip()
     return f":{text}"[1 : max(ends[0], 1)].strip() or "1", options
+
+
+def read_strength(given: DialValue, model: Opened, name: str) -> Strength:
+    """A strength as it may stand behind a file's name, or a dial in any other form.
+
+    Raises:
+        UsageError: it is malformed, or names a block that the model does not have.
+    """
+    text, options = split_options(given) if isinstance(given, str) else (given, dict[str, str]())
+    return _strength(text, options, model, name)
 
 
 def _strength(given: DialValue, options: Mapping[str, str], model: Opened, name: str) -> Strength:

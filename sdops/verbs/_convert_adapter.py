@@ -20,7 +20,7 @@ from sdops.errors import UsageError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, duration, size
 from sdops.verbs._adapter_metadata import carried, stripped, with_recipe
-from sdops.verbs._adapters import Spelled, open_adapter, spelled
+from sdops.verbs._adapters import AdapterFile, Spelled, name_of, open_adapter, spelled
 from sdops.verbs._rank_rules import checked
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
 def convert_adapter(
-    file: str | os.PathLike[str],
+    file: AdapterFile,
     *,
     to: str | None = None,
     family: str | None = None,
@@ -97,7 +97,7 @@ def convert_adapter(
     adapter = open_adapter(file, allow_unknown=allow_unknown, architecture=architecture)
     try:
         to = to or adapter.dialect
-        path = _output_path(Path(file), output, to)
+        path = _output_path(Path(name_of(file)), output, to)
         common: dict[str, Any] = {
             "jobs": jobs or default_jobs(),
             "dry_run": dry_run,

@@ -21,7 +21,7 @@ from sdops.errors import MismatchError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import duration, size
 from sdops.verbs._adapter_metadata import union, with_recipe
-from sdops.verbs._adapters import open_alike, spelled
+from sdops.verbs._adapters import AdapterFile, name_of, open_alike, spelled
 from sdops.verbs._merge_adapters_wish import METHODS, Wish, checked
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _LONGEST_NAME = 200  # bytes of a derived name
 
 
 def merge_adapters(
-    files: Sequence[str | os.PathLike[str]],
+    files: Sequence[AdapterFile],
     *,
     method: str = "concat",
     weights: Sequence[float] = (),
@@ -107,9 +107,9 @@ def merge_adapters(
             adapter.source.close()
 
 
-def _derived_name(files: Sequence[str | os.PathLike[str]], method: str) -> str:
+def _derived_name(files: Sequence[AdapterFile], method: str) -> str:
     """`a+b.concat.safetensors`."""
-    stems = "+".join(Path(file).stem for file in files)
+    stems = "+".join(Path(name_of(file)).stem for file in files)
     return f"{stems[: _LONGEST_NAME - len(method)]}.{method}.safetensors"
 
 

@@ -26,7 +26,7 @@ from sdops.errors import MismatchError, UsageError
 from sdops.report import Progress, Report, silent
 from sdops.text import size
 from sdops.verbs._adapter_metadata import carried, with_recipe
-from sdops.verbs._adapters import open_adapter, spelled
+from sdops.verbs._adapters import AdapterFile, name_of, open_adapter, spelled
 from sdops.verbs._rank_rules import checked, rule_for, words
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Layer:
 
 
 def resize(
-    lora: str | os.PathLike[str],
+    lora: AdapterFile,
     *,
     output: str | os.PathLike[str] | None = None,
     rank: int | None = None,
@@ -148,7 +148,7 @@ def resize(
         raise UsageError(f"`dtype` cannot be `{dtype}`", hint=f"choose one of {', '.join(DTYPES)}")
     if to is not None:
         dialect(to)
-    path = Path(f"{Path(lora).stem}.resized.safetensors" if output is None else output)
+    path = Path(f"{Path(name_of(lora)).stem}.resized.safetensors" if output is None else output)
     adapter = open_adapter(lora, allow_unknown=allow_unknown, architecture=architecture)
     try:
         return _resized(
