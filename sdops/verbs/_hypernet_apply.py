@@ -1,0 +1,240 @@
+"""Bakes hypernetworks into a U-Net: exact where they are linear."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdops import __version__
+from sdops.archs.detect import detect
+from sdops.core.run import default_jobs, run
+from sdops.core.sink import SafetensorsSink, check_inputs, check_space, check_target
+from sdops.errors import UsageError
+from sdops.report import Progress, Report, Section, silent
+from sdops.text import count, duration, size
+from sdops.verbs._apply_base import open_base, output_of
+from sdops.verbs._apply_loras import split_file
+from sdops.verbs._hashes import Hashes, part_record
+from sdops.verbs._hypernet_layers import (
+    Attention,
+    Maps,
+    Networks,
+    attentions,
+    bias_change,
+    check_biases,
+    contexts_of,
+    key_change,
+    maps_of,
+    of_weights,
+    reached,
+    value_change,
+)
+from sdops.verbs._hypernet_open import FilePath, HypernetFile, open_network
+from sdops.verbs._inputs import Model, Opened
+from sdops.verbs._provenance import RECIPE, metadata, with_hashes, without_hashes
+
+if TYPE_CHECKING:
+    from sdops.core.adding import Singles
+    from sdops.core.applied import Applied, Weights
+
+DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+Wish = FilePath | tuple[FilePath, float]
+FAR = 0.9  # R^2 of a fit below which it is another network
+
+
+def apply(
+    model: Model,
+    *networks: Wish,
+    output: FilePath | None = None,
+    fit: bool = False,
+    dtype: str = "keep",
+    jobs: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    hash_inputs: bool = True,
+    progress: Progress = silent,
+) -> Report:
+    """Write a model that does by itself what it does with hypernetworks in front of its attention.
+
+    Keys get W_k (1 + m A_k), values W_v (1 + m A_v), and the layer behind takes up what the biases add to the values.
+    What they add to the keys changes nothing: softmax does not see a constant.
+
+    Args:
+        model: A path or Source with a U-Net of SD1, SD2 or SDXL.
+        networks: Hypernetworks in the order in which they act: a path, `"PATH:STRENGTH"`, or path and strength.
+        output: Where to write; default: `MODEL+NETWORK.safetensors` in this folder.
+        fit: Take the nearest linear map where a network is not linear, as far as contexts of this model go.
+        dtype: Of the changed tensors: keep, fp32, fp16 or bf16.
+        jobs: Threads; default: one per core.
+        force: Replace an existing output.
+        dry_run: Check everything, write nothing.
+        hash_inputs: Record the inputs' SHA-256 (remembered between runs).
+        progress: Called as `progress(label, total_bytes)`.
+
+    Raises:
+        UsageError: no network, or a malformed strength.
+        MismatchError: no attention has a context of a network's width; or a network is not linear, and no `fit`.
+        FormatError: a file is damaged or holds NaN.
+        OutputError: the output exists, is an input, or does not fit on the disk.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"`dtype` cannot be `{dtype}`", hint=f"choose one of {', '.join(DTYPES)}")
+    opened, base = open_networks(networks), open_base(model)
+    found = reached(attentions(base), opened, base)
+    path = Path(_derived(base, opened) if output is None else output)
+    files = [file.path for file, _ in opened]
+    check_inputs(path, [*files, *(file for leaf in base.leaves() for file in leaf.files)])
+    check_target(path, force=force)
+    maps = maps_of(opened, found, contexts_of(base, found) if fit else None)
+    check_biases(found, maps, base)
+    made = _Baked(base, opened, found, maps, DTYPES[dtype])
+    check_space(path, sum(spec.nbytes for spec in made.source.specs.values()))
+    report = report_of("hypernet apply", base, opened, found, maps, path)
+    report.data["dry_run"] = dry_run
+    if dry_run:
+        report.hints.append("nothing was written; leave `--dry-run` away to apply")
+        return report
+    begin = time.monotonic()
+    made.save(path, jobs=jobs or default_jobs(), force=force, hash_inputs=hash_inputs, progress=progress)
+    kept = made.source.adder.kept_overall()
+    report.data |= {"seconds": round(time.monotonic() - begin, 3), "kept_overall": kept}
+    rows = [["wrote", f"{path}, {size(path.stat().st_size)} in {duration(time.monotonic() - begin)}"]]
+    if kept is not None:
+        rows.append(["strength kept", f"{kept:.1%} of what was added survived the rounding"])
+    report.sections.append(Section("Result", rows))
+    return report
+
+
+def open_networks(wishes: Sequence[Wish]) -> list[tuple[HypernetFile, float]]:
+    """Networks and their strengths.
+
+    Raises:
+        UsageError: there is none, or a strength is no number.
+    """
+    if not wishes:
+        raise UsageError("no hypernetwork was given", hint="`sdops hypernet apply MODEL FILE:STRENGTH`")
+    found = []
+    for wish in wishes:
+        path, text = (
+            (wish, "") if not isinstance(wish, str | tuple) else split_file(wish) if isinstance(wish, str) else wish
+        )
+        try:
+            strength = float(text) if text != "" else 1.0
+        except ValueError:
+            raise UsageError(f"`{text}` is no strength", hint="a number behind the file: `style.pt:0.7`") from None
+        found.append((open_network(path), strength))
+    return found
+
+
+def _derived(model: Opened, networks: Networks) -> str:
+    parts = [f"{file.path.stem}{'' if strength == 1 else f'{strength:g}'}" for file, strength in networks]
+    return "+".join([Path(model.name).stem, *parts]) + ".safetensors"
+
+
+class _Baked:
+    """The result as a Source, and how it is written."""
+
+    def __init__(
+        self, model: Opened, networks: Networks, found: Sequence[Attention], maps: Mapping[int, Maps], dtype: str
+    ) -> None:
+        from sdops.core.applied import Dense
+        from sdops.verbs._apply_changes import Changes
+
+        changes = Changes(model, [], peft_dora=False)
+        for each in found:
+            changes.terms[each.keys] = [Dense(partial(_dense, key_change, each, maps))]
+            changes.terms[each.values] = [Dense(partial(_dense, value_change, each, maps))]
+            if maps[each.width].v.offset.any():
+                changes.terms[f"{each.out}.bias"] = [Dense(partial(_dense, bias_change, each, maps))]
+        self.source: Applied = output_of(model, model.source, changes, ("", dtype), sequential=False, seed=None)
+        self.model, self.networks = model, networks
+        self.parts = [model, *(_opened(file) for file, _ in networks)]
+
+    def save(self, path: Path, *, jobs: int, force: bool, hash_inputs: bool, progress: Progress) -> None:
+        """Write it."""
+        names = [self.model.name, *(file.path.name for file, _ in self.networks)]
+        made = self._recipe()
+        header = metadata(self.model.source.metadata, self.model.detection.modelspec, path.stem, names, made)
+        if not hash_inputs:
+            header[RECIPE] = without_hashes(header[RECIPE])
+        with SafetensorsSink(path, self.source.specs, header, force=force) as sink:
+            with Hashes(self.parts, enabled=hash_inputs) as hashes:
+                with progress("applying", sink.nbytes) as advance:
+                    run(self.source, sink, jobs=jobs, progress=advance)
+                digests = hashes.wait(progress)
+            for part in self.parts:
+                part.check_unchanged()
+            if hash_inputs:
+                header[RECIPE] = with_hashes(header[RECIPE], digests)
+            sink.commit({RECIPE: header[RECIPE]})
+
+    def _recipe(self) -> dict[str, Any]:
+        strengths = [strength for _, strength in self.networks]
+        records = [part_record("model", self.parts[0])]
+        for number, (part, strength) in enumerate(zip(self.parts[1:], strengths, strict=True), start=1):
+            records.append(part_record(f"hypernet{number}", part) | {"strength": strength})
+        made = {"version": __version__, "verb": "hypernet apply", "inputs": records}
+        return dict(json.loads(json.dumps(made)))
+
+
+def _opened(file: HypernetFile) -> Opened:
+    return Opened(file.source, file.source, detect(file.source.specs))
+
+
+def _dense(change: Any, each: Attention, maps: Mapping[int, Maps], weights: Weights) -> Singles:
+    """A change as core.applied wants it: a matrix, a bias as one column."""
+    found = change(each, maps, of_weights(weights)).astype(np.float32)
+    return found.reshape(len(found), -1)
+
+
+def report_of(
+    verb: str, model: Opened, networks: Networks, found: Sequence[Attention], maps: Mapping[int, Maps], path: Path
+) -> Report:
+    """What is done to which layers, and how well, with warnings about all that is not exact."""
+    rows, facts = [], []
+    for width, each in maps.items():
+        here = [a for a in found if a.width == width]
+        cross = sum(a.is_cross for a in here)
+        linear = all(f.network.is_linear for f, _ in networks if width in f.network.pairs)
+        r2 = {"k": each.k.explained, "v": each.v.explained}
+        facts.append({"width": width, "attn1": len(here) - cross, "attn2": cross, "exact": linear, "explained": r2})
+        how = "exact" if linear else f"fit, R^2 {r2['k']:.3f} for keys, {r2['v']:.3f} for values"
+        offset = f"{np.linalg.norm(each.v.offset):.3g}"
+        rows.append([str(width), f"{len(here) - cross}", f"{cross}", how, offset])
+    report = Report(verb, result=[os.fspath(path)])
+    report.data = {
+        "output": str(path),
+        "family": model.detection.family,
+        "networks": [{"file": str(f.path), "name": f.network.name, "strength": s} for f, s in networks],
+        "contexts": facts,
+    }
+    top = [["model", f"{model.name}  ({model.detection.title})"]]
+    top += [["hypernetwork", f"{f.path}, strength {s:g}"] for f, s in networks]
+    columns = ("context>", "attn1>", "attn2>", "how", "offset of values>")
+    report.sections = [Section(str(path), top), Section("Layers", rows, columns)]
+    report.warnings = _warnings(networks, found, facts)
+    return report
+
+
+def _warnings(networks: Networks, found: Sequence[Attention], facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    warnings = [f"`{file.path}`: {note}" for file, _ in networks for note in file.notes]
+    reach = {each.width for each in found}
+    for file, _ in networks:
+        if idle := [str(width) for width in file.network.pairs if width not in reach]:
+            warnings.append(f"`{file.path}` also has chains for {', '.join(idle)}, which this model has no contexts of")
+    fitted = [fact for fact in facts if not fact["exact"]]
+    if fitted:
+        least = min(value for fact in fitted for value in fact["explained"].values())
+        warnings.append(
+            f"the network is not linear: its nearest linear map stands for it, which explains {least:.1%} of what it "
+            f"does where it fits worst ({count(len(fitted), 'context width')})"
+            + ("; that is far from it" if least < FAR else "")
+        )
+    return warnings
