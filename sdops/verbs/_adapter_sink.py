@@ -11,15 +11,21 @@ from sdops.core.sink import SafetensorsSink
 from sdops.core.spec import Spec
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"  # verbs/hash.py tells what they are of
+MODELSPEC_HASH = "modelspec.hash_sha256"  # the first of these, after 0x
 _BUFFER = 4 << 20
 _LEGACY = slice(0x100000, 0x110000)
 
 
 class AdapterSink(SafetensorsSink):
-    """As SafetensorsSink; the hashes are added to the metadata when everything is written."""
+    """As SafetensorsSink; the hashes are added to the metadata when everything is written.
+
+    That of ModelSpec only replaces one that the metadata have: it is of what the tensors were.
+    """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], *, force: bool) -> None:
         hashes = {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}  # of the length that they will have
+        if MODELSPEC_HASH in metadata:
+            hashes[MODELSPEC_HASH] = f"0x{hashes[MODEL_HASH]}"
         super().__init__(path, specs, {**metadata, **hashes}, force=force)
 
     def seal(self, replace_metadata: Mapping[str, str] | None = None) -> None:
@@ -36,7 +42,8 @@ class AdapterSink(SafetensorsSink):
             there = position + shift
             legacy.update(chunk[max(_LEGACY.start - there, 0) : max(_LEGACY.stop - there, 0)])
             position += len(chunk)
-        return {MODEL_HASH: tensors.hexdigest(), LEGACY_HASH: legacy.hexdigest()[:8]}
+        found = {MODEL_HASH: tensors.hexdigest(), LEGACY_HASH: legacy.hexdigest()[:8]}
+        return found | ({MODELSPEC_HASH: f"0x{found[MODEL_HASH]}"} if MODELSPEC_HASH in self.metadata else {})
 
     def _training_header(self) -> int:
         """Length of a header with the `ss_*` metadata alone."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdops.core.sink import SafetensorsSink
 from sdops.core.source import read
 from sdops.embeddings import bundle
 from sdops.embeddings._types import Embedding
 from sdops.errors import MismatchError
 from sdops.formats import open_source
+from sdops.verbs._adapter_sink import AdapterSink
 from sdops.verbs._embed_write import stored
 
 
@@ -31,7 +31,7 @@ def add_to_lora(embeddings: Sequence[Embedding], lora: Path, output: Path, *, fo
             raise MismatchError(f"`{lora}` is no LoRA", hint=f"`sdops inspect {lora}` shows what it is")
         added = {key: stored(rows, dtype) for key, rows in written.tree.items()}
         specs = kept | {key: spec for key, (_, spec) in added.items()}
-        with SafetensorsSink(output, specs, source.metadata, force=force) as sink:
+        with AdapterSink(output, specs, source.metadata, force=force) as sink:
             for key in kept:
                 sink.write(key, 0, memoryview(read(source, key)))
             for key, (raw, _) in added.items():

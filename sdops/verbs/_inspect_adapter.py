@@ -146,11 +146,6 @@ def _oddities(adapter: Adapter, facts: Mapping[str, Any]) -> list[str]:
     said = adapter.source.metadata.get("ss_network_dim", "")
     if said.isdigit() and facts["ranks"] and said not in facts["ranks"]:
         found.append(f"the metadata say rank {said}, the tensors {', '.join(facts['ranks'])}")
-    if "split_qkv" in adapter.source.metadata.get("ss_network_args", "") and adapter.architecture == "flux1":
-        found.append(
-            "trained with `split_qkv`: if its q, k and v were joined when it was saved, programs apply a third of the "
-            "trained strength to them"
-        )
     return found
 
 

@@ -153,6 +153,28 @@ def alphas(draft: Draft) -> list[str]:
     return [f"{count(number, 'alpha')} of {spec} became F32[]" for spec, number in changed.items()]
 
 
+def split_qkv(draft: Draft) -> list[str]:
+    """Alphas of Flux LoRAs that `split_qkv` left too small get their trained strength."""
+    if draft.detection.family != "adapter" or "split_qkv" not in draft.metadata.get("ss_network_args", ""):
+        return []
+    from sdops.core.spec import Spec
+    from sdops.errors import SdopsError
+    from sdops.verbs._adapters import read_adapter
+    from sdops.verbs._split_qkv import weakened, without_word
+
+    try:
+        adapter = read_adapter(draft.source)
+    except SdopsError:
+        return []  # damaged in another way
+    found = weakened(draft.source, adapter.patches)
+    for old, alpha in found.items():
+        if name := _new_name(draft, old):
+            draft.values[name] = Spec("F32", ()), struct.pack("<f", alpha)
+    if found:
+        draft.metadata = without_word(draft.metadata)
+    return [f"multiplied {count(len(found), 'alpha')} by 3, of `linear1` by 4"] if found else []
+
+
 def file_format(draft: Draft) -> list[str]:
     """`format: pt` is written: some programs refuse files without it."""
     if draft.metadata.get("format"):
@@ -210,6 +232,7 @@ TABLE: dict[str, Repair] = {
     "text-model": Repair(text_model),
     "integers": Repair(integers),
     "alphas": Repair(alphas),
+    "split-qkv": Repair(split_qkv),
     "format": Repair(file_format),
     "permissions": Repair(permissions),
 }
