@@ -22,6 +22,8 @@ _PUBLIC = {
     "build": ("sdops.verbs.build", "build"),
     "convert": ("sdops.verbs.convert", "convert"),
     "compare": ("sdops.verbs.compare", "compare"),
+    "custom": ("sdops.verbs.custom", ""),
+    "dataset": ("sdops.verbs.dataset", ""),
     "diff": ("sdops.verbs.diff", "diff"),
     "embed": ("sdops.verbs.embed", ""),
     "env": ("sdops.verbs.env", "env"),
@@ -29,6 +31,7 @@ _PUBLIC = {
     "fix": ("sdops.verbs.fix", "fix"),
     "hash": ("sdops.verbs.hash", "hash_files"),
     "hypernet": ("sdops.verbs.hypernet", ""),
+    "hot_swap": ("sdops.verbs.hot_swap", "hot_swap"),
     "inspect": ("sdops.verbs.inspect", "inspect"),
     "merge": ("sdops.verbs.merge", "merge"),
     "meta": ("sdops.verbs.meta", "meta"),
@@ -38,6 +41,7 @@ _PUBLIC = {
     "push": ("sdops.verbs.push", "push"),
     "resize": ("sdops.verbs.resize", "resize"),
     "streaming": ("sdops.hub", "streaming"),
+    "train": ("sdops.verbs.train", ""),
     "verify": ("sdops.verbs.verify", "verify"),
 }
 

@@ -35,11 +35,16 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
     "Embeddings": {
         "embed": "Inspect, convert, explain and make embeddings (textual inversion)",
+        "custom": "Inspect custom diffusion, apply it, make LoRAs of it, merge concepts",
         "hypernet": "Inspect, convert and merge hypernetworks; bake them in, or make LoRAs of them",
     },
     "Hub": {
         "pull": "Download a model from the Hub, checked, into the shared cache or a place",
         "push": "Publish a model on the Hub, with a card that tells how it was made",
+    },
+    "Training": {
+        "train": "Train LoRAs and new words (textual inversion)",
+        "dataset": "Check a folder of pictures before training",
     },
     "Help": {
         "env": "Show versions, devices and caches, for a bug report",

@@ -1,0 +1,71 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) and its relatives on UNet and text encoders, with the denoising loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sdops.trainers._kinds import TEXT, ranks_of
+from sdops.trainers._layers import changes, in_order
+from sdops.training import method
+from sdops.training.blocks import rates_by_block
+from sdops.training.changes import Change
+from sdops.training.config import Config
+from sdops.training.model import Model
+from sdops.training.parameters import Parameter
+from sdops.training.product import Layer, Product
+
+RATE = 1e-4
+DECAY = 0.01
+
+
+class Method(method.Method):
+    """Adapters on layers."""
+
+    def __init__(self, model: Model, config: Config) -> None:
+        super().__init__(model, config)
+        self.trains_text = self.encodes = TEXT in ranks_of(config)
+        self._block_rate = rates_by_block(model, config.block_lr)
+        self._changes = in_order(changes(model, config), self._rate)
+        for change in self._changes:
+            change.install()
+
+    def parameters(self) -> list[Parameter]:
+        """The parts of all layers."""
+        decay = DECAY if self.config.weight_decay < 0 else self.config.weight_decay
+        return [
+            Parameter(f"{change.key}.{part}", value, self._rate(change), decay)
+            for change in self._changes
+            for part, value in change.initial(self.config.seed).items()
+        ]
+
+    def use(self, parts: Mapping[str, Tensor]) -> None:
+        """Hand every layer its parts."""
+        by_layer = _by_layer(parts)
+        for change in self._changes:
+            change.parts = by_layer[change.key]
+
+    def product(self, values: Mapping[str, Tensor]) -> Product:
+        """The layers."""
+        by_layer = _by_layer(values)
+        return Product([_layer(change, by_layer[change.key]) for change in self._changes])
+
+    def _rate(self, change: Change) -> float:
+        rate = self.config.lr or RATE
+        if change.component != "unet":
+            rate = self.config.text_lr or rate
+        return rate * self._block_rate(change.component, change.name)
+
+
+def _by_layer(parts: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in parts.items():
+        layer, _, part = name.rpartition(".")
+        found.setdefault(layer, {})[part] = value
+    return found
+
+
+def _layer(change: Change, parts: Mapping[str, Tensor]) -> Layer:
+    settings = {"lora_alpha": change.form.lora_alpha, "use_rslora": change.form.use_rslora}
+    return Layer(change.component, change.name, change.form.family, parts, settings)

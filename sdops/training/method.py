@@ -1,0 +1,60 @@
+"""What training methods have in common: the denoising loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sdops.training.config import Config
+from sdops.training.diffusion import loss_of, noised, target_of
+from sdops.training.feeder import Batch
+from sdops.training.model import Model
+from sdops.training.parameters import Parameter
+from sdops.training.product import Product
+
+
+class Method:
+    """A training method; the shelf's docstring says what each member is for."""
+
+    encodes = False
+    trains_text = False
+
+    def __init__(self, model: Model, config: Config) -> None:
+        self.model, self.config = model, config
+        self.words: dict[str, int] = {}
+
+    def parameters(self) -> list[Parameter]:
+        """What learns."""
+        raise NotImplementedError
+
+    def use(self, parts: Mapping[str, Tensor]) -> None:
+        """Put this step's tensors in their places."""
+        raise NotImplementedError
+
+    def product(self, values: Mapping[str, Tensor]) -> Product:
+        """What is saved."""
+        raise NotImplementedError
+
+    def after_step(self, views: Mapping[str, Tensor]) -> None:
+        """Nothing to do."""
+
+    def at_step(self, step: int) -> None:
+        """Told before each step, counted from 0; what changes over time is decided here."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Weighted mean of squares of the prediction's error, per sample [B]."""
+        noisy = noised(batch.latents, batch.noise, batch.abar)
+        target = target_of(self.model.prediction, batch.latents, batch.noise, batch.abar)
+        return loss_of(self.predict(noisy, batch), target, batch.weights, batch.mask)
+
+    def predict(self, noisy: Tensor, batch: Batch) -> Tensor:
+        """What the model says about noisy latents with the batch's texts."""
+        context, pooled = self.text(batch)
+        return self.model.predict(noisy, batch.steps, context, pooled, batch.sizes)
+
+    def text(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The texts as the UNet reads them: from the cache, or encoded here."""
+        if batch.context is not None:
+            return batch.context, batch.pooled
+        return self.model.text(batch.ids)

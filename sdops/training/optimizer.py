@@ -1,0 +1,123 @@
+"""AdamW over the flat buffer, with clipping after unscaling, a stop at the first number that is not finite, and EMA.
+
+Nothing here waits for the device: whether a step was good is known there, and a step that was not changes nothing, nor
+does any step after it. The loop looks at the flag when it likes to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdops.training.parameters import Parameters
+
+_FIRST_SCALE = 2.0**16
+_GROWTH_STEPS = 2000  # good steps in a row after which the loss is scaled up again
+
+
+class Optimizer:
+    """One optimizer step per call.
+
+    Args:
+        parameters: What learns; their gradients were added up by autograd.
+        betas: Of AdamW.
+        epsilon: Of AdamW.
+        clip: Largest norm of the whole gradient; 0 = no limit.
+        decay: Of the moving average; 0 = none.
+        scaled: Whether the loss is multiplied by a scale, as float16 needs it. Gradients that are too large then lower
+            the scale, and only a scale that has come down to 1 makes them an error.
+
+    Attributes:
+        norm: Of the last gradient, before clipping.
+        stopped: 1 from the first step on whose loss or gradient was not finite.
+        scale: What the loss is to be multiplied by.
+        average: The moving average of the buffer, or None.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+        clip: float = 0.0,
+        decay: float = 0.0,
+        scaled: bool = False,
+    ) -> None:
+        self._parameters, self._clip, self._decay, self._scaled = parameters, clip, decay, scaled
+        flat = parameters.flat.detach()
+        self._betas, self._epsilon = betas, epsilon
+        self.first, self.second = torch.zeros_like(flat), torch.zeros_like(flat)  # moments
+        number = torch.zeros((), device=flat.device)
+        self.steps, self.norm, self.stopped = number.clone(), number.clone(), number.clone()
+        self.scale, self._good = number + (_FIRST_SCALE if scaled else 1.0), number.clone()
+        self.rate = number.clone()  # the schedule's factor, set before each step
+        self.average = flat.clone() if decay else None
+
+    def step(self, loss: Tensor) -> None:
+        """Take one step; the gradient is zero afterwards.
+
+        Args:
+            loss: Of this step, not scaled; only looked at.
+        """
+        with torch.no_grad():
+            gradient = self._parameters.gradient
+            gradient.div_(self.scale)
+            self.norm.copy_(torch.linalg.vector_norm(gradient))
+            finite = torch.isfinite(self.norm)
+            self._judge(finite, torch.isfinite(loss))
+            good = (finite & (self.stopped == 0)).float()
+            if self._clip:
+                gradient.mul_((self._clip / (self.norm + 1e-6)).clamp(max=1.0))
+            torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+            self._adamw(gradient, good)
+            if self.average is not None:
+                self.average.lerp_(self._parameters.flat, good * (1 - self._decay))
+            gradient.zero_()
+
+    def _judge(self, finite: Tensor, sound: Tensor) -> None:
+        """Decide whether to stop, and what the scale becomes."""
+        bad = ~sound | (~finite & (self.scale <= 1))
+        self.stopped.copy_(torch.maximum(self.stopped, bad.float()))
+        if self._scaled:
+            self._good.copy_(torch.where(finite, self._good + 1, 0.0))
+            grown = torch.where(self._good >= _GROWTH_STEPS, self.scale * 2, self.scale)
+            self._good.copy_(torch.where(self._good >= _GROWTH_STEPS, 0.0, self._good))
+            self.scale.copy_(torch.where(finite, grown, self.scale / 2).clamp(1.0, 2.0**24))
+
+    def _adamw(self, gradient: Tensor, good: Tensor) -> None:
+        """Loshchilov and Hutter 2019, arXiv:1711.05101; `good` is 1, or 0 to leave everything as it is."""
+        beta1, beta2 = self._betas
+        self.steps.add_(good)
+        count = self.steps.clamp(min=1.0)
+        self.first.lerp_(gradient, good * (1 - beta1))
+        self.second.lerp_(gradient.square(), good * (1 - beta2))
+        correction1, correction2 = 1 - beta1**count, 1 - beta2**count
+        change = self.first / correction1 / ((self.second / correction2).sqrt() + self._epsilon)
+        flat = self._parameters.flat
+        for group in self._parameters.groups:
+            stretch = slice(group.start, group.stop)
+            rate = self.rate * (group.lr * good)
+            if group.weight_decay:
+                flat[stretch].mul_(1 - rate * group.weight_decay)
+            flat[stretch].sub_(rate * change[stretch])
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a continuation needs, by name."""
+        found: dict[str, Any] = {
+            "flat": self._parameters.flat.detach(),
+            "first": self.first,
+            "second": self.second,
+            "steps": self.steps,
+            "scale": self.scale,
+            "good": self._good,
+        }
+        return found | ({"average": self.average} if self.average is not None else {})
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on where another run stopped."""
+        with torch.no_grad():
+            for name, value in self.state().items():
+                value.copy_(state[name])

@@ -1,0 +1,144 @@
+"""What the header of a trained LoRA says: kohya's `ss_*`, which every program shows, and ModelSpec."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from sdops import __version__
+from sdops.training.product import Product
+from sdops.verbs._provenance import RECIPE
+from sdops.verbs._train_plan import Course
+
+_MODULES = {"lora": "networks.lora", "loha": "lycoris.kohya", "lokr": "lycoris.kohya"}
+_BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+_ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
+
+
+def header(course: Course, steps: int, product: Product) -> dict[str, str]:
+    """Everything about the run that is nobody's secret: no folders. Without dates, so equal runs give equal files."""
+    found = {"format": "pt", **_network(product), **_training(course, steps), **_data(course), **_modelspec(course)}
+    recipe = {"version": __version__, "verb": "train", "method": course.method, "steps": steps}
+    recipe["settings"] = {name: value for name, value in course.config.fixed().items() if name not in _FOLDERS}
+    found[RECIPE] = json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))
+    return found
+
+
+_FOLDERS = ("model", "images", "masks", "class_images")
+
+
+def _network(product: Product) -> dict[str, str]:
+    family = product.layers[0].family
+    ranks = Counter(_rank(layer.parts) for layer in product.layers)
+    alphas = {float(layer.settings["lora_alpha"]) for layer in product.layers}
+    args: dict[str, Any] = {} if family == "lora" else {"algo": family}
+    kernels = {_rank(layer.parts) for layer in product.layers if _is_convolution(layer.parts)}
+    if len(kernels) == 1:
+        args |= {"conv_dim": str(kernels.pop()), "conv_alpha": f"{alphas.copy().pop():g}"}
+    if any("dora_scale" in layer.parts for layer in product.layers):
+        args["dora_wd"] = "True"
+    found = {
+        "ss_network_module": _MODULES[family],
+        "ss_network_dim": str(ranks.most_common(1)[0][0]) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+    }
+    return found | ({"ss_network_args": json.dumps(args)} if args else {})
+
+
+def _rank(parts: Any) -> int:
+    for name in ("down", "w1_b", "w2_b"):
+        if name in parts:
+            return int(parts[name].shape[0])
+    return int(min(parts["w2"].shape))
+
+
+def _is_convolution(parts: Any) -> bool:
+    return "down" in parts and parts["down"].dim() == 4 and parts["down"].shape[-1] > 1
+
+
+def _training(course: Course, steps: int) -> dict[str, str]:
+    config = course.config
+    rate = config.lr or 1e-4
+    per_step = course.plan.batch * config.accumulate
+    values: dict[str, Any] = {
+        "ss_output_name": config.name or course.output.stem,
+        "ss_sd_model_name": course.origin.path.name,
+        "ss_base_model_version": _BASES[course.origin.family],
+        "ss_v2": course.origin.family == "sd2",
+        "ss_v_parameterization": course.origin.prediction == "v",
+        "ss_learning_rate": rate,
+        "ss_unet_lr": rate,
+        "ss_text_encoder_lr": config.text_lr or rate,
+        "ss_lr_scheduler": config.schedule,
+        "ss_lr_warmup_steps": config.warmup,
+        "ss_optimizer": f"AdamW(betas={config.beta1:g},{config.beta2:g},eps={config.adam_epsilon:g})",
+        "ss_max_grad_norm": config.clip,
+        "ss_max_train_steps": config.steps,
+        "ss_steps": steps,
+        "ss_epoch": steps * per_step // max(len(course.plan.samples), 1),
+        "ss_num_epochs": -(-config.steps * per_step // max(len(course.plan.samples), 1)),
+        "ss_batch_size_per_device": config.batch,
+        "ss_total_batch_size": per_step,
+        "ss_gradient_accumulation_steps": config.accumulate,
+        "ss_gradient_checkpointing": config.checkpointing,
+        "ss_mixed_precision": {"fp32": "no", "auto": "bf16"}.get(config.dtype, config.dtype),
+        "ss_seed": config.seed,
+        "ss_noise_offset": config.noise_offset or None,
+        "ss_min_snr_gamma": config.min_snr or None,
+        "ss_debiased_estimation": config.debiased,
+        "ss_zero_terminal_snr": config.zero_terminal_snr,
+        "ss_prior_loss_weight": config.prior_weight,
+        "ss_clip_skip": config.clip_skip or None,
+        "ss_max_token_length": 75,
+        "ss_network_dropout": config.dropout or None,
+        "ss_cache_latents": True,
+        "ss_loss_type": "l2",
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def _data(course: Course) -> dict[str, str]:
+    config, folder = course.config, course.folder
+    side = config.resolution or course.origin.resolution
+    tags: Counter[str] = Counter()
+    for caption in course.captions:
+        tags.update(tag.strip() for tag in caption.split(",") if tag.strip())
+    boxes = folder.buckets(side, config.bucket_step, squares=not config.buckets)
+    info = {"buckets": {str(i): {"resolution": list(box), "count": n} for i, (box, n) in enumerate(boxes.items())}}
+    name = folder.path.resolve().name
+    values: dict[str, Any] = {
+        "ss_num_train_images": len(folder.pictures) * config.repeats,
+        "ss_num_reg_images": len(course.class_folder.pictures) if course.class_folder else 0,
+        "ss_num_batches_per_epoch": course.plan.batches,
+        "ss_resolution": f"({side}, {side})",
+        "ss_enable_bucket": config.buckets,
+        "ss_bucket_no_upscale": False,
+        "ss_bucket_info": json.dumps(info),
+        "ss_dataset_dirs": json.dumps({name: {"n_repeats": config.repeats, "img_count": len(folder.pictures)}}),
+        "ss_tag_frequency": json.dumps({name: dict(tags.most_common())}, ensure_ascii=False),
+        "ss_flip_aug": config.flip,
+        "ss_caption_dropout_rate": config.caption_dropout,
+        "ss_shuffle_caption": config.shuffle_tags,
+        "ss_keep_tokens": config.keep_tags,
+    }
+    return {key: str(value) for key, value in values.items()}
+
+
+def _modelspec(course: Course) -> dict[str, str]:
+    config, origin = course.config, course.origin
+    side = config.resolution or origin.resolution
+    found = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{_ARCHITECTURES[origin.family]}/lora",
+        "modelspec.implementation": "diffusers" if origin.family != "sdxl" else "sgm",
+        "modelspec.title": config.name or course.output.stem,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": origin.prediction,
+        "modelspec.timestep_range": f"{config.least_step},{config.most_step}",
+    }
+    if config.clip_skip:
+        found["modelspec.encoder_layer"] = str(config.clip_skip + 1)
+    if course.words:
+        found["modelspec.trigger_phrase"] = ", ".join(course.words)
+    return found
