@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,13 +16,14 @@ from torch import Tensor
 from sdops.archs.detect import detect
 from sdops.core.patch import Adapter, Patch, Target
 from sdops.core.run import run
-from sdops.core.sink import check_inputs, check_target
+from sdops.core.sink import check_inputs
 from sdops.core.source import Source, read
 from sdops.core.spec import Spec
 from sdops.core.stream import TORCH_DTYPES
-from sdops.errors import FormatError, OutputError
+from sdops.errors import FormatError
 from sdops.report import Progress
-from sdops.verbs._adapter_sink import AdapterSink
+from sdops.verbs._adapter_path import check_place
+from sdops.verbs._adapter_sink import adapter_sink
 from sdops.verbs._adapter_source import AdapterSource, Lazy
 from sdops.verbs._adapters import Spelled
 from sdops.verbs._extract_store import Place, Store
@@ -143,20 +144,14 @@ def opened(adapter: Adapter) -> Opened:
     return Opened(adapter.source, adapter.source, detect(adapter.source.specs))
 
 
-def check_output(
-    path: Path, inputs: Sequence[Opened], companions: Mapping[str, str] | Sequence[str], *, force: bool
-) -> None:
+def check_output(path: Path, inputs: Sequence[Opened], companions: Iterable[str], *, force: bool) -> None:
     """Everything that is known to go wrong before the work.
 
     Raises:
         OutputError: the output, or a file that belongs beside it, exists or cannot be written.
     """
     check_inputs(path, [file for part in inputs for file in part.files])
-    check_target(path, force=force)
-    for name in companions:
-        beside = path.parent / name
-        if beside.exists() and not force:
-            raise OutputError(f"`{beside}` exists already", hint="`--force` replaces it; `-o` names another folder")
+    check_place(path, tuple(companions), force=force)
 
 
 def save(
@@ -187,7 +182,7 @@ def save(
     header: dict[str, Any] = dict(made.source.metadata)
     if hash_inputs is False:
         header[RECIPE] = without_hashes(header[RECIPE])
-    with AdapterSink(path, made.source.specs, header, force=force) as sink:
+    with adapter_sink(path, made.source.specs, header, made.companions, force=force) as sink:
         with Hashes(inputs, enabled=bool(hash_inputs)) as hashes:
             with progress("writing", sink.nbytes) as advance:
                 run(made.source, sink, jobs=jobs, progress=advance)
@@ -197,6 +192,4 @@ def save(
         if hash_inputs:
             header[RECIPE] = with_hashes(header[RECIPE], digests)
         sink.commit({RECIPE: header[RECIPE]} if hash_inputs else None)
-    for name, text in made.companions.items():
-        (path.parent / name).write_text(text, encoding="utf-8")
     return os.path.getsize(path)

@@ -20,6 +20,7 @@ from sdops.errors import UsageError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, duration, size
 from sdops.verbs._adapter_metadata import carried, stripped, with_recipe
+from sdops.verbs._adapter_path import adapter_path, shown, workplace
 from sdops.verbs._adapters import AdapterFile, Spelled, name_of, open_adapter, spelled
 from sdops.verbs._rank_rules import checked
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 FAMILIES = ("lora", "full")
 DTYPES = ("keep", "fp16", "bf16", "fp32")
-_PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
 def convert_adapter(
@@ -97,7 +97,8 @@ def convert_adapter(
     adapter = open_adapter(file, allow_unknown=allow_unknown, architecture=architecture)
     try:
         to = to or adapter.dialect
-        path = _output_path(Path(name_of(file)), output, to)
+        stem = Path(name_of(file)).stem
+        path = adapter_path(f"{stem}.peft" if to == "peft" else f"{stem}.{to}.safetensors", output, to)
         common: dict[str, Any] = {
             "jobs": jobs or default_jobs(),
             "dry_run": dry_run,
@@ -112,14 +113,6 @@ def convert_adapter(
         return _changed(adapter, made, wishes, base, path, strip=strip, hash_inputs=hash_inputs, **common)
     finally:
         adapter.source.close()
-
-
-def _output_path(file: Path, output: str | os.PathLike[str] | None, to: str) -> Path:
-    """The file to write; PEFT wants a folder with a file of a fixed name."""
-    if to != "peft":
-        return Path(f"{file.stem}.{to}.safetensors" if output is None else output)
-    path = Path(f"{file.stem}.peft" if output is None else output)
-    return path if path.suffix == ".safetensors" else path / _PEFT_WEIGHTS
 
 
 def _renamed(
@@ -161,8 +154,7 @@ def _changed(
     begin = time.monotonic()
     weights = None if base is None else Base(base, adapter)
     records = [part_record("a", opened(adapter)), *([part_record("base", weights.model)] if weights else [])]
-    folder = path.resolve().parent
-    with Pieces(folder if folder.is_dir() else folder.parent, adapter.source.name) as pieces:
+    with Pieces(workplace(path), adapter.source.name) as pieces:
         with progress("converting", len(adapter.patches)) as advance:
             layers = converted(adapter, settings["family"], wishes, weights, settings["dtype"], pieces, jobs, advance)
         pieces.keep_extras(adapter)
@@ -188,23 +180,14 @@ def _write(
     hash_inputs: bool | None,
     progress: Progress,
 ) -> int:
-    """Save unless it is only a trial; returns the size. A folder that is missing is made (PEFT's)."""
+    """Save unless it is only a trial; returns the size."""
     from sdops.verbs._adapter_output import check_output, opened, save
 
     parts = [opened(each) if isinstance(each, Adapter) else each.model for each in inputs]
-    is_new = path.name == _PEFT_WEIGHTS and not path.parent.exists()
-    if not is_new:
-        check_output(path, parts, made.companions, force=force)
+    check_output(path, parts, made.companions, force=force)
     if dry_run:
         return sum(spec.nbytes for spec in made.source.specs.values())
-    if is_new:
-        path.parent.mkdir()
-    try:
-        return save(made, path, parts, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
-    except BaseException:
-        if is_new:
-            path.parent.rmdir()
-        raise
+    return save(made, path, parts, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
 
 
 def _report(
@@ -220,10 +203,10 @@ def _report(
 ) -> Report:
     from sdops.verbs._convert_family_report import add_layers
 
-    shown = path.parent if path.name == _PEFT_WEIGHTS else path
-    report = Report("convert", result=[str(shown)])
+    place = shown(path)
+    report = Report("convert", result=[str(place)])
     report.data = {
-        "output": str(shown),
+        "output": str(place),
         "bytes": nbytes,
         "dry_run": dry_run,
         "from": adapter.dialect,
@@ -234,7 +217,7 @@ def _report(
     }
     verb, took = ("would write", "") if dry_run else ("wrote", f" in {duration(seconds)}")
     rows = [
-        (verb, f"{shown}, {size(nbytes)}{took}"),
+        (verb, f"{place}, {size(nbytes)}{took}"),
         ("dialect", adapter.dialect if adapter.dialect == to else f"{adapter.dialect} -> {to}"),
         ("model", adapter.architecture),
         ("layers", f"{len(adapter.patches):,}"),

@@ -11,7 +11,6 @@ from sdops import __version__
 from sdops.core.patch import Adapter, Patch
 from sdops.core.source import Source
 from sdops.core.spec import Spec
-from sdops.errors import OutputError
 from sdops.verbs._adapter_names import ARCHITECTURES
 from sdops.verbs._adapters import spelled
 from sdops.verbs._extract_pairs import Pair
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 # Family -> what kohya's tools call the network and the base.
 _NETWORKS = {"flux1": "networks.lora_flux", "sd3": "networks.lora_sd3"}
-_BASES = {"sd1": "sd_v1", "sdxl": "sdxl_base_v1-0", "flux1": "flux1", "sd3": "sd3"}
+_BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "wan": "wan2"}  # others: the family's name
 
 
 def adapter(source: Source, patches: Sequence[Patch], model: Opened) -> Adapter:
@@ -34,13 +33,15 @@ def adapter(source: Source, patches: Sequence[Patch], model: Opened) -> Adapter:
     return Adapter(source, "", family, tuple(patches), variant=deep[0] if deep else "")
 
 
-def check_dialect(pairs: Sequence[Pair], model: Opened, to: str, output: Path, *, force: bool) -> None:
+def check_dialect(pairs: Sequence[Pair], model: Opened, to: str) -> tuple[str, ...]:
     """Spell the adapter with rank 1 everywhere, so that errors come before the work.
+
+    Returns:
+        Names of files that will belong beside the output.
 
     Raises:
         UsageError: there is no such dialect.
         MismatchError: it cannot hold a layer.
-        OutputError: a file that belongs beside the output exists.
     """
     specs: dict[str, Spec] = {}
     patches = []
@@ -56,10 +57,7 @@ def check_dialect(pairs: Sequence[Pair], model: Opened, to: str, output: Path, *
             part = "diff" if pair.part == "weight" else "diff_b"
             specs[f"{name}.{part}"] = Spec("F16", shape)
             patches.append(Patch(pair.target, "full", {part: f"{name}.{part}"}))
-    for companion in spelled(adapter(_Blank(model.name, specs), patches, model), to).companions:
-        beside = output.parent / companion
-        if beside.exists() and not force:
-            raise OutputError(f"`{beside}` exists already", hint="`--force` replaces it; `-o` names another folder")
+    return tuple(spelled(adapter(_Blank(model.name, specs), patches, model), to).companions)
 
 
 class _Blank:
@@ -107,9 +105,8 @@ def metadata(output: Path, tuned: Opened, layers: Sequence[Layer], made: Mapping
     }
     if any(layer.rank for layer in layers if layer.pair.kind == "conv"):
         header["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": rank})
-    if family in _BASES:
-        header["ss_base_model_version"] = _BASES[family]
-        header["ss_v2"] = "False"
+    header["ss_base_model_version"] = _BASES.get(family, family)
+    header["ss_v2"] = str(family == "sd2")
     if tuned.detection.modelspec:
         header["modelspec.architecture"] = f"{tuned.detection.modelspec}/lora"
     return {**header, RECIPE: json.dumps(made, ensure_ascii=False, separators=(",", ":"))}

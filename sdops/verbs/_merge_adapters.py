@@ -21,6 +21,7 @@ from sdops.errors import MismatchError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import duration, size
 from sdops.verbs._adapter_metadata import union, with_recipe
+from sdops.verbs._adapter_path import adapter_path, shown, workplace
 from sdops.verbs._adapters import AdapterFile, name_of, open_alike, spelled
 from sdops.verbs._merge_adapters_wish import METHODS, Wish, checked
 
@@ -88,12 +89,12 @@ def merge_adapters(
     adapters: list[Adapter] = []
     try:
         adapters += open_alike(files)
-        path = Path(_derived_name(files, wish.method) if output is None else output)
+        to = to or adapters[0].dialect
         return _merge(
             adapters,
             wish,
-            path,
-            to or adapters[0].dialect,
+            adapter_path(_derived_name(files, wish.method), output, to),
+            to,
             base=base,
             strip=strip_training_metadata,
             jobs=jobs or default_jobs(),
@@ -138,7 +139,7 @@ def _merge(
     parts = [*inputs, *([weights.model] if weights else [])]
     check_output(path, parts, (), force=force)
     work = Work(adapters, wish, to, weights)
-    with Pieces(path.resolve().parent, path.name) as pieces:
+    with Pieces(workplace(path), path.name) as pieces:
         with progress("merging", len(work.groups)) as advance:
             layers = []
             for layer in work.run(pieces, jobs):
@@ -152,7 +153,7 @@ def _merge(
             adapters,
             [layer.rank for layer in layers if layer.rank and layer.target not in conv],
             [layer.rank for layer in layers if layer.rank and layer.target in conv],
-            path.stem,
+            shown(path).stem,
             strip=strip,
         )
         roles = [chr(ord("a") + i) if i < 26 else f"model{i + 1}" for i in range(len(inputs))]
@@ -164,7 +165,7 @@ def _merge(
         check_output(path, parts, result.companions, force=force)
         if not dry_run:
             nbytes = save(result, path, parts, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
-    facts = {"output": str(path), "bytes": nbytes, "dry_run": dry_run, "dialect": to, "method": wish.method}
+    facts = {"output": str(shown(path)), "bytes": nbytes, "dry_run": dry_run, "dialect": to, "method": wish.method}
     return _report(adapters, layers, facts | _settings(wish), doubled, time.monotonic() - begin)
 
 

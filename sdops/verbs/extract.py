@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sdops.core.run import default_jobs, run
-from sdops.core.sink import check_inputs, check_target
+from sdops.core.sink import check_inputs
 from sdops.errors import MismatchError, UsageError
 from sdops.report import Progress, Report, silent
-from sdops.verbs._adapter_sink import AdapterSink
+from sdops.verbs._adapter_path import adapter_path, check_place, shown, workplace
+from sdops.verbs._adapter_sink import adapter_sink
 from sdops.verbs._adapters import spelled
 from sdops.verbs._extract_output import adapter, check_dialect, metadata, recipe
 from sdops.verbs._extract_pairs import Pair, Pairs, pairs
@@ -132,12 +133,11 @@ def extract(
     found.warnings += _suspicions(first, second)
     vectors = [pair for pair in found.vectors if {"norm": norms, "bias": bias}[pair.kind]]
     found.left_out.update(pair.kind for pair in found.vectors if pair not in vectors)
-    path = Path(f"{Path(first.name).stem}.lora.safetensors" if output is None else output)
+    path = adapter_path(f"{Path(first.name).stem}.lora.safetensors", output, to)
     check_inputs(path, [file for part in (first, second) for leaf in part.leaves() for file in leaf.files])
-    check_target(path, force=force)
-    check_dialect([*found.layers, *vectors], first, to, path, force=force)
+    check_place(path, check_dialect([*found.layers, *vectors], first, to), force=force)
     if dry_run:
-        return dry_report(path, found, vectors, wishes, to)
+        return dry_report(shown(path), found, vectors, wishes, to)
     settings = wishes | {"svd": svd, "dtype": dtype} | ({"seed": seed} if seed else {})
     from sdops.verbs._extract_factors import Wish  # torch
 
@@ -224,7 +224,7 @@ def _save(
     begin = time.monotonic()
     tuned, base = models
     with (
-        closing(Store(path.resolve().parent, tuned.name)) as store,
+        closing(Store(workplace(path), tuned.name)) as store,
         Hashes(models, enabled=hash_inputs) as hashes,
     ):
         with progress("extracting", sum(pair.nbytes for pair in found.layers)) as advance:
@@ -239,7 +239,7 @@ def _save(
         header = dict(made.source.metadata)
         if not hash_inputs:
             header[RECIPE] = without_hashes(header[RECIPE])
-        with AdapterSink(path, made.source.specs, header, force=force) as sink:
+        with adapter_sink(path, made.source.specs, header, made.companions, force=force) as sink:
             with progress("writing", sink.nbytes) as advance:
                 run(made.source, sink, jobs=jobs, progress=advance)
             digests = hashes.wait(progress)
@@ -248,9 +248,7 @@ def _save(
             if hash_inputs:
                 header[RECIPE] = with_hashes(header[RECIPE], digests)
             sink.commit({RECIPE: header[RECIPE]})
-        for name, text in made.companions.items():
-            (path.parent / name).write_text(text, encoding="utf-8")
-    return done_report(path, path.stat().st_size, time.monotonic() - begin, layers, found, settings)
+    return done_report(shown(path), path.stat().st_size, time.monotonic() - begin, layers, found, settings)
 
 
 def _check_not_empty(tuned: Opened, base: Opened, layers: Sequence[Layer]) -> None:

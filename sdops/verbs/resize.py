@@ -26,6 +26,7 @@ from sdops.errors import MismatchError, UsageError
 from sdops.report import Progress, Report, silent
 from sdops.text import size
 from sdops.verbs._adapter_metadata import carried, with_recipe
+from sdops.verbs._adapter_path import adapter_path, shown, workplace
 from sdops.verbs._adapters import AdapterFile, name_of, open_adapter, spelled
 from sdops.verbs._rank_rules import checked, rule_for, words
 
@@ -148,14 +149,14 @@ def resize(
         raise UsageError(f"`dtype` cannot be `{dtype}`", hint=f"choose one of {', '.join(DTYPES)}")
     if to is not None:
         dialect(to)
-    path = Path(f"{Path(name_of(lora)).stem}.resized.safetensors" if output is None else output)
     adapter = open_adapter(lora, allow_unknown=allow_unknown, architecture=architecture)
     try:
+        to = to or adapter.dialect
         return _resized(
             adapter,
-            path,
+            adapter_path(f"{Path(name_of(lora)).stem}.resized.safetensors", output, to),
             wishes,
-            to or adapter.dialect,
+            to,
             dtype,
             strip=strip_training_metadata,
             jobs=jobs or default_jobs(),
@@ -187,7 +188,7 @@ def _resized(
 
     begin, part = time.monotonic(), opened(adapter)
     check_output(path, [part], (), force=force)
-    with Pieces(path.resolve().parent, adapter.source.name) as pieces:
+    with Pieces(workplace(path), adapter.source.name) as pieces:
         with progress("resizing", len(adapter.patches)) as advance:
             layers = _work(adapter, pieces, wishes, dtype, jobs, advance)
         pieces.keep_extras(adapter)
@@ -371,5 +372,5 @@ def _report(
 ) -> Report:
     from sdops.verbs._resize_report import report
 
-    facts: dict[str, Any] = {"output": str(path), "bytes": nbytes, "dry_run": dry_run, "dialect": to}
+    facts: dict[str, Any] = {"output": str(shown(path)), "bytes": nbytes, "dry_run": dry_run, "dialect": to}
     return report(adapter, layers, facts | {"settings": dict(wishes), "rule": words(wishes)}, seconds)
