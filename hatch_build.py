@@ -1,4 +1,4 @@
-"""Compile sdops/core/exact.c while a wheel is built, if there is a C compiler; sdops works without, only slower.
+"""Compile sdops/core/*.c while a wheel is built, if there is a C compiler; sdops works without, only slower.
 
 The library is plain C behind ctypes: it depends on the platform, but on no version of Python.
 """
@@ -27,19 +27,19 @@ class NativeHook(BuildHookInterface[Any]):
         """Called before files are collected."""
         del version
         folder = Path(self.root, "sdops", "core")
-        if self.target_name != "wheel" or not compile_library(folder / "exact.c", folder / "libexact.so"):
+        if self.target_name != "wheel" or not compile_library(sorted(folder.glob("*.c")), folder / "libexact.so"):
             return
         build_data["artifacts"].append("sdops/core/libexact.so")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
 
-def compile_library(source: Path, library: Path) -> bool:
+def compile_library(sources: list[Path], library: Path) -> bool:
     """Whether `library` was made; what the compiler says goes to stderr."""
     library.unlink(missing_ok=True)
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or sys.platform == "win32" or platform.machine() not in PROCESSOR:
-        print(f"no C compiler for {platform.machine()}: linear merges will use numpy", file=sys.stderr)
+        print(f"no C compiler for {platform.machine()}: merges will use numpy and torch", file=sys.stderr)
         return False
-    command = [compiler, *FLAGS, *PROCESSOR[platform.machine()], "-o", str(library), str(source), "-lm"]
+    command = [compiler, *FLAGS, *PROCESSOR[platform.machine()], "-o", str(library), *map(str, sources), "-lm"]
     return subprocess.run(command, check=False).returncode == 0

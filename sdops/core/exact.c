@@ -7,20 +7,9 @@
  * error-free transformations below depend on every single rounding. Loops are written so that compilers vectorize them.
  */
 
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "native.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif !defined(__aarch64__)
-#error "half precision conversions are written for x86-64 and aarch64"
-#endif
-
-enum dtype { F16, BF16, F32 }; /* the order of core/native.py */
-enum { BLOCK = 512 };          /* elements staged at once: all buffers fit the first-level cache */
-enum { VERSION = 2 };          /* of the functions below, as core/native.py expects them */
+enum { VERSION = 3 }; /* of all functions, as core/native.py expects them */
 
 /* VERSION, or 0 if this processor lacks instructions that the file was compiled for. */
 int sdops_version(void) {
@@ -33,7 +22,7 @@ int sdops_version(void) {
 
 /* ---- one block between its format and double ---- */
 
-static void widen_half(const uint16_t *raw, size_t count, double *out) {
+static void widen_half_to_double(const uint16_t *raw, size_t count, double *out) {
     size_t i = 0;
 #if defined(__x86_64__)
     for (; i + 8 <= count; i += 8) {
@@ -53,7 +42,7 @@ static void widen_half(const uint16_t *raw, size_t count, double *out) {
 
 static void widen(const void *raw, int dtype, size_t start, size_t count, double *restrict out) {
     if (dtype == F16) {
-        widen_half((const uint16_t *)raw + start, count, out);
+        widen_half_to_double((const uint16_t *)raw + start, count, out);
     } else if (dtype == BF16) {
         const uint16_t *bits = (const uint16_t *)raw + start;
         for (size_t i = 0; i < count; i++) {
@@ -93,23 +82,6 @@ static float to_odd_single(double value) {
     return nearest;
 }
 
-/* Replace infinities by the largest finite number; how many there were. */
-static size_t clamp(uint16_t *out, size_t count, uint16_t infinity) {
-    uint16_t most = 0;
-    for (size_t i = 0; i < count; i++) {
-        uint16_t magnitude = out[i] & 0x7FFF;
-        most = magnitude > most ? magnitude : most;
-    }
-    if (most < infinity) return 0;
-    size_t overflow = 0;
-    for (size_t i = 0; i < count; i++) {
-        if ((out[i] & 0x7FFF) != infinity) continue;
-        out[i] = (uint16_t)((out[i] & 0x8000) | (infinity - 1));
-        overflow++;
-    }
-    return overflow;
-}
-
 static size_t narrow_single(const double *restrict values, size_t count, float *restrict out) {
     size_t overflow = 0;
     for (size_t i = 0; i < count; i++) {
@@ -120,20 +92,6 @@ static size_t narrow_single(const double *restrict values, size_t count, float *
         for (size_t i = 0; i < count; i++)
             if (fabsf(out[i]) > 0x1.fffffep127f) out[i] = copysignf(0x1.fffffep127f, out[i]);
     return overflow;
-}
-
-static void narrow_half(const float *singles, size_t count, uint16_t *out) {
-    size_t i = 0;
-#if defined(__x86_64__)
-    for (; i + 8 <= count; i += 8)
-        _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(singles + i), _MM_FROUND_TO_NEAREST_INT));
-    for (; i < count; i++) out[i] = _cvtss_sh(singles[i], _MM_FROUND_TO_NEAREST_INT);
-#else
-    for (; i < count; i++) {
-        __fp16 half = (__fp16)singles[i];
-        memcpy(out + i, &half, 2);
-    }
-#endif
 }
 
 static void narrow_bfloat(const double *restrict values, float *restrict singles, size_t count, uint16_t *out) {
@@ -293,29 +251,54 @@ void sdops_inner(const void *const *inputs, const int *dtypes, int n, size_t cou
 
 /* ---- random words ---- */
 
+static const uint32_t PHILOX[2] = {0xD2511F53, 0xCD9E8D57}, KEY_STEP[2] = {0x9E3779B9, 0xBB67AE85};
+
+#if defined(__x86_64__)
+
+/* Philox4x32-10 of four counters, in the lower halves of 64-bit lanes: the multiplication looks at nothing else. */
+static void philox_four(uint32_t key0, uint32_t key1, uint64_t counter, uint32_t *words) {
+    const __m256i low = _mm256_set1_epi64x(0xFFFFFFFF);
+    const __m256i by0 = _mm256_set1_epi64x(PHILOX[0]), by1 = _mm256_set1_epi64x(PHILOX[1]);
+    __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x((long long)counter), _mm256_set_epi64x(3, 2, 1, 0));
+    __m256i c1 = _mm256_srli_epi64(c0, 32), c2 = _mm256_setzero_si256(), c3 = c2;
+    for (int round = 0; round < 10; round++) {
+        __m256i product0 = _mm256_mul_epu32(c0, by0), product1 = _mm256_mul_epu32(c2, by1);
+        c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1), _mm256_set1_epi64x(key0));
+        c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3), _mm256_set1_epi64x(key1));
+        c1 = product1, c3 = product0;
+        key0 += KEY_STEP[0], key1 += KEY_STEP[1];
+    }
+    __m256i first = _mm256_or_si256(_mm256_and_si256(c0, low), _mm256_slli_epi64(c1, 32));
+    __m256i second = _mm256_or_si256(_mm256_and_si256(c2, low), _mm256_slli_epi64(c3, 32));
+    __m256i even = _mm256_unpacklo_epi64(first, second), odd = _mm256_unpackhi_epi64(first, second);
+    _mm256_storeu_si256((__m256i *)words, _mm256_permute2x128_si256(even, odd, 0x20));
+    _mm256_storeu_si256((__m256i *)(words + 8), _mm256_permute2x128_si256(even, odd, 0x31));
+}
+
+#else
+
+static void philox_four(uint32_t key0, uint32_t key1, uint64_t counter, uint32_t *words) {
+    for (int i = 0; i < 4; i++, counter++) {
+        uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0;
+        for (uint32_t round = 0; round < 10; round++) {
+            uint64_t product0 = (uint64_t)c0 * PHILOX[0], product1 = (uint64_t)c2 * PHILOX[1];
+            c0 = (uint32_t)(product1 >> 32) ^ c1 ^ (key0 + round * KEY_STEP[0]);
+            c2 = (uint32_t)(product0 >> 32) ^ c3 ^ (key1 + round * KEY_STEP[1]);
+            c1 = (uint32_t)product1, c3 = (uint32_t)product0;
+        }
+        words[4 * i] = c0, words[4 * i + 1] = c1, words[4 * i + 2] = c2, words[4 * i + 3] = c3;
+    }
+}
+
+#endif
+
 /* Philox4x32-10 of the counters first, first + 1, ...: four words each; see core/noise.py. */
 void sdops_philox(uint32_t key0, uint32_t key1, uint64_t first, size_t counters, uint32_t *words) {
-    enum { LANES = 64 };
-    uint64_t c[4][LANES]; /* 32-bit words in 64-bit lanes, as the multiplication wants them */
-    const uint64_t low = 0xFFFFFFFF;
-    for (size_t start = 0; start < counters; start += LANES) {
-        size_t size = counters - start < LANES ? counters - start : LANES;
-        uint32_t k0 = key0, k1 = key1;
-        for (size_t i = 0; i < LANES; i++) {
-            uint64_t counter = first + start + i;
-            c[0][i] = counter & low, c[1][i] = counter >> 32, c[2][i] = 0, c[3][i] = 0;
-        }
-        for (int round = 0; round < 10; round++) {
-            for (size_t i = 0; i < LANES; i++) {
-                uint64_t product0 = (c[0][i] & low) * 0xD2511F53u, product1 = (c[2][i] & low) * 0xCD9E8D57u;
-                c[0][i] = (product1 >> 32) ^ c[1][i] ^ k0;
-                c[2][i] = (product0 >> 32) ^ c[3][i] ^ k1;
-                c[1][i] = product1 & low;
-                c[3][i] = product0 & low;
-            }
-            k0 += 0x9E3779B9, k1 += 0xBB67AE85;
-        }
-        for (size_t i = 0; i < size; i++)
-            for (int word = 0; word < 4; word++) words[4 * (start + i) + word] = (uint32_t)c[word][i];
+    size_t done = 0;
+    for (; done + 4 <= counters; done += 4) philox_four(key0, key1, first + done, words + 4 * done);
+    if (done < counters) {
+        uint32_t rest[16];
+        philox_four(key0, key1, first + done, rest);
+        memcpy(words + 4 * done, rest, (counters - done) * 16);
     }
 }

@@ -1,19 +1,21 @@
 """A merge in progress as a Source: tensors are computed when they are read.
 
-Linear methods are evaluated exactly in numpy (core.exact). The others run as torch functions on portions as small as
-their execution class allows (core.stream). Copies and casts need neither.
+Linear methods are evaluated exactly (core.exact), those that need inner products after a pass for these (core.gram).
+Elementwise methods are played as tapes (core.taped). What is left runs as torch functions on portions as small as the
+execution class allows (core.stream). Copies and casts need none of them.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from sdops.core import native
 from sdops.core.exact import PIECE, ExactSum, NonFiniteError, Scratch
+from sdops.core.gram import Combined
 from sdops.core.inputs import nonfinite
 from sdops.core.linear import coefficients
 from sdops.core.method import Method
@@ -23,11 +25,29 @@ from sdops.core.retained import Retained
 from sdops.core.run import PIECE_BYTES
 from sdops.core.source import aligned, splits
 from sdops.core.spec import Spec
+from sdops.core.taped import Taped
+from sdops.errors import UsageError
 
 if TYPE_CHECKING:
     from fractions import Fraction
 
     from sdops.core.stream import Stream
+
+
+class Engine(Protocol):
+    """One way to compute merged tensors."""
+
+    def splits(self) -> bool:
+        """Whether threads may share a tensor."""
+
+    def piece_bytes(self, step: Step) -> int:
+        """Portions in which a step is computed."""
+
+    def read_into(self, key: str, step: Step, start: int, buffer: memoryview) -> int:
+        """Compute bytes of a merged tensor; return how many elements overflowed and were clamped."""
+
+    def try_knobs(self, step: Step) -> None:
+        """Raise an error if the method does not accept a step's knobs."""
 
 
 class Merged:
@@ -57,7 +77,10 @@ class Merged:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._sums: dict[Any, tuple[list[int], ExactSum]] = {}
+        self._combined = Combined(method, self.retained)
+        self._taped = Taped(method, self.retained, seed=seed)
         self._stream: Stream | None = None
+        self._engines: dict[str, Engine] = {}
 
     def close(self) -> None:
         """Nothing to release: the inputs belong to whoever opened them."""
@@ -89,7 +112,7 @@ class Merged:
         """Portions in which `key` is computed."""
         step = self.plan.steps[key]
         if step.action == "merge" and self.method.execution != "linear":
-            return self.stream().piece_bytes(step)
+            return self.engine(key).piece_bytes(step)
         if step.action in ("cast", "merge"):
             return PIECE * (step.spec.nbytes // max(step.spec.numel, 1) or 1)
         return PIECE_BYTES
@@ -99,12 +122,28 @@ class Merged:
         step = self.plan.steps[key]
         if not all(splits(item.source, item.key) for item in step.inputs):
             return False
-        return step.action != "merge" or self.method.execution == "linear" or self.stream().splits()
+        return step.action != "merge" or self.method.execution == "linear" or self.engine(key).splits()
 
     def check_knobs(self) -> None:
-        """Raises UsageError if the method does not accept its knobs; those of linear methods are known to be good."""
-        if self.method.execution != "linear" and self.plan.count("merge"):
-            self.stream().check_knobs()
+        """Try the method with every combination of knobs, so that it refuses bad ones at once; linear ones have been.
+
+        Raises:
+            UsageError: the method does not accept its knobs.
+        """
+        tried = set()
+        for key, step in self.plan.steps.items():
+            identity = tuple(sorted(step.knobs.items())), len(step.inputs)
+            if step.action != "merge" or self.method.execution == "linear" or identity in tried:
+                continue
+            tried.add(identity)
+            try:
+                self.engine(key).try_knobs(step)
+            except (ArithmeticError, ValueError, RuntimeError) as error:
+                knobs = ", ".join(f"`{name}` {value}" for name, value in step.knobs.items())
+                raise UsageError(
+                    f"`{self.method.name}` cannot work with {knobs}: {error}",
+                    hint=f"`sdops methods {self.method.name}` explains the knobs",
+                ) from error
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         """Compute bytes `[start, start + len(buffer))` of a tensor.
@@ -118,7 +157,7 @@ class Merged:
         elif step.action == "value":
             buffer[:] = step.value[start : start + len(buffer)]
         elif step.action == "merge" and self.method.execution != "linear":
-            self._count(key, self.stream().read_into(key, step, start, buffer))
+            self._count(key, self.engine(key).read_into(key, step, start, buffer))
         else:
             self._read_numpy(key, step, start, buffer)
 
@@ -126,6 +165,19 @@ class Merged:
     def remark(self) -> str:
         """What a method of the whole model found out about it, once it has run."""
         return self._stream.remark if self._stream else ""
+
+    def engine(self, key: str) -> Engine:
+        """What computes a merged tensor, unless the method is linear."""
+        if key not in self._engines:
+            self._engines[key] = self._choose(self.plan.steps[key])
+        return self._engines[key]
+
+    def _choose(self, step: Step) -> Engine:
+        if self.method.execution == "gram":
+            return self._combined
+        if self.method.execution == "elementwise" and self._taped.can(step):
+            return self._taped
+        return self.stream()
 
     def stream(self) -> Stream:
         """The torch side, made when first needed: importing torch costs more than many a merge."""

@@ -1,8 +1,8 @@
-"""Compiled twins of numpy arithmetic: exact sums (core/exact.py), inner products, random words (core/noise.py).
+"""Compiled twins of numpy and torch: exact sums (core/exact.py), inner products, random words (core/noise.py), tapes.
 
-`libexact.so` is made from exact.c when the package is installed on a machine with a C compiler. Where it is missing, or
-the processor is too old for it, `library()` is None and everything works with numpy. ctypes lets go of Python's lock
-during a call, so threads really share the work.
+`libexact.so` is made from exact.c and tape.c when the package is installed on a machine with a C compiler. Where it is
+missing, or the processor is too old for it, `library()` is None and everything works with numpy or torch. ctypes lets
+go of Python's lock during a call, so threads really share the work.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from sdops import settings
 from sdops.core.precision import Raw
+from sdops.core.tape import Program
 
 DTYPES = ("F16", "BF16", "F32")  # the order of `enum dtype`
-VERSION = 2
+VERSION = 3
 MOST_INPUTS = 16  # of `inner`
 
 Words = NDArray[np.uint32]
@@ -35,6 +36,7 @@ def library() -> ctypes.CDLL | None:
     try:
         found = ctypes.CDLL(str(path))
         found.sdops_sum.restype = ctypes.c_size_t
+        found.sdops_tape.restype = ctypes.c_int64
         return found if found.sdops_version() == VERSION else None
     except (OSError, AttributeError):
         return None
@@ -102,6 +104,56 @@ class NativeSum:
             ctypes.byref(found),
         )
         return overflow, uncertain[: found.value]
+
+
+class NativeTape:
+    """Plays a program of core/tape.py on inputs of given dtypes. Only made where there is a library.
+
+    Args:
+        program: What is done to each element.
+        dtypes: The inputs' dtypes.
+        out_dtype: The result's dtype.
+    """
+
+    def __init__(self, program: Program, dtypes: Sequence[str], out_dtype: str) -> None:
+        words = [word for instruction in program.code for word in instruction]
+        constants, count = program.constants, len(program.constants)
+        self._program = (
+            (ctypes.c_int32 * len(words))(*words),
+            len(program.code),
+            (ctypes.c_float * count)(*constants),
+            count,
+            program.result,
+        )
+        self._dtypes = (ctypes.c_int * len(dtypes))(*map(DTYPES.index, dtypes))
+        self._out_dtype = DTYPES.index(out_dtype)
+
+    def __call__(self, raws: Sequence[Raw], out: Raw, keys: Sequence[tuple[int, int]], first: int) -> int:
+        """Write the results, rounded to nearest, into `out`.
+
+        Args:
+            raws: The inputs' elements.
+            out: Where the results go.
+            keys: The two words that begin each draw of random numbers.
+            first: Flat index of the first element in its tensor.
+
+        Returns:
+            The number of overflows, which were clamped; -1 if an input or a result is not finite.
+        """
+        functions = library()
+        assert functions is not None  # noqa: S101 - whoever made this object has asked
+        words = [word for pair in keys for word in pair]
+        overflow: int = functions.sdops_tape(
+            *self._program,
+            (ctypes.c_void_p * len(raws))(*map(_pointer, raws)),
+            self._dtypes,
+            (ctypes.c_uint32 * len(words))(*words),
+            ctypes.c_uint64(first),
+            ctypes.c_size_t(len(out)),
+            _pointer(out),
+            self._out_dtype,
+        )
+        return overflow
 
 
 def inner(raws: Sequence[Raw], dtypes: Sequence[str], gram: NDArray[np.float64]) -> bool:

@@ -105,7 +105,7 @@ class Noise:
         """Words (groups, 4) of all counters that the chunk touches; position of its first element in them."""
         start, lead = divmod(self.offset, 4)
         groups = -(-(lead + numel) // 4)
-        key = _key(self.seed, self.key, model, stream)
+        key = key_words(self.seed, self.key, model, stream)
         words = np.empty((groups, 4), dtype=np.uint32)
         if native.philox(key, start, words):
             return words, lead
@@ -119,7 +119,7 @@ class Noise:
         return words, lead
 
 
-def _key(seed: int, key: str, model: int, stream: int) -> tuple[int, int]:
+def key_words(seed: int, key: str, model: int, stream: int) -> tuple[int, int]:
     """Two 32-bit key words out of everything that a mask may depend on."""
     text = "\0".join((str(seed), str(model), str(stream), key))
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -12,9 +12,12 @@ A knob that makes no sense outside a range says so under `Args:` in brackets, `d
 
     "linear"       only `+ - *` of inputs and numbers. The engine calls it with symbols, learns the coefficients
                    and evaluates them exactly, rounding once. Works on tensors of any shape as well.
-    "elementwise"  each output element depends on the same element of the inputs. Called on flat chunks.
-    "gram"         f(gram: Tensor, *, knobs) -> Tensor: takes the N x N matrix of inner products of the inputs (float64)
-                   and returns the N coefficients of the output as a linear combination of the inputs.
+    "elementwise"  each output element depends on the same element of the inputs. Called on flat chunks, or once with
+                   symbols, which records what is done; compiled code then does it in one pass, and torch is never
+                   imported. For that it is written with + - * /, abs(), < <= > >=, & | ~ and what core.elementwise
+                   offers; with anything else it runs in torch.
+    "gram"         f(gram, *, knobs) -> coefficients: takes the N x N matrix of inner products of the inputs (numpy
+                   float64) and returns the N coefficients of the output as a linear combination of the inputs.
                    The module names the inputs in a string literal, written like a parameter list:
                        INPUTS = "a, b"  |  "a, b, c"  |  "*models"  |  "base, a, b"  |  "base, *models"
     "ranked"       like "elementwise", with a keyword `kept`: a bool tensor (S, chunk) telling which elements fall into
@@ -33,6 +36,6 @@ A knob that makes no sense outside a range says so under `Args:` in brackets, `d
                    a `__str__` of its own says in one sentence what was found; the report shows it.
 
 Functions receive float32 tensors (float64 if an input is) and return the same. Further optional keywords:
-    gram           the float64 Gram matrix of the inputs, for elementwise methods that need whole-tensor norms
+    gram           the inner products as for "gram", for elementwise methods that need whole-tensor norms
     noise          a counter-based random source (core.noise), for random methods; the seed is `--seed`
 """

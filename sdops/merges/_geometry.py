@@ -1,14 +1,20 @@
-"""Inner products, angles and weights that the methods of class "gram" share."""
+"""Inner products, angles and weights that the methods of class "gram" share. No torch."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from sdops.errors import UsageError
 from sdops.merges._knobs import per_model
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Gram = NDArray[np.float64]  # inner products (N, N)
+    Coefficients = NDArray[np.float64]  # of a linear combination (N)
 
 # A squared length below this share of the terms that it was computed from is rounding of the float64 sums.
 NEGLIGIBLE = 1e-14
@@ -20,21 +26,21 @@ PARALLEL = 1e-6
 OPPOSITE = -0.9995
 
 
-def delta_gram(gram: Tensor) -> Tensor:
+def delta_gram(gram: Gram) -> Gram:
     """Inner products (N, N) of x_i - base from those of base, x_1 .. x_N, (N + 1, N + 1)."""
     deltas = gram[1:, 1:] - gram[1:, :1] - gram[:1, 1:] + gram[0, 0]
     rounding = NEGLIGIBLE * (gram.diagonal()[1:] + gram[0, 0])
     real = deltas.diagonal() > rounding
-    return torch.where(real[:, None] & real[None, :], deltas, 0.0)
+    return np.where(real[:, None] & real[None, :], deltas, 0.0)
 
 
-def onto_base(coefficients: Tensor) -> Tensor:
+def onto_base(coefficients: Coefficients) -> Coefficients:
     """Coefficients (N + 1) of base + sum_i c_i (x_i - base) from c (N)."""
-    return torch.cat([1 - coefficients.sum(0, keepdim=True), coefficients])
+    return np.append(1 - coefficients.sum(), coefficients)
 
 
-def normalized(weights: tuple[float, ...], count: int) -> Tensor:
-    """The weights divided by their sum, float64 (count).
+def normalized(weights: tuple[float, ...], count: int) -> Coefficients:
+    """The weights divided by their sum (count).
 
     Raises:
         UsageError: the number of weights is not the number of models, or they sum to zero.
@@ -43,7 +49,12 @@ def normalized(weights: tuple[float, ...], count: int) -> Tensor:
     total = sum(values)
     if abs(total) < 1e-12:
         raise UsageError(f"the weights {values} sum to zero", hint="change a weight", weights=values)
-    return torch.tensor(values, dtype=torch.float64) / total
+    return np.array(values, np.float64) / total
+
+
+def length(coefficients: Coefficients, gram: Gram) -> float:
+    """|sum_i c_i x_i|."""
+    return math.sqrt(max(float(coefficients @ gram @ coefficients), 0.0))
 
 
 def arc_weights(aa: float, ab: float, bb: float, alpha: float) -> tuple[float, float]:

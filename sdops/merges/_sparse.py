@@ -1,29 +1,37 @@
-"""Deltas, their election and their sum, which the sparse methods share."""
+"""Changes from a base, their election and their sum, which the sparse methods share. Needs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from sdops.core.noise import Noise
+from sdops.core.elementwise import above, masked, maximum, sign_of, zeros_of
 from sdops.errors import UsageError
 from sdops.merges._knobs import per_model, share
-from sdops.merges._masks import masked, zeros_of
-from sdops.merges._rows import as_rows
 
-PLACE = 0xFFFFFFFF  # the lower 32 bits of a sorting key
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdops.core.noise import Noise
 
 
-def deltas(base: Tensor, models: Sequence[Tensor]) -> Tensor:
-    """x_i - base of N models, (N, ...)."""
-    return torch.stack([model - base for model in models])
+def deltas(base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
+    """x_i - base of every model."""
+    return [model - base for model in models]
+
+
+def kept_deltas(base: Tensor, models: Sequence[Tensor], kept: Tensor) -> list[Tensor]:
+    """x_i - base where the masks (N, ...) are true, else 0."""
+    return [masked(delta, mask) for delta, mask in zip(deltas(base, models), kept, strict=True)]
 
 
 def magnitudes(base: Tensor, models: Sequence[Tensor]) -> Tensor:
     """|x_i - base| in float32, (N, ...): the scores that magnitude pruning ranks by."""
-    return deltas(base, models).abs_().to(torch.float32)
+    import torch
+
+    return torch.stack(deltas(base, models)).abs_().to(torch.float32)
 
 
 def kept_count(numel: int, density: float) -> int:
@@ -32,9 +40,9 @@ def kept_count(numel: int, density: float) -> int:
 
 
 def add_changes(
-    base: Tensor, changes: Tensor, weights: tuple[float, ...], *, elect: bool, normalize: bool, scale: float
+    base: Tensor, changes: Sequence[Tensor], weights: tuple[float, ...], *, elect: bool, normalize: bool, scale: float
 ) -> Tensor:
-    """base + scale sum_i w_i d_i / divisor for sparse deltas d (N, ...).
+    """base + scale sum_i w_i d_i / divisor for sparse deltas d_i.
 
     With `elect` an element's sign is that of sum_i w_i d_i (0 counts as +), and the d_i whose w_i d_i has the other
     sign, or is 0, take no part. The divisor is 1, or with `normalize` the sum of the weights that take part.
@@ -43,74 +51,31 @@ def add_changes(
         UsageError: the number of weights is not the number of models; all sum to zero and cannot be normalised.
     """
     scales = per_model(weights, len(changes))
-    column = torch.tensor(scales, dtype=base.dtype, device=base.device).reshape(-1, *[1] * base.ndim)
-    weighted = column * changes
-    total = weighted.sum(0)
+    weighted = [weight * change for weight, change in zip(scales, changes, strict=True)]
+    total = reduce(add, weighted)
     if elect:
-        direction = torch.ones_like(total).copysign_(total)
-        agreeing = weighted.mul_(direction).clamp_(min=0)  # along the direction those that agree are positive
-        total = agreeing.sum(0) * direction
+        direction = sign_of(total)
+        agreeing = [maximum(change * direction, 0) for change in weighted]  # along the direction those are positive
+        total = reduce(add, agreeing) * direction
         if normalize:
-            divisor = agreeing.sign_().mul_(column).sum(0)
-            total /= divisor + zeros_of(divisor)
+            divisor = reduce(add, [weight * above(x, 0) for weight, x in zip(scales, agreeing, strict=True)])
+            total = total / (divisor + zeros_of(divisor))
     elif normalize:
         if abs(sum(scales)) < 1e-12:
             hint = "change a weight, or switch `normalize` off"
             raise UsageError(f"the weights {scales} sum to zero", hint=hint, weights=scales)
-        total /= sum(scales)
+        total = total / sum(scales)
     return base + scale * total
 
 
-def drop_at_random(base: Tensor, models: Sequence[Tensor], noise: Noise, density: float) -> Tensor:
-    """m_i (x_i - base) / density with m_i = 1 with probability `density`, else 0; (N, ...).
+def drop_at_random(base: Tensor, models: Sequence[Tensor], noise: Noise, density: float) -> list[Tensor]:
+    """m_i (x_i - base) / density with m_i = 1 with probability `density`, else 0.
 
     Raises:
         UsageError: the density is outside [0, 1].
     """
     share("density", density)
-    changes = deltas(base, models)
-    if density == 0:
-        return torch.zeros_like(changes)
-    for index, change in enumerate(changes):
-        change *= noise.uniform(index, like=change).lt_(density)
-    return changes.div_(density)
-
-
-def drop_small_rather(base: Tensor, models: Sequence[Tensor], noise: Noise, density: float, epsilon: float) -> Tensor:
-    """m_i (x_i - base) / p_i with m_i = 1 with probability p_i = density - epsilon + 2 epsilon rank; (N, r, ...).
-
-    Raises:
-        UsageError: p_i would not be a probability above 0.
-    """
-    if not (density - abs(epsilon) > 0 and density + abs(epsilon) <= 1):
-        raise UsageError(
-            f"with density {density:g} and epsilon {epsilon:g} changes would be kept with probability "
-            f"{density - epsilon:g} to {density + epsilon:g}",
-            hint="choose them so that density - epsilon is above 0 and density + epsilon at most 1",
-            density=density,
-            epsilon=epsilon,
-        )
-    changes = deltas(base, models)
-    for index, change in enumerate(changes):
-        probability = _by_rank(change.abs(), density - epsilon, 2 * epsilon)
-        keep = noise.uniform(index, like=change) < probability
-        change.copy_(masked(change / probability, keep))
-    return changes
-
-
-def _by_rank(sizes: Tensor, lowest: float, span: float) -> Tensor:
-    """lowest + span r for every element's rank r in its row of sizes (r, ...), 0 smallest to 1 largest.
-
-    Sizes rank as float32; of equals the earlier ranks higher. The only element of a row has the rank 0.5.
-    """
-    rows = as_rows(sizes)
-    count = rows.shape[1]
-    ranks = torch.linspace(1, 0, count, dtype=torch.float64) if count > 1 else torch.tensor([0.5]).double()
-    descending = (lowest + span * ranks[:count]).to(sizes.dtype)
-    # Sorting negated bit patterns, with the places in the row below them, is many times faster than a stable argsort.
-    bits = rows.to("cpu", torch.float32).view(torch.int32)
-    keys = (-bits).to(torch.int64).bitwise_left_shift_(32).bitwise_or_(torch.arange(count))
-    keys.numpy().sort(axis=1)
-    result = torch.empty(rows.shape, dtype=sizes.dtype)
-    result.scatter_(1, keys.bitwise_and_(PLACE), descending.expand(rows.shape))
-    return result.reshape(sizes.shape).to(sizes.device)
+    kept = [
+        masked(change, noise.uniform(index, like=change) < density) for index, change in enumerate(deltas(base, models))
+    ]
+    return [change / (density or 1) for change in kept]  # with density 0 none is kept

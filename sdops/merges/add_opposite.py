@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from sdops.merges._masks import zeros_of
+from sdops.core.elementwise import zeros_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXECUTION = "elementwise"
 
@@ -21,7 +24,7 @@ def add_opposite(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0) -> Tens
         alpha: How much of the difference to add.
     """
     x, y = a - c, b - c
-    apart = (x - y).abs()
-    denominator = apart + (x + y).abs()
+    apart = abs(x - y)
+    denominator = apart + abs(x + y)
     share = apart / (denominator + zeros_of(denominator))
     return a + 2 * alpha * share * y

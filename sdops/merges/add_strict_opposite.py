@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from sdops.merges._masks import zeros_of
+from sdops.core.elementwise import maximum, zeros_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXECUTION = "elementwise"
 
@@ -22,8 +24,8 @@ def add_strict_opposite(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0) 
         alpha: How much of the difference to add.
     """
     x, y = a - c, b - c
-    larger = torch.maximum(x.abs(), y.abs())
-    larger += zeros_of(larger)
+    larger = maximum(abs(x), abs(y))
+    larger = larger + zeros_of(larger)
     # Dividing each factor keeps tiny weights from vanishing when squared.
-    share = -((x / larger) * (y / larger)).clamp(max=0)
+    share = maximum(-(x / larger) * (y / larger), 0)
     return a + 2 * alpha * share * y

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING
 
+from sdops.core.elementwise import lerp, maximum, minimum, where
 from sdops.errors import UsageError
-from sdops.merges._masks import where
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXECUTION = "elementwise"
 
@@ -27,12 +31,11 @@ def clamp(*models: Tensor, stiffness: float = 0.0) -> Tensor:
     """
     if len(models) < 2:
         raise UsageError("`clamp` has no bounds", hint="give the model to limit and then one or more bounds")
-    a, *others = models
-    bounds = torch.stack(others)  # (N - 1, ...)
-    low, high = bounds.amin(dim=0), bounds.amax(dim=0)
+    a, *bounds = models
+    low, high = reduce(minimum, bounds), reduce(maximum, bounds)
     if stiffness:
-        mean = bounds.mean(dim=0)
-        inner_low = where(bounds <= mean, bounds, low.expand_as(bounds)).amax(dim=0)
-        inner_high = where(bounds >= mean, bounds, high.expand_as(bounds)).amin(dim=0)
-        low, high = torch.lerp(low, inner_low, stiffness), torch.lerp(high, inner_high, stiffness)
-    return torch.minimum(torch.maximum(a, low), high)
+        mean = reduce(add, bounds) / len(bounds)
+        inner_low = reduce(maximum, [where(x <= mean, x, low) for x in bounds])
+        inner_high = reduce(minimum, [where(x >= mean, x, high) for x in bounds])
+        low, high = lerp(low, inner_low, stiffness), lerp(high, inner_high, stiffness)
+    return where(a < low, low, where(a > high, high, a))

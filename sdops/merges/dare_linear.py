@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from sdops.core.noise import Noise
 from sdops.merges._sparse import add_changes, drop_at_random
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdops.core.noise import Noise
 
 EXECUTION = "elementwise"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from sdops.core.noise import Noise
-from sdops.merges._sparse import add_changes, drop_small_rather
+from sdops.merges._by_rank import drop_small_rather
+from sdops.merges._sparse import add_changes
 
 EXECUTION = "rows"
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
 
 from sdops.errors import UsageError
 from sdops.merges._geometry import NEGLIGIBLE, normalized
+
+if TYPE_CHECKING:
+    from sdops.merges._geometry import Coefficients, Gram
 
 EXECUTION = "gram"
 INPUTS = "*models"
@@ -16,7 +19,7 @@ MAX_STEPS = 100
 TOLERANCE = 1e-12  # of the last step, relative to the largest distance
 
 
-def geometric_median(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor:
+def geometric_median(gram: Gram, *, weights: tuple[float, ...] = ()) -> Coefficients:
     """y = argmin sum_i w_i |x_i - y|,   whole tensors as vectors.
 
     The model x_k with the least sum is the median if the others pull no harder than it weighs,
@@ -34,17 +37,18 @@ def geometric_median(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor
     """
     if min(weights, default=0) < 0:
         raise UsageError(f"the weights {weights} are not all positive", hint="change a weight", weights=weights)
-    pull = normalized(weights, len(gram)).numpy()
-    points = _coordinates(gram.cpu().numpy())
+    pull = normalized(weights, len(gram))
+    points = _coordinates(gram)
     best = int(np.argmin([_sum_of_distances(point, points, pull) for point in points]))
     here = _distances(points[best], points) == 0
     others = np.where(here, 0.0, pull / np.where(here, 1.0, _distances(points[best], points)))
     force, own = np.linalg.norm(others @ (points - points[best])), pull[here].sum()
     if force <= own * (1 + 1e-12):
-        return torch.eye(len(pull), dtype=torch.float64)[best]
+        only: Coefficients = (np.arange(len(pull)) == best).astype(np.float64)
+        return only
     # Vardi and Zhang's first step leaves x_k downwards, so that no later one meets a model again.
     away = others @ points / others.sum()
-    return torch.from_numpy(_descend(away + own / force * (points[best] - away), points, pull))
+    return _descend(away + own / force * (points[best] - away), points, pull)
 
 
 def _coordinates(gram: np.ndarray) -> np.ndarray:

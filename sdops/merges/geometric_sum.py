@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from math import cos, pi
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from sdops.core.elementwise import above, power
 from sdops.merges._knobs import share
-from sdops.merges._masks import negatives_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXECUTION = "elementwise"
 
@@ -28,5 +29,7 @@ def geometric_sum(a: Tensor, b: Tensor, *, alpha: float = 0.5) -> Tensor:
         UsageError: alpha is outside [0, 1], where zero weights would become infinite.
     """
     alpha = share("alpha", alpha)
-    turn = (1 - alpha) * negatives_of(a) + alpha * negatives_of(b)
-    return a.abs() ** (1 - alpha) * b.abs() ** alpha * torch.cos(math.pi * turn)
+    a_negative, b_negative = above(-a, 0), above(-b, 0)  # 1 or 0
+    # cos 0, cos(pi (1 - alpha)) = -cos(pi alpha), cos(pi alpha) or cos pi
+    cosine = 1 - a_negative - b_negative + cos(pi * alpha) * (b_negative - a_negative)
+    return power(abs(a), 1 - alpha) * power(abs(b), alpha) * cosine

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from math import cos, sin
+from typing import TYPE_CHECKING
 
-from sdops.merges._geometry import normalized
+import numpy as np
+
+from sdops.merges._geometry import PARALLEL, length, normalized
+
+if TYPE_CHECKING:
+    from sdops.merges._geometry import Coefficients, Gram
 
 EXECUTION = "gram"
 INPUTS = "*models"
@@ -14,7 +19,7 @@ MAX_STEPS = 100
 TOLERANCE = 1e-12  # of the last step, in radians
 
 
-def karcher(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor:
+def karcher(gram: Gram, *, weights: tuple[float, ...] = ()) -> Coefficients:
     """u sum_i w_i |x_i|,   u = the direction that minimises sum_i w_i angle(u, x_i)^2,   sum_i w_i = 1.
 
     Steps from the mean direction: T = sum_i w_i t_i / sin t_i (u_i - cos t_i u) with t_i the angle from u to
@@ -29,36 +34,38 @@ def karcher(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor:
     Raises:
         UsageError: the number of weights is wrong, or they sum to zero.
     """
-    shares = normalized(weights, len(gram)).to(gram.device)
-    norms = gram.diagonal().sqrt()
-    inverse = (norms > 0) / norms.clamp(min=1e-300)
+    shares = normalized(weights, len(gram))
+    norms = np.sqrt(gram.diagonal())
+    inverse = (norms > 0) / np.maximum(norms, 1e-300)
     unit_gram = inverse[:, None] * gram * inverse
     pull = shares * (norms > 0)
     pull = pull / pull.sum() if pull.sum() != 0 else shares
     centre = _start(unit_gram, pull)
     for _ in range(MAX_STEPS):
         step = _tangent(unit_gram, pull, centre)
-        length = (step @ unit_gram @ step).clamp(min=0).sqrt()
-        if length < TOLERANCE:
+        size = length(step, unit_gram)
+        if size < TOLERANCE:
             break
-        centre = centre * torch.cos(length) + step / length * torch.sin(length)
-        centre = centre / (centre @ unit_gram @ centre).sqrt()
+        centre = centre * cos(size) + step / size * sin(size)
+        centre = centre / length(centre, unit_gram)
     return centre * inverse * (shares @ norms)
 
 
-def _start(unit_gram: Tensor, pull: Tensor) -> Tensor:
+def _start(unit_gram: Gram, pull: Coefficients) -> Coefficients:
     """The mean direction, or the first one that exists if they cancel out."""
-    length = (pull @ unit_gram @ pull).clamp(min=0).sqrt()
-    if length > 1e-6:
-        return pull / length
-    return torch.zeros_like(pull).index_fill_(0, unit_gram.diagonal().argmax(), 1.0)
+    size = length(pull, unit_gram)
+    if size > 1e-6:
+        return pull / size
+    only: Coefficients = (np.arange(len(pull)) == unit_gram.diagonal().argmax()).astype(np.float64)
+    return only
 
 
-def _tangent(unit_gram: Tensor, pull: Tensor, centre: Tensor) -> Tensor:
+def _tangent(unit_gram: Gram, pull: Coefficients, centre: Coefficients) -> Coefficients:
     """Coefficients of T, the weighted sum of the directions from `centre` to every model, as long as the angles."""
-    cosine = (unit_gram @ centre).clamp(-1, 1)
-    sine = ((1 - cosine) * (1 + cosine)).sqrt()
+    cosine = (unit_gram @ centre).clip(-1, 1)
+    sine = np.sqrt((1 - cosine) * (1 + cosine))
     # t / sin t -> 1 for t -> 0; there is no direction towards the opposite point.
-    stretch = torch.where(sine > 1e-9, torch.atan2(sine, cosine) / sine.clamp(min=1e-9), (cosine > 0).double())
+    stretch = np.where(sine > PARALLEL, np.arctan2(sine, cosine) / np.maximum(sine, PARALLEL), cosine > 0)
     scaled = pull * stretch
-    return scaled - (scaled @ cosine) * centre
+    tangent: Coefficients = scaled - (scaled @ cosine) * centre
+    return tangent

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import reduce
+from typing import TYPE_CHECKING
 
-from sdops.merges._masks import where
+from sdops.core.elementwise import where
+from sdops.merges._sparse import deltas
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXECUTION = "elementwise"
 
@@ -18,8 +22,9 @@ def magmax(base: Tensor, *models: Tensor, scale: float = 0.5) -> Tensor:
     Args:
         scale: Factor of the change; 1 keeps its full size.
     """
-    largest = torch.zeros_like(base)
-    for model in models:
-        delta = model - base
-        largest = where(delta.abs() >= largest.abs(), delta, largest)
-    return base + scale * largest
+    return base + scale * reduce(_larger, deltas(base, models))
+
+
+def _larger(x: Tensor, y: Tensor) -> Tensor:
+    """y where it is as large as x or larger, else x."""
+    return where(abs(y) >= abs(x), y, x)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from sdops.errors import UsageError
 from sdops.merges._geometry import delta_gram, onto_base
+
+if TYPE_CHECKING:
+    from sdops.merges._geometry import Coefficients, Gram
 
 EXECUTION = "gram"
 INPUTS = "base, *models"
 
 
-def model_stock(gram: Tensor) -> Tensor:
+def model_stock(gram: Gram) -> Coefficients:
     """t mean(x) + (1 - t) base,   t = N c / (1 + (N - 1) c),   c = mean cosine of the pairs of x_i - base.
 
     Cosines are of whole tensors; `model_stock_rows` takes every output channel by itself. A model that equals the
@@ -28,9 +32,9 @@ def model_stock(gram: Tensor) -> Tensor:
     if count < 2:
         raise UsageError("`model_stock` compares models with each other, and there is only one", hint="add a model")
     deltas = delta_gram(gram)
-    norms = deltas.diagonal().clamp(min=0).sqrt()
+    norms = np.sqrt(np.maximum(deltas.diagonal(), 0))
     scale = norms[:, None] * norms
-    cosines = torch.where(scale > 0, deltas / torch.where(scale > 0, scale, 1.0), 0.0).clamp(-1, 1)
+    cosines = np.where(scale > 0, deltas / np.where(scale > 0, scale, 1.0), 0.0).clip(-1, 1)
     cosine = (cosines.sum() - cosines.trace()) / (count * (count - 1))
-    ratio = count * cosine / (1 + (count - 1) * cosine) if cosine > 0 else torch.zeros_like(cosine)
-    return onto_base((ratio / count).expand(count))
+    ratio = count * cosine / (1 + (count - 1) * cosine) if cosine > 0 else 0.0
+    return onto_base(np.full(count, ratio / count))

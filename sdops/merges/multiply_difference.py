@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from sdops.core.elementwise import copysign, power
 from sdops.merges._knobs import share
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXECUTION = "elementwise"
 
@@ -24,5 +27,5 @@ def multiply_difference(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 0.5, 
     """
     alpha = share("alpha", alpha)
     x, y = a - c, b - c
-    size = x.abs() ** (1 - alpha) * y.abs() ** alpha
-    return c + torch.copysign(size, x + beta * (y - x))
+    size = power(abs(x), 1 - alpha) * power(abs(y), alpha)
+    return c + copysign(size, x + beta * (y - x))

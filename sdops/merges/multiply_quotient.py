@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from sdops.core.elementwise import above, power, where
 
-from sdops.merges._masks import negatives_of
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXECUTION = "elementwise"
 
@@ -25,7 +26,7 @@ def multiply_quotient(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0) ->
         alpha: Exponent of the quotient.
     """
     quotient = b / c
-    negative = negatives_of(quotient)
+    negative = above(-quotient, 0)  # 1 or 0
     turn = 1 - negative + negative * math.cos(math.pi * alpha)
-    result = a * (turn * quotient.abs() ** alpha)
-    return torch.where((result.abs() < math.inf) & (c != 0), result, a)
+    result = a * (turn * power(abs(quotient), alpha))
+    return where((abs(result) < math.inf) & (abs(c) > 0), result, a)

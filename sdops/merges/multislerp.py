@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from sdops.merges._geometry import normalized
+import numpy as np
+
+from sdops.merges._geometry import length, normalized
+
+if TYPE_CHECKING:
+    from sdops.merges._geometry import Coefficients, Gram
 
 EXECUTION = "gram"
 INPUTS = "*models"
@@ -13,7 +18,7 @@ INPUTS = "*models"
 CANCELLED = 1e-6
 
 
-def multislerp(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor:
+def multislerp(gram: Gram, *, weights: tuple[float, ...] = ()) -> Coefficients:
     """m sum_i w_i |x_i|,   m = unit(sum_i w_i x_i / |x_i|),   sum_i w_i = 1.
 
     mergekit projects the directions onto the tangent space at m, averages them there and maps the average back.
@@ -29,10 +34,10 @@ def multislerp(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor:
     Raises:
         UsageError: the number of weights is wrong, or they sum to zero.
     """
-    shares = normalized(weights, len(gram)).to(gram.device)
-    norms = gram.diagonal().sqrt()
-    directions = shares * (norms > 0) / norms.clamp(min=1e-300)
-    length = (directions @ gram @ directions).clamp(min=0).sqrt()
-    if length < CANCELLED:
+    shares = normalized(weights, len(gram))
+    norms = np.sqrt(gram.diagonal())
+    directions = shares * (norms > 0) / np.maximum(norms, 1e-300)
+    size = length(directions, gram)
+    if size < CANCELLED:
         return shares
-    return directions / length * (shares @ norms)
+    return directions / size * (shares @ norms)

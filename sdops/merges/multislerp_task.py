@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sdops.merges._geometry import delta_gram, onto_base
 from sdops.merges.multislerp import multislerp
+
+if TYPE_CHECKING:
+    from sdops.merges._geometry import Coefficients, Gram
 
 EXECUTION = "gram"
 INPUTS = "base, *models"
 
 
-def multislerp_task(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor:
+def multislerp_task(gram: Gram, *, weights: tuple[float, ...] = ()) -> Coefficients:
     """base + multislerp of the deltas x_i - base.
 
     Source: arcee-ai/mergekit, `multislerp` with a base model.

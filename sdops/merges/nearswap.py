@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from sdops.core.elementwise import maximum, minimum, where
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXECUTION = "elementwise"
 
@@ -18,5 +22,5 @@ def nearswap(a: Tensor, b: Tensor, *, t: float = 0.0001) -> Tensor:
     Args:
         t: Largest change of a weight.
     """
-    share = (t / (a - b).abs().clamp(min=1e-6)).clamp(0, 1)
-    return torch.lerp(a, b, share)  # exactly b where the share is 1
+    share = minimum(maximum(t / maximum(abs(a - b), 1e-6), 0), 1)
+    return where(share < 1, a + share * (b - a), b)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sdops.merges._geometry import normalized
 from sdops.merges.slerp import slerp
+
+if TYPE_CHECKING:
+    from sdops.merges._geometry import Coefficients, Gram
 
 EXECUTION = "gram"
 INPUTS = "a, b"
 
 
-def nuslerp(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor:
+def nuslerp(gram: Gram, *, weights: tuple[float, ...] = ()) -> Coefficients:
     """slerp of a and b at alpha = w_b / (w_a + w_b).
 
     Whole tensors are taken as vectors. `nuslerp_rows` goes row by row, `nuslerp_task` takes changes since a base.

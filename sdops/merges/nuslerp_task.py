@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sdops.merges._geometry import delta_gram, onto_base
 from sdops.merges.nuslerp import nuslerp
+
+if TYPE_CHECKING:
+    from sdops.merges._geometry import Coefficients, Gram
 
 EXECUTION = "gram"
 INPUTS = "base, a, b"
 
 
-def nuslerp_task(gram: Tensor, *, weights: tuple[float, ...] = ()) -> Tensor:
+def nuslerp_task(gram: Gram, *, weights: tuple[float, ...] = ()) -> Coefficients:
     """base + slerp(a - base, b - base) at alpha = w_b / (w_a + w_b).
 
     Source: arcee-ai/mergekit, `nuslerp` with a base model.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from sdops.merges._geometry import Coefficients, Gram
 
 EXECUTION = "gram"
 INPUTS = "a, b, c"
 
 
-def perpendicular(gram: Tensor, *, alpha: float = 1.0) -> Tensor:
+def perpendicular(gram: Gram, *, alpha: float = 1.0) -> Coefficients:
     """a + alpha (d - a <a, d> / <a, a>),   d = b - c,   whole tensors as vectors; a + alpha d if a is zero.
 
     Unlike `add_difference` it does not scale what is already there.
@@ -21,4 +25,4 @@ def perpendicular(gram: Tensor, *, alpha: float = 1.0) -> Tensor:
     """
     (aa, ab, ac), _, _ = gram.tolist()
     along = (ab - ac) / aa if aa else 0.0
-    return torch.tensor([1 - alpha * along, alpha, -alpha], dtype=torch.float64)
+    return np.array([1 - alpha * along, alpha, -alpha])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from sdops.merges._geometry import Coefficients, Gram
 
 EXECUTION = "gram"
 INPUTS = "a, b"
 
 
-def perpendicular_component(gram: Tensor) -> Tensor:
+def perpendicular_component(gram: Gram) -> Coefficients:
     """a - b <a, b> / <b, b>,   whole tensors as vectors; a if b is zero.
 
     Source: ljleb/sd-mecha, `perpendicular_component`.
     """
     (_, ab), (_, bb) = gram.tolist()
-    return torch.tensor([1.0, -ab / bb if bb else 0.0], dtype=torch.float64)
+    return np.array([1.0, -ab / bb if bb else 0.0])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from sdops.core.noise import Noise
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdops.core.noise import Noise
 
 EXECUTION = "elementwise"
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING
+
+from sdops.core.elementwise import above, maximum
+from sdops.merges._sparse import deltas
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXECUTION = "elementwise"
 
@@ -18,10 +25,7 @@ def ram(base: Tensor, *models: Tensor, epsilon: float = 1e-5) -> Tensor:
     Args:
         epsilon (0 or more): Smaller changes do not count.
     """
-    total, count = torch.zeros_like(base), torch.zeros_like(base)
-    for model in models:
-        delta = model - base
-        changed = delta.abs().gt_(epsilon)  # 1 or 0
-        total += changed * delta
-        count += changed
-    return base + total / count.clamp(min=1)
+    changes = deltas(base, models)
+    changed = [above(abs(delta), epsilon) for delta in changes]  # 1 or 0
+    total = reduce(add, [mask * delta for mask, delta in zip(changed, changes, strict=True)])
+    return base + total / maximum(reduce(add, changed), 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdops.merges._masks import masked
+from sdops.core.elementwise import masked
 
 EXECUTION = "tensor"
 

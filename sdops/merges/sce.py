@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdops.core.elementwise import zeros_of
 from sdops.core.select import window_mask
 from sdops.merges._knobs import share
-from sdops.merges._masks import zeros_of
 from sdops.merges._sparse import deltas
 
 EXECUTION = "tensor"
@@ -29,7 +29,7 @@ def sce(base: Tensor, *models: Tensor, density: float = 1.0) -> Tensor:
     Raises:
         UsageError: the density is outside [0, 1].
     """
-    changes = deltas(base, models)
+    changes = torch.stack(deltas(base, models))
     if share("density", density) < 1:
         variance = changes.var(0, correction=0).to(torch.float32).reshape(1, -1)
         count = int(int(torch.count_nonzero(variance)) * density)

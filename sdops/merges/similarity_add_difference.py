@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from sdops.merges._masks import zeros_of
+from sdops.core.elementwise import maximum, zeros_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXECUTION = "elementwise"
 
@@ -21,9 +23,9 @@ def similarity_add_difference(a: Tensor, b: Tensor, c: Tensor, *, alpha: float =
         alpha: How much of the difference to add.
         beta: How much the similarity counts; 0 is add_difference.
     """
-    larger = torch.maximum(a.abs(), b.abs())
+    larger = maximum(abs(a), abs(b))
     both_zero = zeros_of(larger)
-    larger += both_zero
+    larger = larger + both_zero
     # Dividing each factor keeps tiny weights from vanishing when squared.
     agreement = (a / larger) * (b / larger) + both_zero
     similarity = beta * (agreement + 1) / 2

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from sdops.merges._geometry import arc_weights
+
+if TYPE_CHECKING:
+    from sdops.merges._geometry import Coefficients, Gram
 
 EXECUTION = "gram"
 INPUTS = "a, b"
 
 
-def slerp(gram: Tensor, *, alpha: float = 0.5) -> Tensor:
+def slerp(gram: Gram, *, alpha: float = 0.5) -> Coefficients:
     """sin((1 - alpha) t) / sin t a + sin(alpha t) / sin t b,   t = angle between a and b as flat vectors.
 
     The weights apply to the raw tensors. A zero tensor, parallel ones (sin t < 1e-6, where both agree) and opposite
@@ -25,4 +29,4 @@ def slerp(gram: Tensor, *, alpha: float = 0.5) -> Tensor:
         alpha: Position on the arc, 0 is a, 1 is b.
     """
     (aa, ab), (_, bb) = gram.tolist()
-    return torch.tensor(arc_weights(aa, ab, bb, alpha), dtype=torch.float64)
+    return np.array(arc_weights(aa, ab, bb, alpha))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from sdops.merges._masks import masked
-from sdops.merges._sparse import add_changes, deltas, kept_count, magnitudes
+from sdops.merges._sparse import add_changes, kept_count, kept_deltas, magnitudes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXECUTION = "ranked"
 
@@ -32,7 +34,7 @@ def sparse_topk(
     Raises:
         UsageError: the number of weights is wrong, or a knob is outside its range.
     """
-    changes = masked(deltas(base, models), kept)
+    changes = kept_deltas(base, models, kept)
     return add_changes(base, changes, weights, elect=False, normalize=normalize, scale=scale)
 
 

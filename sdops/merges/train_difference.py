@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from sdops.merges._masks import zeros_of
+from sdops.core.elementwise import zeros_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXECUTION = "elementwise"
 
@@ -20,7 +23,7 @@ def train_difference(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 1.0) -> 
         alpha: How much of the difference to add.
     """
     difference = b - c
-    distance = (b - a).abs()
-    denominator = difference.abs() + distance
+    distance = abs(b - a)
+    denominator = abs(difference) + distance
     share = distance / (denominator + zeros_of(denominator))
     return a + 1.8 * alpha * share * difference

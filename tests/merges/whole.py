@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sdops.card import Card
@@ -63,9 +64,9 @@ def _extras(card: Card, inputs: Sequence[Tensor], offset: int) -> dict[str, Any]
     return {name: make() for name, make in extras.items() if name in card.needs}
 
 
-def gram(inputs: Sequence[Tensor]) -> Tensor:
-    """Inner products (N, N), float64."""
-    flat = torch.stack([x.flatten().double() for x in inputs])
+def gram(inputs: Sequence[Tensor]) -> NDArray[np.float64]:
+    """Inner products (N, N)."""
+    flat = np.stack([x.flatten().double().numpy() for x in inputs])
     return flat @ flat.T
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdops.merges._masks import masked, negatives_of, where, zeros_of
+from sdops.core.elementwise import above, masked, where, zeros_of
 
 VALUES = [0.0, -0.0, 1e-45, -1e-45, 1.5, -1.5, 3e38, -3e38, math.inf, -math.inf, math.nan]
 
@@ -31,7 +31,7 @@ def test_the_bits_are_those_of_torch_where(dtype: torch.dtype) -> None:
     assert same(where(mask, x, y), torch.where(mask, x, y))
     assert same(masked(x, mask), torch.where(mask, x, 0.0))
     assert same(zeros_of(x), (x == 0).to(dtype))
-    assert same(negatives_of(x), (x < 0).to(dtype))
+    assert same(above(x, 0.5), (x > 0.5).to(dtype))
 
 
 def test_mixed_dtypes_give_the_wider_one() -> None:

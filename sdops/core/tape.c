@@ -1,0 +1,135 @@
+/* Plays the tape of an elementwise merge method (core/tape.py): one operation after the other on a block of elements that
+ * stays in the first-level cache, from the inputs' formats to the output's. Every operation rounds to single as torch's
+ * do; tests/core/test_tape.py compares the bits. Loops are written so that compilers vectorize them, and always go over
+ * a whole block: what lies behind the last element is worked on and thrown away.
+ */
+
+#include "native.h"
+
+enum { REGISTERS = 64 }; /* as core/tape.py knows */
+
+enum op { /* the order of core/tape.py */
+    CONSTANT, LOAD, UNIFORM, ADD, SUBTRACT, MULTIPLY, DIVIDE, SQRT, ABSOLUTE, NEGATE, COPYSIGN, MAXIMUM, MINIMUM,
+    LESS, LESS_EQUAL, EQUAL, AND, OR, NOT, CHOOSE
+};
+
+typedef union {
+    float number[BLOCK];
+    uint32_t bits[BLOCK];
+} block;
+
+typedef struct {
+    int32_t op, out, x, y, z;
+} instruction;
+
+static const uint32_t SIGN = 0x80000000, INFINITE = 0x7F800000;
+
+/* Whether all numbers are finite. */
+static int finite(const block *x, size_t count) {
+    uint32_t most = 0;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t magnitude = x->bits[i] & ~SIGN;
+        most = magnitude > most ? magnitude : most;
+    }
+    return most < INFINITE;
+}
+
+static void load(const void *raw, int dtype, size_t start, size_t count, block *restrict out) {
+    const uint16_t *halves = (const uint16_t *)raw + start;
+    if (dtype == F32) {
+        memcpy(out, (const float *)raw + start, count * 4);
+    } else if (dtype == BF16) {
+        for (size_t i = 0; i < count; i++) out->bits[i] = (uint32_t)halves[i] << 16;
+    } else {
+        widen_half(halves, count, out->number);
+    }
+}
+
+/* Round to the output's format; the number of overflows, which are clamped. */
+static size_t store(const block *x, size_t count, void *out, int dtype, size_t start) {
+    uint16_t *halves = (uint16_t *)out + start;
+    if (dtype == F32) {
+        memcpy((float *)out + start, x, count * 4);
+        return 0;
+    }
+    if (dtype == F16)
+        narrow_half(x->number, count, halves);
+    else
+        narrow_bits(x->bits, count, halves);
+    return clamp(halves, count, dtype == F16 ? 0x7C00 : 0x7F80);
+}
+
+/* Uniform numbers in [0, 1) for `count` elements from `first` on: the upper 24 bits of each one's random word. */
+static void uniform(const uint32_t *key, uint64_t first, size_t count, block *out) {
+    uint32_t words[BLOCK + 8];
+    size_t lead = first % 4;
+    sdops_philox(key[0], key[1], first / 4, (lead + count + 3) / 4, words);
+    for (size_t i = 0; i < count; i++) out->number[i] = (float)(int32_t)(words[lead + i] >> 8) * 0x1p-24f;
+}
+
+#define EACH(statement) for (size_t i = 0; i < BLOCK; i++) statement
+
+/* An operation whose operands are registers, the result in another one. */
+static void operate(int op, block *restrict out, const block *restrict x, const block *restrict y,
+                    const block *restrict z) {
+    float *restrict number = out->number;
+    uint32_t *restrict bits = out->bits;
+    const float *a = x->number, *b = y->number;
+    const uint32_t *p = x->bits, *q = y->bits, *mask = z->bits;
+    switch (op) {
+    case ADD: EACH(number[i] = a[i] + b[i]); break;
+    case SUBTRACT: EACH(number[i] = a[i] - b[i]); break;
+    case MULTIPLY: EACH(number[i] = a[i] * b[i]); break;
+    case DIVIDE: EACH(number[i] = a[i] / b[i]); break;
+    case SQRT: EACH(number[i] = sqrtf(a[i])); break;
+    case ABSOLUTE: EACH(bits[i] = p[i] & ~SIGN); break;
+    case NEGATE: EACH(bits[i] = p[i] ^ SIGN); break;
+    case COPYSIGN: EACH(bits[i] = (p[i] & ~SIGN) | (q[i] & SIGN)); break;
+    case MAXIMUM: EACH(number[i] = (b[i] > a[i]) | (b[i] != b[i]) ? b[i] : a[i]); break;
+    case MINIMUM: EACH(number[i] = (b[i] < a[i]) | (b[i] != b[i]) ? b[i] : a[i]); break;
+    case LESS: EACH(bits[i] = a[i] < b[i] ? UINT32_MAX : 0); break;
+    case LESS_EQUAL: EACH(bits[i] = a[i] <= b[i] ? UINT32_MAX : 0); break;
+    case EQUAL: EACH(bits[i] = a[i] == b[i] ? UINT32_MAX : 0); break;
+    case AND: EACH(bits[i] = p[i] & q[i]); break;
+    case OR: EACH(bits[i] = p[i] | q[i]); break;
+    case NOT: EACH(bits[i] = ~p[i]); break;
+    case CHOOSE: EACH(bits[i] = (p[i] & mask[i]) | (q[i] & ~mask[i])); break;
+    }
+}
+
+/* The value in register `result` for every element, rounded to nearest, ties to even, overflow clamped.
+ *
+ * code, length    instructions
+ * constants       of the first registers
+ * inputs, dtypes  where each input's elements lie, and what they are
+ * keys            two words for each draw of random numbers
+ * first           place of the first element in its tensor, for the random numbers
+ *
+ * Returns the number of overflows, or -1 if an input or a result is NaN or infinite.
+ */
+int64_t sdops_tape(const instruction *code, int length, const float *constants, int constant_count, int result,
+                   const void *const *inputs, const int *dtypes, const uint32_t *keys, uint64_t first, size_t count,
+                   void *out, int out_dtype) {
+    block registers[REGISTERS];
+    size_t overflow = 0;
+    for (int number = 0; number < constant_count; number++)
+        EACH(registers[number].number[i] = constants[number]);
+    for (size_t start = 0; start < count; start += BLOCK) {
+        size_t size = count - start < BLOCK ? count - start : BLOCK;
+        for (const instruction *at = code; at < code + length; at++) {
+            block *target = &registers[at->out];
+            if (size < BLOCK && at->op <= UNIFORM) memset(target, 0, sizeof *target);
+            if (at->op == LOAD) {
+                load(inputs[at->x], dtypes[at->x], start, size, target);
+                if (!finite(target, size)) return -1;
+            } else if (at->op == UNIFORM) {
+                uniform(keys + 2 * at->x, first + start, size, target);
+            } else {
+                operate(at->op, target, &registers[at->x], &registers[at->y], &registers[at->z]);
+            }
+        }
+        if (!finite(&registers[result], size)) return -1;
+        overflow += store(&registers[result], size, out, out_dtype, start);
+    }
+    return (int64_t)overflow;
+}
