@@ -35,7 +35,8 @@ def make(verb: str, file: Path, output: Path | None, **options: bool) -> str:
     elif verb == "resize":
         report = sdops.resize(file, to="peft", output=output, **options)
     else:
-        report = sdops.merge(file, file, weights=(0.5, 0.5), method="concat", to="peft", output=output, **options)
+        half = {"weights": (0.5, 0.5), "dtype": "fp32"}
+        report = sdops.merge(file, file, method="concat", to="peft", output=output, **half, **options)
     return report.result[0]
 
 
