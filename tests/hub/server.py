@@ -70,6 +70,7 @@ class Fault:
 
     match: str
     times: int = 1
+    after: int = 0  # requests that are let through first
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     drop: int | None = None
@@ -156,18 +157,22 @@ def _handler(hub: HubServer, kind: str) -> type[BaseHTTPRequestHandler]:  # noqa
             }
             with hub.lock:
                 hub.log.append(self.entry)
-                self.fault = next(
-                    (one for one in hub.faults if one.times and re.search(one.match, f"{self.command} {parts.path}")),
-                    None,
-                )
-                if self.fault:
-                    self.fault.times -= 1
+                self.fault = self._fault(f"{self.command} {parts.path}")
             if self.fault and self.fault.status:
                 self._answer(self.fault.status, {"error": "so it is"}, self.fault.headers)
             elif kind == "contents":
                 self._contents(parts.path)
             else:
                 self._route(parts.path)
+
+        def _fault(self, request: str) -> Fault | None:
+            for one in hub.faults:
+                if one.times and re.search(one.match, request):
+                    if not one.after:
+                        one.times -= 1
+                        return one
+                    one.after -= 1
+            return None
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("do_"):
@@ -389,9 +394,9 @@ def _handler(hub: HubServer, kind: str) -> type[BaseHTTPRequestHandler]:  # noqa
                 })  # fmt: skip
             return self._answer(200, {"files": answers})
 
-        def batch(self, name: str) -> None:
-            if not self._may_write(name):
-                return None
+        def batch(self, _: str) -> None:
+            if hub.tokens.get(self.token) != "write":
+                return self._fail(403, "", "You need the write role")
             objects = []
             for wish in json.loads(self.body)["objects"]:
                 one: dict[str, Any] = dict(wish)

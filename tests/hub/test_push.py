@@ -1,0 +1,183 @@
+"""Uploads in one commit, with a model card."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+
+import pytest
+
+from sdops.archs.detect import detect
+from sdops.core.spec import Spec
+from sdops.verbs._model_card import Published, base_models, card, relation
+from tests.hub.server import Blob, Fault
+
+WRITER = {"HF_TOKEN": "hf_writer"}
+
+
+@pytest.fixture
+def merged(hub, sdops, tmp_path, model, tuned):
+    """A merge of two models of the Hub."""
+    hub.add("ann/a", {"a.safetensors": model})
+    hub.add("bob/b", {"b.safetensors": tuned})
+    assert sdops("merge", "hf://ann/a", "hf://bob/b", "-o", "mix.safetensors").code == 0
+    hub.forget()
+    return tmp_path / "mix.safetensors"
+
+
+def at(hub, repo: str, branch: str = "main") -> dict[str, Blob]:
+    found = hub.repositories[repo]
+    return found.commits[found.branches[branch]]
+
+
+def test_a_push_is_one_commit_with_a_card(hub, sdops, merged):
+    done = sdops("push", merged, "ann/mix", "--license", "apache-2.0", "-q", **WRITER)
+    assert done.code == 0, done.err
+    commit = hub.repositories["ann/mix"].branches["main"]
+    assert done.lines == [f"{hub.url}/ann/mix/commit/{commit}"]
+    files = at(hub, "ann/mix")
+    assert files["mix.safetensors"].data == merged.read_bytes()
+    assert len(hub.requests("POST /api/models/ann/mix/commit/")) == 1
+    text = files["README.md"].data.decode()
+    front = text.split("---")[1]
+    assert 'base_model:\n- "ann/a"\n- "bob/b"\nbase_model_relation: merge\n' in front
+    assert 'license: "apache-2.0"' in front
+    assert '- "stable-diffusion"' in front
+    assert Blob(merged.read_bytes()).sha256 in text
+    record = json.loads(re.search(r"```json\n(.*?)\n```", text, re.DOTALL)[1])
+    assert record["inputs"][0]["hub"].startswith("hf://ann/a@")
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load(front)["base_model"] == ["ann/a", "bob/b"]
+    hub.forget()
+    again = sdops("push", merged, "ann/mix", "--license", "apache-2.0", **WRITER)
+    assert again.code == 0
+    assert "there already" in again.out
+    assert not hub.requests("POST")  # nothing changed, nothing is written
+
+
+def test_a_dry_run_writes_nothing(hub, sdops, merged):
+    done = sdops("push", merged, "ann/mix", "--private", "--dry-run")
+    assert done.code == 0, done.err
+    assert "(new, private)" in done.out
+    assert "base_model_relation: merge" in done.out
+    assert not hub.requests("POST|PUT")
+
+
+def test_private_and_pull_request(hub, sdops, merged):
+    assert sdops("push", merged, "ann/mix", "--private", **WRITER).code == 0
+    assert hub.repositories["ann/mix"].private
+    before = at(hub, "bob/b")
+    done = sdops("push", merged, "bob/b", "--pr", "-q", **WRITER)
+    assert done.lines == [f"{hub.url}/bob/b/discussions/1"], done.err
+    assert at(hub, "bob/b") == before
+    assert at(hub, "bob/b", "refs/pr/1")["mix.safetensors"].data == merged.read_bytes()
+
+
+def test_a_card_that_somebody_wrote_is_kept(hub, sdops, merged, model):
+    hub.add("ann/old", {"a.safetensors": model, "README.md": b"# mine"})
+    assert sdops("push", merged, "ann/old", **WRITER).code == 0
+    assert at(hub, "ann/old")["README.md"].data == b"# mine"
+    assert at(hub, "ann/old")["a.safetensors"].data == model
+
+
+def test_pickles_are_refused_unless_they_are_wanted(hub, sdops, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("never",))
+
+    (tmp_path / "m.ckpt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "weights").write_bytes(pickle.dumps(Evil()))
+    for name in ("m.ckpt", "folder"):
+        done = sdops("push", name, "ann/m", **WRITER)
+        assert done.code == 1
+        assert "is a pickle" in done.err
+        assert "--to safetensors" in done.err
+    assert not hub.requests("POST")
+    assert sdops("push", "m.ckpt", "ann/m", "--allow-pickles", **WRITER).code == 0
+
+
+def test_damaged_models_and_secrets_stay_here(hub, sdops, tmp_path, model):
+    (tmp_path / "m.safetensors").write_bytes(model[:-5])
+    assert "cut short" in sdops("push", "m.safetensors", "ann/m", **WRITER).err
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "m.safetensors").write_bytes(model)
+    (folder / ".env").write_text("SECRET")
+    (folder / "outside").symlink_to("/etc/hostname")
+    assert sdops("push", "folder", "ann/m", **WRITER).code == 1
+    (folder / "outside").unlink()
+    assert sdops("push", "folder", "ann/m", **WRITER).code == 0
+    assert sorted(at(hub, "ann/m")) == [".gitattributes", "README.md", "m.safetensors"]
+
+
+def test_a_lost_answer_is_looked_up(hub, sdops, merged):
+    assert sdops("push", merged, "ann/mix", "--no-card", "--dry-run").code == 0
+    hub.faults.append(Fault("POST /api/models/ann/mix/commit", lose=True))
+    done = sdops("push", merged, "ann/mix", "-q", **WRITER)
+    assert done.code == 0, done.err
+    assert done.lines == [f"{hub.url}/ann/mix/commit/{hub.repositories['ann/mix'].branches['main']}"]
+    assert len(hub.repositories["ann/mix"].commits) == 2  # the first, empty, and ours
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "needs a token"),
+        ({"HF_TOKEN": "hf_reader"}, "not allowed"),
+        ({"HF_TOKEN": "hf_expired"}, "not accept your"),
+    ],
+)
+def test_who_may_not_write_is_told(sdops, merged, environment, message):
+    done = sdops("push", merged, "ann/mix", **environment)
+    assert done.code == 1
+    assert message in done.err
+
+
+# ------------------------------------------------------------------------------------------------------- the card alone
+
+
+def published(keys: dict[str, Spec], recipe: dict, **attributes) -> Published:
+    metadata = {"sdops": json.dumps(recipe)}
+    return Published("me/m", {"m.safetensors": (10, "0" * 64)}, "m.safetensors", detect(keys), metadata, **attributes)
+
+
+def file(role: str, repo: str) -> dict:
+    return {"role": role, "file": "x.safetensors", "hub": f"hf://{repo}@{'a' * 40}/x.safetensors"}
+
+
+LORA = {
+    "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": Spec("F16", (4, 320)),
+    "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": Spec("F16", (320, 4)),
+}
+FP8 = {"model.diffusion_model.input_blocks.0.0.weight": Spec("F8_E4M3", (320, 4, 3, 3))}
+PLAIN = {"model.diffusion_model.input_blocks.0.0.weight": Spec("F16", (320, 4, 3, 3))}
+
+
+def test_relations():
+    lora = published(LORA, {"verb": "extract", "inputs": [file("tuned", "a/tuned"), file("base", "b/base")]})
+    assert (relation(lora), base_models(lora)) == ("adapter", ["b/base"])
+    assert relation(published(FP8, {"verb": "convert", "inputs": [file("a", "a/a")]})) == "quantized"
+    assert relation(published(PLAIN, {})) == "finetune"
+    inner = {"verb": "merge", "inputs": [file("a", "a/a"), file("b", "b/b")]}
+    outer = published(
+        PLAIN, {"verb": "merge", "inputs": [{"role": "a", "file": "y", "recipe": inner}, file("b", "a/a")]}
+    )
+    assert (relation(outer), base_models(outer)) == ("merge", ["a/a", "b/b"])
+
+
+def test_a_card_cannot_be_broken_out_of():
+    recipe = {"verb": "merge", "method": "x`\n# owned", "inputs": [{"role": "a|b", "file": "](http://evil)<script>"}]}
+    model = published(PLAIN, recipe)
+    model.metadata = {
+        **model.metadata,
+        "modelspec.title": "t\n---\nlicense: mit\n",
+        "modelspec.description": "<b>\n# x",
+    }
+    text = card(model)
+    outside = text.partition("```json")[0]
+    assert "\n# owned" not in outside
+    assert "<script>" not in outside
+    assert "\n# x" not in outside
+    assert outside.count("\n---\n") == 1
