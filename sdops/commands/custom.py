@@ -1,0 +1,122 @@
+"""`sdops custom inspect|apply|to-lora|merge`: custom diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from sdops.commands._console import Console
+from sdops.commands._options import FILE, general_options
+
+_OUTPUT: tuple[Callable[[Any], Any], ...] = (
+    click.option("-o", "--output", type=FILE, help="Where to write; default: a derived name"),
+    click.option("-f", "--force", is_flag=True, help="Replace an existing output"),
+    click.option("-n", "--dry-run", is_flag=True, help="Check everything, write nothing"),
+    click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),
+    click.option("--no-hash", is_flag=True, help="Do not record the inputs' SHA-256"),
+)
+_WORDS = click.option(
+    "--words", multiple=True, type=FILE, help="The embedding that belongs to it, if it lies elsewhere"
+)
+
+
+def _output_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_OUTPUT):
+        function = option(function)
+    return function
+
+
+@click.group(no_args_is_help=True)
+def command() -> None:
+    """Inspect custom diffusion, put it into a model, turn it into a LoRA, merge concepts.
+
+    Reads `delta.bin` and compressed deltas of adobe's code, CompVis' `delta.ckpt`, the web UI's `.delta.safetensors`,
+    and diffusers' `pytorch_custom_diffusion_weights`.
+    """
+
+
+@command.command("inspect")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE, help="Custom diffusion of any layout")
+@click.option("--model", type=FILE, help="The checkpoint it was trained on: how large are the changes beside it?")
+@_WORDS
+@general_options
+def inspect_command(console: Console, files: tuple[str, ...], **options: Any) -> int:
+    """Show layers, ranks, sizes of the changes and new words. Nothing in a file is executed."""
+    from sdops.verbs.custom import inspect
+
+    return console.show(inspect(*files, **options))
+
+
+@command.command(
+    "apply",
+    epilog="""\b
+    Example:
+      sdops custom apply sd15.safetensors delta.bin:0.8 -o cat.safetensors
+    """,
+)
+@click.argument("model", type=FILE, help="The checkpoint, best the one that it was trained on")
+@click.argument("files", metavar="FILE[:STRENGTH]...", nargs=-1, required=True, type=FILE, help="Custom diffusion")
+@_output_options
+@click.option(
+    "--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", help="Of the tensors that change"
+)
+@general_options
+def apply_command(console: Console, model: str, files: tuple[str, ...], no_hash: bool, **options: Any) -> int:
+    """Put custom diffusion into a model's weights. New words stay in files of their own."""
+    from sdops.verbs.custom import apply
+
+    return console.show(apply(model, *files, **options, hash_inputs=not no_hash, progress=console.progress))
+
+
+@command.command(
+    "to-lora",
+    epilog="""\b
+    Examples:
+      sdops custom to-lora compressed_delta.bin
+      sdops custom to-lora delta.bin --model sd15.safetensors --rank 16 -o cat.safetensors
+    """,
+)
+@click.argument("file", metavar="FILE", type=FILE, help="Custom diffusion of any layout")
+@click.option("--model", type=FILE, help="The checkpoint it was trained on; needed for whole weights alone")
+@_WORDS
+@_output_options
+@click.option("--rank", type=click.IntRange(1), help="Highest rank of what is no factors yet; default: 32")
+@click.option("--energy", type=click.FloatRange(0, 1), help="Keep this share of the squared singular values instead")
+@click.option("--to", default="kohya", show_default=True, help="Dialect: kohya, comfy, diffusers ...")
+@click.option("--dtype", type=click.Choice(["keep", "fp16", "bf16", "fp32"]), default="keep", show_default=True)
+@general_options
+def to_lora_command(console: Console, file: str, no_hash: bool, **options: Any) -> int:
+    """Write custom diffusion as a LoRA, its new words inside. Factors keep every bit."""
+    from sdops.verbs.custom import to_lora
+
+    return console.show(to_lora(file, **options, hash_inputs=not no_hash, progress=console.progress))
+
+
+@command.command(
+    "merge",
+    epilog="""\b
+    Example:
+      sdops custom merge cat.bin chair.bin --model sd15.safetensors --class cat --class chair -o both.safetensors
+    """,
+)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE, help="Custom diffusion with words")
+@click.option("--model", type=FILE, required=True, help="The checkpoint that all were trained on, whole")
+@click.option("--class", "classes", multiple=True, help="What each word is: cat, chair ...; one for each file or word")
+@_WORDS
+@click.option("--captions", "captions_file", type=FILE, help="Texts that shall change least, one a line")
+@_output_options
+@click.option("--to", default="kohya", show_default=True, help="Dialect of LoRA, or webui: custom-diffusion-webui's")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@general_options
+def merge_command(console: Console, files: tuple[str, ...], output: str | None, no_hash: bool, **options: Any) -> int:
+    """Merge concepts in closed form: their words work as in their own models, other texts change least.
+
+    The result is a LoRA whose rank is the number of the words' tokens, with the words inside.
+    """
+    from sdops.verbs.custom import merge
+
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    return console.show(merge(*files, output=output, **options, hash_inputs=not no_hash, progress=console.progress))

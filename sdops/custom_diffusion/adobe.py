@@ -1,0 +1,21 @@
+"""adobe-research/custom-diffusion, trained with diffusers (`delta.bin`): {`unet`: {layer: weight}, `modifier_token`}.
+
+The weights are whole: they take the place of the model's. `modifier_token` is {word: [width]}.
+"""
+
+from __future__ import annotations
+
+from sdops.core.tree import Saved
+from sdops.custom_diffusion._types import Concepts, is_all_attention, leaves, wholes, words_of
+
+
+def sniff(saved: Saved) -> bool:
+    """A dict `unet` of cross attention's layers, or such layers beside words."""
+    inner = saved.entries().get("unet")
+    return type(inner) is dict and is_all_attention(leaves(inner))
+
+
+def read(saved: Saved) -> Concepts:
+    """Layers and words."""
+    edits, unknown = wholes(leaves(saved.tree["unet"]))
+    return Concepts(edits, words_of(saved.tree.get("modifier_token")), unknown)
