@@ -25,7 +25,11 @@ PACKAGE = Path(__file__).parent.parent / "torch-ext"
 
 def reports(cases: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
     """Compile all cases in one subprocess; raises CalledProcessError with its stderr shown if one does not compile."""
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "TRITON_CACHE_DIR": str(cache)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{PACKAGE}{os.pathsep}{Path(__file__).parent}",
+        "TRITON_CACHE_DIR": str(cache),
+    }
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, __file__]
     done = subprocess.run(
@@ -43,14 +47,11 @@ def report(case: Mapping[str, Any]) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    sys.path[:0] = case.get("path", [])
     kernel = getattr(import_module(case["module"], "sdops_kernels"), case["kernel"])
     constants = case["constants"]
     signature = {name: "constexpr" if name in constants else case["signature"][name] for name in kernel.arg_names}
     divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case["divisible"]}
-    options = {"num_warps": case["warps"], "num_stages": case["stages"], "enable_fp_fusion": False}
-    if case.get("maxnreg"):
-        options["maxnreg"] = case["maxnreg"]
+    options = {"num_warps": case["warps"], "num_stages": case["stages"], "enable_fp_fusion": case.get("fusion", False)}
     name = case["target"]
     target = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
     made = triton.compile(ASTSource(kernel, signature, constants, divisible), target=target, options=options)
