@@ -39,6 +39,8 @@ _PUBLIC = {
     "open": ("sdops.formats", "open_source"),
     "pull": ("sdops.verbs.pull", "pull"),
     "push": ("sdops.verbs.push", "push"),
+    "presets": ("sdops.verbs.presets", "presets"),
+    "recipe": ("sdops.verbs.recipe", ""),
     "resize": ("sdops.verbs.resize", "resize"),
     "streaming": ("sdops.hub", "streaming"),
     "train": ("sdops.verbs.train", ""),

@@ -32,6 +32,8 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
     "Recipes": {
         "build": "Build a recipe: all of its steps in one pass",
+        "recipe": "List, show, copy and check recipes, and read them out of models",
+        "presets": "List the recipes for use cases that come with sdops, or explain one",
     },
     "Embeddings": {
         "embed": "Inspect, convert, explain and make embeddings (textual inversion)",

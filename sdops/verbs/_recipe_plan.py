@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sdops.core.sink import check_inputs, check_target
 from sdops.core.source import Source
@@ -17,6 +17,11 @@ from sdops.report import Report
 from sdops.verbs._recipe_calls import Call, File
 from sdops.verbs._recipe_check import Checked
 from sdops.verbs._recipe_inputs import Found
+from sdops.verbs._recipe_sources import NamedFile, SharedStep
+
+if TYPE_CHECKING:
+    from sdops.verbs.apply import Apply
+    from sdops.verbs.merge import Merge
 
 
 class Planned:
@@ -48,20 +53,18 @@ class Planned:
             call = Call(step, self._files)
             self.calls[step.id] = call
             if call.is_lazy:
-                self._files[step.id] = self._shared(step.id, cast("Source", call.lazy()))
+                self._files[step.id] = self._shared(step.id, call.lazy())
 
     @property
     def result(self) -> Call:
         """The last step."""
         return self.calls[self.checked.result.id]
 
-    def _shared(self, name: str, source: Source) -> Source:
+    def _shared(self, name: str, made: Merge | Apply) -> Source:
         """A step's Source, which remembers its last piece if several others read it."""
         if self._readers[name] < 2:
-            return source
-        from sdops.core.remembered import Remembered
-
-        return Remembered(source)
+            return cast("Source", made)
+        return SharedStep(made)
 
     def check(self, output: Path, *, force: bool) -> None:
         """Refuse outputs that exist or are inputs, before anything is computed.
@@ -98,9 +101,15 @@ class Planned:
 
 
 def _handle(found: Found) -> File:
-    """What verbs take: an opened model, or of LoRAs the path, which may be a folder of PEFT's or a list of tensors."""
+    """What verbs take: an opened model, or of LoRAs the path, which may be a folder of PEFT's or a list of tensors.
+
+    A file that hashes to what the recipe expects takes the name that it has there, so that the result is the same.
+    """
     from sdops.verbs._adapter_peek import is_adapter
 
+    name = Path(found.input.file).name
+    if found.input.sha256 and found.given and name and name != Path(found.address).name:
+        return NamedFile(found.open(), name)
     return found.address if is_adapter(found.address) else found.open()
 
 

@@ -32,7 +32,8 @@ _KINDS = {
     "Model": "file",
     "FilePath": "file",
     "str | os.PathLike[str]": "file",
-    "Lora": "file",
+    "AdapterFile": "file",
+    "Sequence[AdapterFile]": "files",
     "Sequence[Wish]": "loras",
     "str": "text",
     "int": "int",
@@ -117,10 +118,7 @@ def _read(path: Path, function: str, name: str) -> VerbCard:
 
 
 def _kind(annotation: str) -> str:
-    bare = annotation.removesuffix(" | None")
-    if bare.startswith("Sequence[") and ("PathLike" in bare or "FilePath" in bare):
-        return "files"
-    return _KINDS[bare]
+    return _KINDS[annotation.removesuffix(" | None")]
 
 
 def _helps(docstring: str) -> dict[str, str]:

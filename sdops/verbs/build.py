@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from sdops.errors import UsageError
+from sdops.errors import SdopsError, UsageError
 from sdops.report import Progress, Report, silent
+from sdops.text import suggest
 from sdops.verbs._recipe_check import Checked, check_recipe
 from sdops.verbs._recipe_inputs import FilePath, check_hashes, find_inputs
 from sdops.verbs._recipe_text import Recipe, read_recipe, read_value
@@ -95,7 +97,33 @@ def find_recipe(name: FilePath) -> Recipe:
         SdopsError: there is neither.
         UsageError: it is no recipe.
     """
-    return read_recipe(Path(os.fspath(name)))
+    from sdops.presets import is_preset_file
+
+    path = recipe_file(name)
+    found = read_recipe(path)
+    return replace(found, folder=None) if is_preset_file(path) else found
+
+
+def recipe_file(name: FilePath) -> Path:
+    """Where a recipe lies: a file that there is, or the preset of that name.
+
+    Raises:
+        SdopsError: there is neither; a similar preset is suggested.
+    """
+    from sdops.presets import names, preset_file
+
+    path = Path(os.fspath(name))
+    word = os.fspath(name).lower().replace("_", "-")
+    if word in names() and not path.is_file():
+        return preset_file(word)
+    if path.exists() or path.suffix == ".toml":
+        return path
+    close = suggest(word, names())
+    raise SdopsError(
+        f"there is neither a recipe file nor a preset `{name}`",
+        hint=f"did you mean `{close}`?" if close else "`sdops presets` lists the presets",
+        recipe=str(name),
+    )
 
 
 def read_settings(recipe: FilePath | Recipe, words: Sequence[str]) -> dict[str, object]:

@@ -1,0 +1,46 @@
+"""What the steps of a recipe read, where it is not simply a file or another step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from sdops.core.remembered import Remembered
+from sdops.core.source import Source
+from sdops.core.views import View
+from sdops.formats import FileSource
+
+if TYPE_CHECKING:
+    from sdops.verbs.apply import Apply
+    from sdops.verbs.merge import Merge
+
+
+class SharedStep(Remembered):
+    """A step that several others read, which says of itself how it is made, as the step does.
+
+    Args:
+        made: The planned step.
+    """
+
+    def __init__(self, made: Merge | Apply) -> None:
+        super().__init__(cast("Source", made))
+        self.parts = made.parts
+        self.made = made.made
+
+
+class NamedFile(View):
+    """A file under the name that a recipe knows it by.
+
+    Args:
+        file: The opened file.
+        name: Its name in the recipe.
+    """
+
+    def __init__(self, file: FileSource, name: str) -> None:
+        super().__init__(file, file.specs)
+        self.name = name
+        self.file = file
+        self.path, self.files, self.warnings = file.path, file.files, file.warnings
+
+    def check_unchanged(self) -> None:
+        """As the file's."""
+        self.file.check_unchanged()

@@ -1,0 +1,54 @@
+"""Proof that a recipe makes a file: it is built again, in a folder that vanishes, and compared."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sdops.core.hashing import digests
+from sdops.report import Progress, Report, Section
+from sdops.verbs._recipe_inputs import FilePath
+from sdops.verbs._recipe_text import Recipe
+from sdops.verbs.build import build
+
+
+def verify_rebuilt(
+    report: Report,
+    recipe: Recipe,
+    file: Path,
+    *,
+    inputs: Mapping[str, FilePath],
+    root: Sequence[FilePath],
+    jobs: int | None,
+    progress: Progress,
+) -> None:
+    """Build a recipe and add to a report whether the file came out.
+
+    Args:
+        report: Gets `verified`, and fails if other bytes came out.
+        recipe: That of the file.
+        file: What should come out.
+        inputs, root: Where the inputs are, see `build`.
+        jobs: Threads.
+        progress: Called as `progress(label, total_bytes)`.
+
+    Raises:
+        SdopsError: it cannot be built.
+    """
+    recipe = replace(recipe, folder=file.absolute().parent)
+    with tempfile.TemporaryDirectory(prefix=".sdops-", dir=".") as folder:
+        built = Path(folder) / file.name
+        build(recipe, inputs=inputs, output=built, root=root, jobs=jobs, progress=progress)
+        one, two = digests(file, progress), digests(built, progress, fresh=True)
+    same, tensors = one.sha256 == two.sha256, one.tensors is not None and one.tensors == two.tensors
+    report.data["verified"] = {"same_bytes": same, "same_tensors": tensors, "sha256": two.sha256}
+    if same:
+        verdict = f"the same bytes, sha256 {two.sha256}"
+    elif tensors:
+        verdict = "the same tensors; the headers differ (another version of sdops, or other names of inputs)"
+    else:
+        verdict = "NOT the same: other tensors came out"
+    report.sections.append(Section("Built again", [("result", verdict)]))
+    report.failed = not (same or tensors)

@@ -1,0 +1,198 @@
+"""`recipe from` and `build`: the same bytes again, for every merge method and for apply."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sdops
+from fixtures import loras
+from sdops.card import Card, Knob, cards
+from sdops.errors import FormatError, MismatchError, SdopsError
+from sdops.verbs import recipe
+from tests import tiny
+
+CARDS = list(cards().values())
+STEM = "lora_unet_input_blocks_2_1_transformer_blocks_0_attn2_to_k"
+TE = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and LoRAs."""
+    folder = tmp_path_factory.mktemp("files")
+    for seed in range(4):
+        tiny.write(folder / f"m{seed}.safetensors", tiny.checkpoint(seed))
+        tiny.write(folder / f"u{seed}.safetensors", tiny.checkpoint(seed, vae=False, clip=False))
+    for seed in (1, 2):
+        import numpy as np
+
+        rng = np.random.default_rng(seed)
+        parts = loras.FAMILIES["lora_alpha"]((320, 768), 2, rng)
+        loras.save(folder / f"l{seed}.safetensors", {STEM + suffix: values for suffix, values in parts.items()})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def again(made: Path, files: Path, **options: Any) -> bytes:
+    """What the recipe of a file makes."""
+    recipe.from_(made, output="again.toml", force=True)
+    sdops.build("again.toml", output="again.safetensors", root=[files], force=True, **options)
+    return Path("again.safetensors").read_bytes()
+
+
+def unusual(knob: Knob, many: int) -> Any:
+    """A value that is not the default, where one is easily found."""
+    if knob.choices:
+        return knob.choices[-1]
+    if knob.type == "float":
+        return f"{knob.default!r}, IN00-IN03=0.25" if knob.allows(0.25) else knob.default
+    return {"bool": not knob.default, "floats": tuple(0.5 + i for i in range(many))}.get(knob.type, knob.default)
+
+
+@pytest.mark.filterwarnings("ignore:var")  # of tensors with one element
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_every_merge_method_is_made_again_byte_for_byte(card: Card, files: Path) -> None:
+    many = 3 if card.inputs == ["*models"] else len(card.inputs)
+    models = [files / f"u{number}.safetensors" for number in range(1, 1 + many)]
+    floats = [knob.name for knob in card.knobs if knob.type == "float"]
+    knobs = {knob.name: unusual(knob, many) for knob in card.knobs if knob.name not in floats[1:]}
+    options: dict[str, Any] = {"base": files / "u0.safetensors"} if card.base else {}
+    sdops.merge(*models, method=card.name, **options, **knobs, seed=7, output="made.safetensors")
+    assert again(Path("made.safetensors"), files) == Path("made.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": "GRAD_V, vae=0, *attn2*=0.25", "dtype": "bf16"},
+        {"alpha": {"": 0.2, "IN00-IN04": 0.7}, "exclude": ["*.bias"], "prune": True},
+        {"alpha": 0.3, "vae": "m3.safetensors", "text_encoder": "m2.safetensors", "missing": "keep"},
+        {"alpha": 0.3, "lora": ["l1.safetensors:0.8", "l2.safetensors:0.5, IN02=0.1"]},
+        {"method": "slerp", "lora": ["l1.safetensors:0.8:te=0.4:lbw=MIDD"], "include": [f"{tiny.UNET}*"]},
+        {"alpha": 0.3, "hash_inputs": False},
+    ],
+    ids="-".join,
+)
+def test_options_of_merges_are_recorded(options: dict[str, Any], files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Path("made.safetensors").absolute()
+    with monkeypatch.context() as there:
+        there.chdir(files)
+        sdops.merge("m1.safetensors", "m2.safetensors", **options, output=out)
+    assert again(out, files) == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora": ["l1.safetensors"]},
+        {"lora": ["l1.safetensors:-0.3", "l2.safetensors:0.8:te=0.4:unet=0.7:lbw=1,0,0,0,1,1,1,1,1,1,1,1,1,1,1,0,0"]},
+        {"lora": ["l1.safetensors:0.8, IN02=0.25"], "rounding": "stochastic", "seed": 5, "touched_dtype": "fp32"},
+        {"lora": ["l1.safetensors", "l1.safetensors:0.5"], "dtype": "bf16", "sequential": True},
+    ],
+    ids=["plain", "options", "dials", "dtypes"],
+)
+def test_apply_is_made_again_byte_for_byte(
+    options: dict[str, Any], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path("made.safetensors").absolute()
+    with monkeypatch.context() as there:
+        there.chdir(files)
+        sdops.apply("m1.safetensors", **options, output=out)
+    assert again(out, files) == out.read_bytes()
+
+
+STEPS = """
+[inputs]
+a = "m1.safetensors"
+b = "m2.safetensors"
+style = "l1.safetensors"
+[[steps]]
+id = "mixed"
+verb = "merge"
+models = ["a", "b"]
+[[steps]]
+id = "styled"
+verb = "apply"
+model = "mixed"
+lora = [["style", 0.7]]
+[[steps]]
+verb = "merge"
+models = ["styled", "mixed"]
+lora = ["style:0.1"]
+"""
+
+
+def test_a_recipe_of_several_steps_is_recorded_in_its_result(files: Path) -> None:
+    (files / "steps.toml").write_text(STEPS)
+    sdops.build(files / "steps.toml", output="made.safetensors")
+    found, _ = recipe.read_any(Path("made.safetensors"))
+    assert [step.verb for step in found.steps] == ["merge", "apply", "merge"]
+    assert len(found.inputs) == 3
+    assert again(Path("made.safetensors"), files) == Path("made.safetensors").read_bytes()
+
+
+def test_verify_proves_it(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sdops.merge(files / "m1.safetensors", files / "m2.safetensors", output="made.safetensors")
+    report = recipe.from_("made.safetensors", verify=True, root=[files])
+    assert report.data["verified"]["same_bytes"]
+    assert not report.failed
+    broken = bytearray(Path("made.safetensors").read_bytes())
+    broken[-1] ^= 1
+    Path("other.safetensors").write_bytes(broken)
+    report = recipe.from_("other.safetensors", verify=True, root=[files])
+    assert report.failed
+    assert sorted(path.name for path in Path().iterdir()) == ["made.safetensors", "other.safetensors"]
+
+
+def test_files_of_other_names_give_the_same_bytes(files: Path) -> None:
+    sdops.merge(files / "m1.safetensors", files / "m2.safetensors", output="made.safetensors")
+    recipe.from_("made.safetensors", output="r.toml")
+    Path("mine.safetensors").write_bytes((files / "m1.safetensors").read_bytes())
+    sdops.build("r.toml", inputs={"m1": "mine.safetensors"}, root=[files], output="again.safetensors")
+    assert Path("again.safetensors").read_bytes() == Path("made.safetensors").read_bytes()
+    with pytest.raises(MismatchError, match=r"`inputs\.m1`"):
+        sdops.build("r.toml", inputs={"m1": files / "m3.safetensors"}, root=[files], output="x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json",
+        "[]",
+        "{}",
+        '{"verb":"merge"}',
+        '{"verb":"merge","inputs":[{"role":"a","file":"/etc/passwd"}],"method":"average"}',
+        '{"verb":"os.system","inputs":[{"role":"a","file":"x"}]}',
+        '{"verb":"merge","inputs":[{"role":"a","file":"x"}],"method":"average","jobs":4}',
+        '{"verb":"merge","inputs":[{"role":"a","file":"x"}],"method":"average","output":"../x"}',
+        '{"verb":"apply","rounded":"once","inputs":[{"role":"model","file":"x"}]}',
+        "[" * 100_000,
+    ],
+)
+def test_what_a_stranger_wrote_is_refused_or_harmless(text: str) -> None:
+    tiny.write(Path("made.safetensors"), tiny.checkpoint(1), {"sdops": text})
+    with pytest.raises(SdopsError):
+        recipe.from_("made.safetensors", verify=True)
+
+
+def test_a_file_that_says_nothing_is_told(files: Path) -> None:
+    with pytest.raises(FormatError, match="does not say how it was made"):
+        recipe.from_(files / "m1.safetensors")
+
+
+def test_a_recipe_reads_back_as_it_was_written(files: Path) -> None:
+    from sdops.verbs._recipe_text import parse_recipe, to_toml
+
+    (files / "steps.toml").write_text(STEPS)
+    sdops.build(files / "steps.toml", output="made.safetensors")
+    found, _ = recipe.read_any(Path("made.safetensors"))
+    assert parse_recipe(to_toml(found), name="x") == found
+    assert json.loads(json.dumps(recipe.check(found).as_dict()))["verb"] == "recipe check"
