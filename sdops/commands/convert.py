@@ -35,7 +35,10 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--prune", is_flag=True, help="Leave out the moving average, noise schedules and other ballast"),
     click.option("--vae", type=FILE, help="Take the VAE from this file"),
-    click.option("--text-encoder", type=FILE, help="Take the text encoders from this file"),
+    click.option("--text-encoder", type=FILE, multiple=True, help="Take the text encoders from this file; repeatable"),
+    click.option(
+        "--tokenizer", type=FILE, help="Of folders: T5's tokenizer.json or spiece.model, or where there is one"
+    ),
     click.option("--keep-unknown", "unknown", flag_value="keep", help="Keep tensors that no layout has a place for"),
     click.option("--drop-unknown", "--allow-unknown", "unknown", flag_value="drop", help="Leave them out"),
     click.option("--prefix/--no-prefix", default=None, help="Of a component that is alone in a single file"),

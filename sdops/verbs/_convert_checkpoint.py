@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from sdops.core.source import Source
 from sdops.core.spec import FP8
 from sdops.errors import FormatError
 from sdops.formats import FileSource, open_source
+from sdops.pipelines.tables import pipeline
 from sdops.report import Progress, Report
 from sdops.verbs import _convert_extra
 from sdops.verbs._convert_draft import Draft, Entry, check_quantised, restore_header, single_file
 from sdops.verbs._convert_dtypes import wanted_dtypes
 from sdops.verbs._convert_folder import folder, same_folder
+from sdops.verbs._convert_layout import check_fit
 from sdops.verbs._convert_output import (
     assembled,
     carried_metadata,
@@ -34,7 +36,6 @@ from sdops.verbs._convert_wish import ALL, DTYPES, Wish
 
 _ENDINGS = {"ckpt": ".ckpt", "gguf": ".gguf", "diffusers": ""}
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
-_SIDE = {"vae": "vae", "text_encoder": "text_encoder"}  # role -> kind of component that the file replaces
 
 
 class Conversion:
@@ -42,7 +43,7 @@ class Conversion:
 
     Args:
         origin: The opened model.
-        donors: Files whose VAE or text encoders are taken, by role.
+        donors: Files whose VAE or text encoders are taken, each with its role.
         output: Where to write; None derives a name.
         wish: The request.
         force: Replace an existing output.
@@ -59,7 +60,7 @@ class Conversion:
     def __init__(
         self,
         origin: FileSource,
-        donors: Mapping[str, FileSource],
+        donors: Sequence[tuple[str, FileSource]],
         output: Path | None,
         wish: Wish,
         *,
@@ -68,12 +69,12 @@ class Conversion:
         self.origin, self.donors, self.wish = origin, donors, wish
         self.name = origin.name
         self.path = output or derived_name(origin.path, wish)
-        self.warnings = [*origin.warnings, *(line for donor in donors.values() for line in donor.warnings)]
+        self.warnings = [*origin.warnings, *(line for _, donor in donors for line in donor.warnings)]
         self.is_folder = origin.path.is_dir()
         self.extra = _convert_extra.open_extra(origin.path) if self.is_folder else None
         self.relay = wish.to in ("diffusers", "original") or (origin.path / "model_index.json").is_file()
         self.source, self.detection = self._readable(origin)
-        check_output(self.path, [file for each in (origin, *donors.values()) for file in each.files])
+        check_output(self.path, [file for each in self._inputs() for file in each.files])
         self.draft = self._draft()
         self.dtypes: dict[str, str] = {}
         self.lazy, self.sink = self._sink(force=force)
@@ -87,11 +88,11 @@ class Conversion:
             FormatError: with `strict`, a value is too large for its new dtype.
         """
         begin = time.monotonic()
-        standin.prepare(file for each in (self.origin, *self.donors.values()) for file in each.files)
+        standin.prepare(file for each in self._inputs() for file in each.files)
         with self.sink:
             with progress("converting", self.sink.nbytes) as advance:
                 run(self.lazy, self.sink, jobs=jobs or default_jobs(), progress=advance)
-            for each in (self.origin, *self.donors.values()):
+            for each in self._inputs():
                 each.check_unchanged()
             counts = self._counts()
             self._check_strict(counts)
@@ -107,10 +108,13 @@ class Conversion:
 
     def close(self) -> None:
         """Close the inputs."""
-        for each in (self.origin, *self.donors.values()):
+        for each in self._inputs():
             each.close()
         if self.extra is not None:
             self.extra.source.close()
+
+    def _inputs(self) -> list[FileSource]:
+        return [self.origin, *(donor for _, donor in self.donors)]
 
     def _readable(self, origin: Source) -> tuple[Source, Detection]:
         """The model, its fp8 weights multiplied by their scales if the scales cannot come along."""
@@ -132,9 +136,13 @@ class Conversion:
         selection = select(
             self.source, self.detection, components=wish.components or self._only(), ema=wish.ema, prune=wish.prune
         )
-        for role, donor in self.donors.items():
-            donor_source, donor_detection = self._readable(donor)
-            take(selection, donor_source, donor_detection, _SIDE[role])
+        whole = pipeline(self.detection.family)
+        for kind, donor in self.donors:
+            before = {each.name: each for each in selection.parts}
+            take(selection, *self._readable(donor), kind, whole.components if whole else ())
+            for each in selection.parts:
+                if each.source is not self.source and each.name in before:
+                    check_fit(before[each.name], each, donor.name)
         if wish.to == "diffusers":
             if self.is_folder:
                 return same_folder(self.source, self.detection, selection, wish, self.extra, self.origin.path)
@@ -221,7 +229,7 @@ class Conversion:
         first: dict[str, Any] = {"role": "a", "file": self.name}
         if recipe := self.source.metadata.get("sdops"):
             first["made"] = recipe
-        inputs = [first, *({"role": role, "file": donor.name} for role, donor in self.donors.items())]
+        inputs = [first, *({"role": role, "file": donor.name} for role, donor in self.donors)]
         return told | {"inputs": inputs}
 
     def _counts(self) -> Mapping[str, Any]:
@@ -246,6 +254,6 @@ def derived_name(path: Path, wish: Wish) -> Path:
     return Path(".".join(filter(None, words)) + _ENDINGS.get(wish.to, ".safetensors"))
 
 
-def open_all(file: Path, donors: Mapping[str, Path]) -> tuple[FileSource, dict[str, FileSource]]:
+def open_all(file: Path, donors: Sequence[tuple[str, Path]]) -> tuple[FileSource, list[tuple[str, FileSource]]]:
     """Open a model and the files that components are taken from."""
-    return open_source(file), {role: open_source(path) for role, path in donors.items()}
+    return open_source(file), [(role, open_source(path)) for role, path in donors]

@@ -54,6 +54,7 @@ class Draft:
         files: Small files of a folder.
         stems: Folder of a component, with a slash -> name of its weights' file; "" for one that is alone.
         places: Component -> its layout and prefix in the single file that a folder is made of.
+        taken: Components that come from other files -> their names.
         notes: What the user should know.
     """
 
@@ -68,6 +69,7 @@ class Draft:
     files: dict[str, bytes] = field(default_factory=dict)
     stems: dict[str, str] = field(default_factory=dict)
     places: dict[str, dict[str, str]] = field(default_factory=dict)
+    taken: Mapping[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, entry: Entry) -> None:
@@ -113,12 +115,9 @@ def single_file(
         extra: The side file of a folder.
         relay: Bring components into the layout of original files; else each stays in its own.
     """
-    draft = Draft(dropped=dict(selection.dropped), notes=list(selection.notes))
-    places = {part.name: part for part in detection.components}
+    draft = Draft(dropped=dict(selection.dropped), taken=selection.taken, notes=list(selection.notes))
     for chosen in selection.parts:
-        layout, prefix = _place(chosen, detection, extra, relay=relay)
-        if not relay:  # of a component from another file: as the one that it replaces
-            layout, prefix = places[chosen.name].layout, places[chosen.name].prefix
+        layout, prefix = _place(chosen, detection, extra) if relay else own_place(chosen.name, detection, selection)
         alone = len(selection.parts) == 1 and not draft.tensors
         bare = wish.prefix is False or (relay and alone and wish.prefix is None and not _has_prefix(chosen, extra))
         if bare and wish.to != "diffusers":
@@ -161,15 +160,29 @@ def component_table(name: str, family: str) -> Component | None:
     return None
 
 
-def _place(chosen: Chosen, detection: Detection, extra: Extra | None, *, relay: bool) -> tuple[str, str]:
-    """Layout and prefix of a component in a single file."""
+def own_place(name: str, detection: Detection, selection: Selection) -> tuple[str, str]:
+    """Layout and prefix of a component in the model's own file; of one that it lacks, as such files have it.
+
+    A model that was alone gets a prefix when others are put beside it.
+    """
+    own = next((part for part in detection.components if part.name == name), None)
+    table = component_table(name, detection.family)
+    if table is not None and (own is None or (selection.added and not own.prefix)):
+        return own.layout if own else table.layout, table.prefix
+    if own is None:
+        raise no_folder(name, [name])
+    return own.layout, own.prefix
+
+
+def _place(chosen: Chosen, detection: Detection, extra: Extra | None) -> tuple[str, str]:
+    """Layout and prefix of a component in a single file of the original layout."""
     own = chosen.part
     if extra is not None and chosen.name in extra.components:
         return extra.components[chosen.name]["layout"], extra.components[chosen.name]["prefix"]
-    table = component_table(chosen.name, detection.family) if relay else None
+    table = component_table(chosen.name, detection.family)
     if table is None:
         prefix = f"{chosen.name}." if own.prefix.endswith("/") else own.prefix
-        return own.layout.removesuffix(FLAT) if relay else own.layout, prefix
+        return own.layout.removesuffix(FLAT), prefix
     return table.layout, table.prefix
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from sdops.formats import read_json
 from sdops.pipelines import sizes
 from sdops.pipelines.tables import Component, Pipeline, pipeline
 from sdops.pipelines.tokenizer import clip_files
-from sdops.verbs._convert_draft import Draft, Entry, component_table, identity, no_folder, single_file
+from sdops.verbs._convert_draft import Draft, Entry, component_table, identity, no_folder, own_place, single_file
 from sdops.verbs._convert_extra import Extra
 from sdops.verbs._convert_layout import lay_out
 from sdops.verbs._convert_select import Chosen, Selection
@@ -48,13 +48,13 @@ def folder(source: Source, detection: Detection, selection: Selection, wish: Wis
         UsageError: a component has no class in diffusers that sdops knows.
         MismatchError: tensors are unknown, or missing where the configuration is read from them.
     """
-    draft = Draft(dropped=dict(selection.dropped), notes=list(selection.notes))
+    draft = Draft(dropped=dict(selection.dropped), taken=selection.taken, notes=list(selection.notes))
     found = pipeline(detection.family, _variants(source, detection))
     placed = _placed(source, detection, selection, found)
     for each in placed:
-        part = each.chosen.part
+        layout, prefix = own_place(each.chosen.name, detection, selection)
         draft.stems[each.prefix] = each.table.stem
-        draft.places[part.name] = {"layout": part.layout, "prefix": part.prefix}
+        draft.places[each.chosen.name] = {"layout": layout, "prefix": prefix}
         _add_component(draft, each, wish)
     for key, kind in selection.others.items():
         if kind == OTHER and wish.unknown != "keep":
@@ -146,6 +146,7 @@ def _placed(source: Source, detection: Detection, selection: Selection, found: P
 
 def _add_component(draft: Draft, placed: Placed, wish: Wish) -> None:
     chosen, table, prefix = placed.chosen, placed.table, placed.prefix
+    home = draft.places[chosen.name]
     layout = "hf" if table.library == "transformers" else "diffusers"
     laid = lay_out(chosen, layout, (*table.drop, *_NO_PLACE))
     for name, made in laid.tensors.items():
@@ -160,8 +161,10 @@ def _add_component(draft: Draft, placed: Placed, wish: Wish) -> None:
         key = chosen.read[name]
         if name in unknown and wish.unknown != "keep":
             draft.unknown.append(key)
+        elif home["layout"] == chosen.part.layout:
+            draft.aside[home["prefix"] + name] = Entry(rows(chosen.source, key), chosen.name, name)
         else:
-            draft.aside[key] = Entry(rows(chosen.source, key), chosen.name, name)
+            draft.dropped[key] = "has no place in the folder, and another name in the model's file"
 
 
 # ---------------------------------------------------------------------------------------------------------- small files
@@ -179,7 +182,7 @@ def _add_files(draft: Draft, placed: list[Placed], found: Pipeline | None, wish:
         if wish.reference is not None:
             draft.files |= small_files(wish.reference, {""})
         return
-    index = _pipeline_files(draft, placed, found)
+    index = _pipeline_files(draft, placed, found, _t5_files(found, wish))
     theirs: dict[str, Any] = {}
     if wish.reference is not None:
         draft.files |= small_files(wish.reference, {each.table.folder for each in placed})
@@ -191,19 +194,44 @@ def _add_files(draft: Draft, placed: list[Placed], found: Pipeline | None, wish:
         else:
             index[name] = entry
     draft.files["model_index.json"] = _json(index)
-    missing = [name for name in _parts(found) if index[name] == [None, None]]
-    if missing:
-        given = ", ".join(f"{name}=None" for name in missing)
-        draft.notes.append(
-            f"the folder has no {', '.join(missing)}: `--reference FOLDER` takes tokenizers from a folder of the same "
-            f"family; without them `from_pretrained` wants {given}"
+    draft.notes += _missing(found, [name for name, entry in index.items() if entry == [None, None]])
+
+
+def _missing(found: Pipeline, absent: list[str]) -> Iterator[str]:
+    """What the pipeline cannot do without and the folder lacks, and where to get it."""
+    parts = [each for each in found.components.values() if each.folder in absent]
+    encoders = [each.folder for each in parts if each.library == "transformers"]
+    others = [each.folder for each in parts if each.library != "transformers"]
+    tokenizers = [each["folder"] for each in found.tokenizers if each["folder"] in absent]
+    if encoders:
+        yield f"the model has no {', '.join(encoders)}: `--text-encoder FILE` takes those of other files"
+    if others:
+        yield f"the model has no {', '.join(others)}" + (": `--vae FILE` takes another's" if "vae" in others else "")
+    if tokenizers:
+        yield (
+            f"the folder has no {', '.join(tokenizers)}: T5's vocabulary does not come with sdops; `--tokenizer FILE` "
+            "takes a `tokenizer.json` or `spiece.model`, which ComfyUI has in comfy/text_encoders/t5_tokenizer and the "
+            "Hub in google/t5-v1_1-xxl"
         )
+    if names := [*encoders, *others, *tokenizers]:
+        yield f"as it is, it loads with `from_pretrained(FOLDER, {', '.join(f'{name}=None' for name in names)})`"
 
 
-def _parts(found: Pipeline) -> list[str]:
-    """What the pipeline cannot do without."""
-    tokenizers = [table["folder"] for table in found.tokenizers]
-    return [*(each.folder for each in found.components.values()), *tokenizers]
+def _t5_files(found: Pipeline, wish: Wish) -> Mapping[str, bytes]:
+    """The tokenizer that the user names.
+
+    Raises:
+        UsageError: it is none of T5's, or the pipeline has no place for it.
+    """
+    if wish.tokenizer is None:
+        return {}
+    if all(each["kind"] != "t5" for each in found.tokenizers):
+        raise UsageError(
+            f"a {found.class_name} has no T5, and its tokenizers come with sdops", hint="leave `--tokenizer` away"
+        )
+    from sdops.verbs._convert_tokenizer import t5_files
+
+    return t5_files(wish.tokenizer)
 
 
 def _config(draft: Draft, placed: Placed) -> dict[str, Any]:
@@ -228,7 +256,7 @@ def _config(draft: Draft, placed: Placed) -> dict[str, Any]:
     return {"_class_name": table.class_name, "_diffusers_version": VERSION, **found}
 
 
-def _pipeline_files(draft: Draft, placed: list[Placed], found: Pipeline) -> dict[str, Any]:
+def _pipeline_files(draft: Draft, placed: list[Placed], found: Pipeline, t5: Mapping[str, bytes]) -> dict[str, Any]:
     """Write scheduler and tokenizers; returns model_index.json."""
     index: dict[str, Any] = {"_class_name": found.class_name, "_diffusers_version": VERSION, **found.options}
     there = {each.table.folder for each in placed}
@@ -241,9 +269,8 @@ def _pipeline_files(draft: Draft, placed: list[Placed], found: Pipeline) -> dict
     index["scheduler"] = ["diffusers", kind]
     for tokenizer in found.tokenizers:
         index[tokenizer["folder"]] = ["transformers", tokenizer["class"]]
-        if tokenizer["kind"] == "clip":
-            files = clip_files(tokenizer["pad"])
-            draft.files |= {f"{tokenizer['folder']}/{name}": data for name, data in files.items()}
+        files = clip_files(tokenizer["pad"]) if tokenizer["kind"] == "clip" else t5
+        draft.files |= {f"{tokenizer['folder']}/{name}": data for name, data in files.items()}
     return index | {name: [None, None] for name in found.absent}
 
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from sdops.archs.junk import is_position_ids
 from sdops.core.assembled import Made, joined, rows
+from sdops.errors import MismatchError
 from sdops.layouts.tables import Part, made_of
 from sdops.verbs._convert_select import Chosen
 
@@ -53,6 +54,23 @@ def lay_out(chosen: Chosen, layout: str, drop: Sequence[str] = ()) -> Laid:
     extra = set(part.extra)
     unknown = [name for name in left if chosen.read[name] in extra or (part.expected is None and not drop)]
     return Laid(tensors, left, [name for name in unknown if not is_position_ids(name)])
+
+
+def check_fit(old: Chosen, new: Chosen, donor: str) -> None:
+    """Refuse a component of another file whose sizes are not those of the one it replaces.
+
+    Raises:
+        MismatchError: naming the first tensor that differs.
+    """
+    own, other = (lay_out(each, new.part.layout).tensors for each in (old, new))
+    for name, made in other.items():
+        if name in own and own[name].spec.shape != made.spec.shape:
+            raise MismatchError(
+                f"the {new.name} of `{donor}` does not fit: `{name}` is {list(made.spec.shape)} there, "
+                f"{list(own[name].spec.shape)} in the model",
+                hint=f"`sdops inspect {donor}` shows what it is for",
+                key=name,
+            )
 
 
 def _whole(recipes: Iterable[tuple[Part, ...]]) -> set[str]:

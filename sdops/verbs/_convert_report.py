@@ -26,6 +26,7 @@ def planned(conversion: Conversion) -> Report:
         "output": str(conversion.sink.path),
         "to": conversion.wish.to,
         "family": conversion.detection.family,
+        "taken": dict(draft.taken),
         "tensors": {
             "copied": len(copied),
             "reshaped": len(relaid),
@@ -75,6 +76,7 @@ def _rows(conversion: Conversion, copied: int, relaid: int) -> list[list[str]]:
     draft = conversion.draft
     rows = [
         ["from", f"{conversion.name}  ({conversion.detection.title})"],
+        *(["taken", f"{component} of {donor}"] for component, donor in draft.taken.items()),
         ["copied", count(copied, "tensor")],
         ["reshaped", f"{count(relaid, 'tensor')}: split, joined, turned or in another shape; no number changes"],
         ["cast", f"{count(len(conversion.dtypes), 'tensor')} to {', '.join(sorted(set(conversion.dtypes.values())))}"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sdops.archs.detect import MARKER, OTHER, Component, Detection, component_of
@@ -45,12 +45,16 @@ class Selection:
         others: Tensors of no component that stay -> what they are: marker, ema, schedule ..., "other" if unknown.
         dropped: Tensor -> why it is left out.
         notes: What the user should know.
+        taken: Components that come from other files -> their names.
+        added: Whether the model had none of some of these.
     """
 
     parts: list[Chosen] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    taken: dict[str, str] = field(default_factory=dict)
+    added: bool = False
 
 
 def select(
@@ -96,32 +100,38 @@ def select(
     return found
 
 
-def take(selection: Selection, donor: Source, detection: Detection, kind: str) -> None:
+def take(selection: Selection, donor: Source, detection: Detection, kind: str, wanted: Collection[str]) -> None:
     """Take the components of a kind from another file; its spelling does not matter.
 
     Args:
         selection: Changed in place.
         donor: The other file.
         detection: What it is.
-        kind: "vae" or "text_encoder"; of text encoders those are taken that both have.
+        kind: "vae" or "text_encoder"; of text encoders those are taken that the model has, or is to have.
+        wanted: Names of the components that a whole model has: those that this one lacks are added.
 
     Raises:
-        MismatchError: one of the two has no such component.
+        MismatchError: the other file has none that the model has or is to have.
     """
-    words = kind.replace("_", " ")
     offered = {part.name: part for part in detection.components if part.kind == kind}
-    places = [index for index, each in enumerate(selection.parts) if each.part.kind == kind and each.name in offered]
-    if not places:
+    places = {each.name: index for index, each in enumerate(selection.parts)}
+    taken = [part for name, part in offered.items() if name in places or name in wanted]
+    if not taken:
         raise MismatchError(
-            f"`{donor.name}` has no {words} that could replace one of the model",
+            f"`{donor.name}` has no {kind.replace('_', ' ')} that has a place in the model",
             hint=f"`sdops inspect {donor.name}` shows its components",
         )
-    for index in places:
-        old, part = selection.parts[index], offered[selection.parts[index].name]
-        selection.dropped |= dict.fromkeys(old.read.values(), f"replaced from `{donor.name}`")
+    for part in taken:
         read = {key.removeprefix(part.prefix): key for key in part.keys}
-        selection.parts[index] = Chosen(part, donor, read)
-        selection.notes.append(f"the {part.name} is that of `{donor.name}`")
+        chosen = Chosen(part, donor, read)
+        selection.taken[part.name] = donor.name
+        if part.name in places:
+            old = selection.parts[places[part.name]]
+            selection.dropped |= dict.fromkeys(old.read.values(), f"replaced from `{donor.name}`")
+            selection.parts[places[part.name]] = chosen
+        else:
+            selection.parts.append(chosen)
+            selection.added = True
 
 
 def _named(detection: Detection, names: Sequence[str]) -> list[Component]:

@@ -47,6 +47,7 @@ class Wish:
         reference: A folder of diffusers whose configurations and tokenizers are taken over.
         strict: Refuse to clamp.
         seed: Round at random.
+        tokenizer: A file or folder that T5's tokenizer is taken from.
     """
 
     to: str
@@ -64,6 +65,7 @@ class Wish:
     reference: Path | None = None
     strict: bool = False
     seed: int | None = None
+    tokenizer: Path | None = None
 
     @property
     def keeps_everything(self) -> bool:

@@ -31,6 +31,7 @@ RUNNING = frozenset({"jobs", "memory", "force", "dry_run", "hash_inputs", "progr
 _KINDS = {
     "Model": "file",
     "FilePath": "file",
+    "FilePath | Sequence[FilePath]": "file",
     "str | os.PathLike[str]": "file",
     "AdapterFile": "file",
     "Sequence[AdapterFile]": "files",

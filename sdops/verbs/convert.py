@@ -31,7 +31,8 @@ def convert(
     ema: str = "keep",
     prune: bool = False,
     vae: FilePath | None = None,
-    text_encoder: FilePath | None = None,
+    text_encoder: FilePath | Sequence[FilePath] | None = None,
+    tokenizer: FilePath | None = None,
     unknown: str = "refuse",
     prefix: bool | None = None,
     shard: int | None = None,
@@ -67,8 +68,10 @@ def convert(
         components: Convert only these: `unet`, `vae`, `clip_l` ..., `text_encoder` for all of them.
         ema: keep, drop, or use the moving average in place of the U-Net.
         prune: Leave out the average, noise schedules and left-overs of training.
-        vae: A file whose VAE is taken.
-        text_encoder: A file whose text encoders are taken.
+        vae: A file whose VAE is taken, in place of the model's own or where it has none.
+        text_encoder: A file whose text encoders are taken likewise, or several.
+        tokenizer: Of folders: T5's `tokenizer.json` or `spiece.model`, which does not come with sdops, or a folder
+            that has one.
         unknown: What to do with tensors that a layout has no place for and nobody knows: refuse, keep or drop.
         prefix: Whether a component that is alone keeps what stands before its names in a whole model.
         shard: Largest size of a file in bytes.
@@ -138,11 +141,21 @@ def convert(
         None if reference is None else located(reference),
         strict,
         seed,
+        None if tokenizer is None else located(tokenizer),
     )
-    donors = {role: Path(path) for role, path in (("vae", vae), ("text_encoder", text_encoder)) if path is not None}
+    donors = [
+        (role, Path(path)) for role, given in (("vae", vae), ("text_encoder", text_encoder)) for path in _all(given)
+    ]
     origin, opened = open_all(Path(file), donors)
     conversion = Conversion(origin, opened, None if output is None else Path(output), wish, force=force)
     try:
         return conversion.dry_run() if dry_run else conversion.save(jobs=jobs, progress=progress)
     finally:
         conversion.close()
+
+
+def _all(given: FilePath | Sequence[FilePath] | None) -> list[FilePath]:
+    """One file, several, or none."""
+    if given is None:
+        return []
+    return [given] if isinstance(given, (str, os.PathLike)) else list(given)

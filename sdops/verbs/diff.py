@@ -198,7 +198,7 @@ def _summary(found: Compared, states: Mapping[str, int]) -> list[list[str]]:
         rows.append(["cosine", cosine(whole.cosine)])
         rows.append(["largest change", f"{whole.largest:.4g}"])
     if any(names := _metadata(found).values()):
-        rows.append(["metadata", f"{count(sum(map(len, names)), 'entry')} differ (not counted)"])
+        rows.append(["metadata", f"differs in {count(sum(map(len, names)), 'entry')} (not counted)"])
     return rows
 
 

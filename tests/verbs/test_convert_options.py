@@ -152,7 +152,8 @@ def test_a_vae_from_another_file(small_checkpoint, tmp_path):
         found["first_stage_model.decoder.mid.attn_1.q.weight"][1].reshape(-1),
         changed["decoder.mid_block.attentions.0.to_q.weight"][1].reshape(-1),
     )
-    assert any("is that of `vae`" in line for line in report.warnings)
+    assert report.data["taken"] == {"vae": "vae"}
+    assert not report.warnings
     with pytest.raises(MismatchError, match="no text encoder"):
         sdops.convert(file, to="safetensors", text_encoder=other, output=tmp_path / "x.safetensors")
 
@@ -391,3 +392,68 @@ def test_a_name_is_derived(file, tmp_path, monkeypatch):
     done = sdops.convert(file, to="safetensors", dtype="fp32", prune=True, components=["vae"])
     assert done.result == ["m.fp32.pruned.vae.safetensors"]
     assert Path(done.result[0]).is_file()
+
+
+def test_components_that_a_model_lacks_come_from_other_files(small_checkpoint, tmp_path):
+    names = {"vae": "flux-ae-ldm", "clip_l": "clip_l-hf", "t5xxl": "t5xxl-hf"}
+    files = {part: small_checkpoint(name) for part, name in names.items()}
+    given = {"vae": files["vae"], "text_encoder": [files["clip_l"], files["t5xxl"]]}
+    report = sdops.convert(small_checkpoint("flux1-dev"), to="diffusers", output=tmp_path / "f", **given)
+    index = json.loads((tmp_path / "f/model_index.json").read_text())
+    assert index["text_encoder_2"] == ["transformers", "T5EncoderModel"]
+    assert index["tokenizer_2"] == [None, None]
+    assert "tokenizer_2=None" in report.warnings[-1]
+    sdops.convert(small_checkpoint("flux1-dev"), to="original", output=tmp_path / "o.safetensors", **given)
+    sdops.convert(tmp_path / "f", to="original", output=tmp_path / "b.safetensors")
+    one, other = tiny.load(tmp_path / "o.safetensors"), tiny.load(tmp_path / "b.safetensors")
+    assert "model.diffusion_model.img_in.weight" in one
+    assert same_tensors(one, other)
+
+
+def test_a_replaced_component_has_the_place_of_the_old_one_on_the_way_back(small_checkpoint, tmp_path):
+    file = small_checkpoint("sd15")
+    sdops.convert(file, to="original", components=["vae"], output=tmp_path / "vae.safetensors")
+    sdops.convert(file, to="diffusers", vae=tmp_path / "vae.safetensors", output=tmp_path / "f")
+    sdops.convert(tmp_path / "f", to="original", output=tmp_path / "back.safetensors")
+    assert tiny.load(tmp_path / "back.safetensors").keys() == tiny.load(file).keys()
+
+
+def test_a_vae_of_other_sizes_is_refused(small_checkpoint, tmp_path):
+    with pytest.raises(MismatchError, match="does not fit"):
+        sdops.convert(
+            small_checkpoint("sd15"), to="diffusers", vae=small_checkpoint("flux-ae-ldm"), output=tmp_path / "f"
+        )
+
+
+UNIGRAM = {"model": {"type": "Unigram", "vocab": [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0]]}}
+
+
+@pytest.mark.parametrize("given", ["file", "folder", "pipeline"])
+def test_a_tokenizer_of_t5_from_the_disk(small_checkpoint, tmp_path, given):
+    place = {"file": "t.json", "folder": "d/tokenizer.json", "pipeline": "d/tokenizer_2/tokenizer.json"}[given]
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text(json.dumps(UNIGRAM))
+    tokenizer = tmp_path / place.partition("/")[0]
+    report = sdops.convert(
+        small_checkpoint("flux1-dev-comfy-allinone"), to="diffusers", tokenizer=tokenizer, output=tmp_path / "f"
+    )
+    assert not report.warnings
+    assert json.loads((tmp_path / "f/tokenizer_2/tokenizer.json").read_text()) == UNIGRAM
+    assert json.loads((tmp_path / "f/tokenizer_2/tokenizer_config.json").read_text())["eos_token"] == "</s>"
+    assert json.loads((tmp_path / "f/model_index.json").read_text())["tokenizer_2"] == [
+        "transformers",
+        "T5TokenizerFast",
+    ]
+
+
+def test_other_tokenizers_are_refused(small_checkpoint, tmp_path):
+    (tmp_path / "clip.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"!": 0}}}))
+    for model, tokenizer, said in (
+        ("flux1-dev-comfy-allinone", "clip.json", "no tokenizer of T5"),
+        ("flux1-dev-comfy-allinone", "missing", "there is no"),
+        ("sd15", "clip.json", "has no T5"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            sdops.convert(
+                small_checkpoint(model), to="diffusers", tokenizer=tmp_path / tokenizer, output=tmp_path / "f"
+            )
