@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from sdops import __version__
 from sdops.core.run import default_jobs, run
-from sdops.core.sink import SafetensorsSink, check_inputs, check_space, check_target
+from sdops.core.sink import check_inputs
 from sdops.errors import UsageError
 from sdops.report import Progress, Report, silent
 from sdops.verbs._apply_base import check_architectures, check_matched, foreign_base, open_base, output_of
 from sdops.verbs._apply_loras import Lora, Wish, open_loras
+from sdops.verbs._apply_output import INDEX, SUFFIX, is_file, is_folder, is_pipeline, is_sharded, sink_of, stem_of
 from sdops.verbs._apply_report import done_report, dry_report
 from sdops.verbs._hashes import Hashes, part_record
 from sdops.verbs._inputs import Model, Opened
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 ROUNDINGS = ("nearest", "stochastic")
 DORA = ("lerp", "peft")
-_SUFFIX = ".safetensors"
 _DEFAULTS = {
     "dtype": "keep",
     "touched_dtype": "keep",
@@ -76,7 +76,8 @@ def apply(
         model: A path or Source: a checkpoint of any layout, or some of its components.
         lora: For each LoRA its path, `"PATH:STRENGTH"` (see `_apply_loras` for block weights and components), or a pair
             of path and strength. A strength is a dial: a number, or one per block, component or pattern.
-        output: Where to write; None returns the result as a Source without writing anything.
+        output: Where to write: a file, `NAME.safetensors.index.json` for shards, or, if the model is a folder of
+            diffusers, a folder. None returns the result as a Source without writing anything.
         dtype: Of the result: keep (as the model's, per tensor), fp32, fp16 or bf16.
         touched_dtype: The same for the tensors that a LoRA changes alone.
         rounding: nearest, or stochastic: on average nothing of a small change is lost, at the cost of noise.
@@ -121,8 +122,13 @@ def apply(
         "architecture": architecture,
         "allow_unknown": allow_unknown,
     }
-    opened = open_base(model)
-    made = Apply(opened, open_loras(lora, opened, allow_unknown=allow_unknown, architecture=architecture), settings)
+    opened, folder = open_base(model), None
+    if is_pipeline(opened):
+        from sdops.verbs._folder_model import as_single_file
+
+        opened, folder = as_single_file(opened), opened
+    loras = open_loras(lora, opened, allow_unknown=allow_unknown, architecture=architecture)
+    made = Apply(opened, loras, settings, folder=folder)
     if output is None:
         return made
     return made.save(output, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
@@ -157,6 +163,7 @@ class Apply:
         loras: What is added, in order.
         settings: The options of `apply`.
         wide: The same model with more digits, for the weights that change: a merge in progress as float32.
+        folder: The model as the folder of diffusers that it is, for outputs that are folders, too.
 
     Attributes:
         parts: The inputs by role: model, lora1, lora2 ...
@@ -170,7 +177,12 @@ class Apply:
     """
 
     def __init__(
-        self, model: Opened, loras: Sequence[Lora], settings: Mapping[str, Any], wide: Opened | None = None
+        self,
+        model: Opened,
+        loras: Sequence[Lora],
+        settings: Mapping[str, Any],
+        wide: Opened | None = None,
+        folder: Opened | None = None,
     ) -> None:
         from sdops.verbs._apply_changes import Changes  # numpy
 
@@ -178,6 +190,7 @@ class Apply:
         self.model = model
         self.loras = loras
         self.settings = settings
+        self.folder = folder
         self.parts = {"model": model, **{f"lora{i}": lora.opened for i, lora in enumerate(loras, start=1)}}
         check_architectures(loras, model)
         self.changes = Changes(wide or model, loras, peft_dora=settings["dora_strength"] == "peft")
@@ -189,7 +202,7 @@ class Apply:
         self.computed = self._computed()
         self.specs = self.computed.specs
         names = [model.name, *(lora.name for lora in loras)]
-        title = self.name.removesuffix(_SUFFIX)
+        title = self.name.removesuffix(INDEX).removesuffix(SUFFIX)
         self.metadata = metadata(model.source.metadata, model.detection.modelspec, title, names, self.made)
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
@@ -210,10 +223,11 @@ class Apply:
             part.source.close()
 
     def derived_name(self) -> str:
-        """What the file is called when nobody names it: `model+style0.8.safetensors`."""
-        stems = [Path(self.model.name).stem, *(Path(lora.name).stem + lora.spelled for lora in self.loras)]
+        """What the output is called when nobody names it: `model+style0.8.safetensors`, of shards their index."""
+        suffix = "" if self.folder or is_folder(self.model) else INDEX if is_sharded(self.model) else SUFFIX
+        stems = [stem_of(self.model), *(Path(lora.name).stem + lora.spelled for lora in self.loras)]
         encoded = os.fsencode("+".join(stems))
-        return os.fsdecode(encoded[: LONGEST_NAME - len(_SUFFIX)]) + _SUFFIX
+        return os.fsdecode(encoded[: LONGEST_NAME - len(suffix)]) + suffix
 
     def check(self, output: str | os.PathLike[str], *, force: bool = False) -> None:
         """Everything that can be known to go wrong before a tensor of the model is read.
@@ -226,7 +240,8 @@ class Apply:
 
         path = Path(output)
         check_inputs(path, [file for part in self.parts.values() for leaf in part.leaves() for file in leaf.files])
-        check_space(check_target(path, force=force), sum(spec.nbytes for spec in self.specs.values()))
+        made = self._for(path)
+        sink_of(made.specs, made.model, path, self.metadata, force=force)
         for lora in self.loras:
             check_finite(lora)
 
@@ -239,10 +254,10 @@ class Apply:
         hash_inputs: bool = True,
         progress: Progress = silent,
     ) -> Report:
-        """Write the result to a file.
+        """Write the result.
 
         Args:
-            output: The file; its folder must exist.
+            output: As of `apply`; the folder that it lies in must exist.
             jobs: Threads; default: one per core.
             force: Replace an existing file.
             hash_inputs: Record the inputs' SHA-256, computed beside the work if they are not remembered.
@@ -253,13 +268,16 @@ class Apply:
         """
         from sdops.core.blas import one_thread
 
+        made = self._for(Path(output))
+        if made is not self:
+            return made.save(output, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
         self.check(output, force=force)
         begin = time.monotonic()
         self.computed = self._computed()  # counts begin at zero
         header = dict(self.metadata)
         if not hash_inputs:
             header[RECIPE] = without_hashes(header[RECIPE])
-        with SafetensorsSink(Path(output), self.specs, header, force=force) as sink:
+        with sink_of(self.specs, self.model, Path(output), header, force=force) as sink:
             with Hashes(self.parts.values(), enabled=hash_inputs) as hashes:
                 with progress("applying", sink.nbytes) as advance, one_thread():
                     run(self.computed, sink, jobs=jobs or default_jobs(), progress=advance)
@@ -274,7 +292,11 @@ class Apply:
     def dry_run(self, output: str | os.PathLike[str], *, force: bool = False, jobs: int | None = None) -> Report:
         """What `save` would do, after the same checks."""
         self.check(output, force=force)
-        return dry_report(self, Path(output), jobs or default_jobs())
+        return dry_report(self._for(Path(output)), Path(output), jobs or default_jobs())
+
+    def _for(self, output: Path) -> Apply:
+        """The same for an output that is a folder, where that is asked for."""
+        return self if self.folder is None or is_file(output) else Apply(self.folder, self.loras, self.settings)
 
     def _computed(self) -> Applied:
         """The Source that does the work."""
