@@ -34,10 +34,11 @@ def log_of(path):
 
 
 def test_words_close_the_gap_between_a_wrong_prompt_and_the_right_one(train, tmp_path):
-    right = losses(train("lora", steps=0))[0]  # the captions say "a yellow circle", and nothing was learnt
-    report = train(
-        "ti", steps=100, tokens="it:2", init="red square", caption="template", template="a photo of a {}", lr=5e-3
-    )
+    right = losses(train("lora", steps=0, validation=4))[
+        0
+    ]  # the captions say "a yellow circle", and nothing was learnt
+    words = {"tokens": "it:2", "init": "red square", "caption": "template", "template": "a photo of a {}"}
+    report = train("ti", steps=100, batch=1, lr=5e-3, validation=4, **words)
     wrong, learnt = losses(report)[0], losses(report)[100]
     assert wrong - right > 0.03
     assert (wrong - learnt) / (wrong - right) >= 0.8
@@ -71,22 +72,29 @@ def test_only_the_words_change(tiny, train):
 
 
 def test_a_lora_lowers_the_loss_with_fixed_noise(train):
-    """By 15 % within 60 steps at rank 4; measured: 19 %."""
-    report = train("lora", steps=60, rank=4, lr=1e-3)
-    before, after = losses(report)[0], losses(report)[60]
-    assert after < 0.85 * before
+    """By 12 % within 30 steps at rank 4; measured: 15.6 %."""
+    report = train("lora", steps=30, batch=2, rank=4, lr=2e-3, validation=4)
+    before, after = losses(report)[0], losses(report)[30]
+    assert after < 0.88 * before
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        {"schedule": "cosine", "warmup": 2, "ema": 0.9, "accumulate": 2, "batch": 2, "dropout": 0.2},
-        {"family": "lokr", "caption_dropout": 0.3, "text_encoder": True, "noise_offset": 0.1, "min_snr": 5.0},
+        {"schedule": "cosine", "warmup": 2, "ema": 0.9, "accumulate": 2, "batch": 1, "dropout": 0.2},
+        {
+            "batch": 2,
+            "family": "lokr",
+            "caption_dropout": 0.3,
+            "text_encoder": True,
+            "noise_offset": 0.1,
+            "min_snr": 5.0,
+        },
     ],
     ids=["lora", "lokr"],
 )
 def test_going_on_gives_what_going_through_gives(train, tmp_path, given):
-    settings = {"steps": 6, "rank": 2, "lr": 1e-3, "save_dtype": "fp32", "validate_every": 3, **given}
+    settings = {"steps": 6, "rank": 2, "lr": 1e-3, "save_dtype": "fp32", "validate_every": 3, "validation": 2, **given}
     train("lora", **settings, output=str(tmp_path / "whole.safetensors"))
     train("lora", **settings, until=3)
     train("lora", **settings, resume=True)
