@@ -16,7 +16,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
+FLAGS = ["-std=c11", "-O3", "-funroll-loops", "-fPIC", "-shared"]
+FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 PROCESSOR = {"x86_64": ["-mavx2", "-mf16c"], "AMD64": ["-mavx2", "-mf16c"], "aarch64": [], "arm64": []}
 
 

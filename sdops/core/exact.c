@@ -253,32 +253,43 @@ void sdops_inner(const void *const *inputs, const int *dtypes, int n, size_t cou
 
 static const uint32_t PHILOX[2] = {0xD2511F53, 0xCD9E8D57}, KEY_STEP[2] = {0x9E3779B9, 0xBB67AE85};
 
+enum { COUNTERS = 8 }; /* worked on at once, to keep the multipliers busy */
+
 #if defined(__x86_64__)
 
-/* Philox4x32-10 of four counters, in the lower halves of 64-bit lanes: the multiplication looks at nothing else. */
-static void philox_four(uint32_t key0, uint32_t key1, uint64_t counter, uint32_t *words) {
+/* Philox4x32-10 of COUNTERS counters, in the lower halves of 64-bit lanes: the multiplication looks at nothing else. */
+static void philox_some(uint32_t key0, uint32_t key1, uint64_t counter, uint32_t *words) {
+    enum { VECTORS = COUNTERS / 4 };
     const __m256i low = _mm256_set1_epi64x(0xFFFFFFFF);
     const __m256i by0 = _mm256_set1_epi64x(PHILOX[0]), by1 = _mm256_set1_epi64x(PHILOX[1]);
-    __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x((long long)counter), _mm256_set_epi64x(3, 2, 1, 0));
-    __m256i c1 = _mm256_srli_epi64(c0, 32), c2 = _mm256_setzero_si256(), c3 = c2;
+    __m256i c0[VECTORS], c1[VECTORS], c2[VECTORS], c3[VECTORS];
+    for (int v = 0; v < VECTORS; v++) {
+        c0[v] = _mm256_add_epi64(_mm256_set1_epi64x((long long)counter + 4 * v), _mm256_set_epi64x(3, 2, 1, 0));
+        c1[v] = _mm256_srli_epi64(c0[v], 32), c2[v] = c3[v] = _mm256_setzero_si256();
+    }
     for (int round = 0; round < 10; round++) {
-        __m256i product0 = _mm256_mul_epu32(c0, by0), product1 = _mm256_mul_epu32(c2, by1);
-        c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1), _mm256_set1_epi64x(key0));
-        c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3), _mm256_set1_epi64x(key1));
-        c1 = product1, c3 = product0;
+        const __m256i k0 = _mm256_set1_epi32((int)key0), k1 = _mm256_set1_epi32((int)key1);
+        for (int v = 0; v < VECTORS; v++) {
+            __m256i product0 = _mm256_mul_epu32(c0[v], by0), product1 = _mm256_mul_epu32(c2[v], by1);
+            c0[v] = _mm256_xor_si256(_mm256_srli_epi64(product1, 32), _mm256_xor_si256(c1[v], k0));
+            c2[v] = _mm256_xor_si256(_mm256_srli_epi64(product0, 32), _mm256_xor_si256(c3[v], k1));
+            c1[v] = product1, c3[v] = product0;
+        }
         key0 += KEY_STEP[0], key1 += KEY_STEP[1];
     }
-    __m256i first = _mm256_or_si256(_mm256_and_si256(c0, low), _mm256_slli_epi64(c1, 32));
-    __m256i second = _mm256_or_si256(_mm256_and_si256(c2, low), _mm256_slli_epi64(c3, 32));
-    __m256i even = _mm256_unpacklo_epi64(first, second), odd = _mm256_unpackhi_epi64(first, second);
-    _mm256_storeu_si256((__m256i *)words, _mm256_permute2x128_si256(even, odd, 0x20));
-    _mm256_storeu_si256((__m256i *)(words + 8), _mm256_permute2x128_si256(even, odd, 0x31));
+    for (int v = 0; v < VECTORS; v++) {
+        __m256i first = _mm256_or_si256(_mm256_and_si256(c0[v], low), _mm256_slli_epi64(c1[v], 32));
+        __m256i second = _mm256_or_si256(_mm256_and_si256(c2[v], low), _mm256_slli_epi64(c3[v], 32));
+        __m256i even = _mm256_unpacklo_epi64(first, second), odd = _mm256_unpackhi_epi64(first, second);
+        _mm256_storeu_si256((__m256i *)(words + 16 * v), _mm256_permute2x128_si256(even, odd, 0x20));
+        _mm256_storeu_si256((__m256i *)(words + 16 * v + 8), _mm256_permute2x128_si256(even, odd, 0x31));
+    }
 }
 
 #else
 
-static void philox_four(uint32_t key0, uint32_t key1, uint64_t counter, uint32_t *words) {
-    for (int i = 0; i < 4; i++, counter++) {
+static void philox_some(uint32_t key0, uint32_t key1, uint64_t counter, uint32_t *words) {
+    for (int i = 0; i < COUNTERS; i++, counter++) {
         uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0;
         for (uint32_t round = 0; round < 10; round++) {
             uint64_t product0 = (uint64_t)c0 * PHILOX[0], product1 = (uint64_t)c2 * PHILOX[1];
@@ -295,10 +306,10 @@ static void philox_four(uint32_t key0, uint32_t key1, uint64_t counter, uint32_t
 /* Philox4x32-10 of the counters first, first + 1, ...: four words each; see core/noise.py. */
 void sdops_philox(uint32_t key0, uint32_t key1, uint64_t first, size_t counters, uint32_t *words) {
     size_t done = 0;
-    for (; done + 4 <= counters; done += 4) philox_four(key0, key1, first + done, words + 4 * done);
+    for (; done + COUNTERS <= counters; done += COUNTERS) philox_some(key0, key1, first + done, words + 4 * done);
     if (done < counters) {
-        uint32_t rest[16];
-        philox_four(key0, key1, first + done, rest);
+        uint32_t rest[4 * COUNTERS];
+        philox_some(key0, key1, first + done, rest);
         memcpy(words + 4 * done, rest, (counters - done) * 16);
     }
 }

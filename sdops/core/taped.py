@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdops.core import native
+from sdops.core.exact import PIECE
 from sdops.core.gram import inner_products
 from sdops.core.method import Method
 from sdops.core.native import NativeTape
@@ -20,7 +21,7 @@ from sdops.core.precision import FORMATS, Raw, decode
 from sdops.core.retained import SAMPLE, Retained
 from sdops.core.tape import Program, UntraceableError, record
 
-PORTION = 1 << 17  # elements: smaller ones cost more in calls than they gain in the cache
+PORTION = PIECE  # elements: smaller ones cost more in calls than they gain in the cache
 
 
 class Taped:
