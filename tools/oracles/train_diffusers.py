@@ -136,6 +136,7 @@ class Rows:
         self._pictures, self._transform = pictures, transform
 
     def with_transform(self, transform: Any) -> Rows:
+        """The same through a transform."""
         return Rows(self._pictures, transform)
 
     def __len__(self) -> int:
@@ -153,6 +154,7 @@ class Same:
         pass
 
     def __call__(self, x: Any) -> Any:
+        """Transform."""
         return x
 
 
@@ -160,6 +162,7 @@ class ToTensor(Same):
     """A picture as numbers."""
 
     def __call__(self, x: Any) -> torch.Tensor:
+        """Transform."""
         return torch.from_numpy(np.array(x)).permute(2, 0, 1).float() / 255
 
 
@@ -170,6 +173,7 @@ class Compose:
         self._steps = steps
 
     def __call__(self, x: Any) -> Any:
+        """Transform."""
         for step in self._steps:
             x = step(x)
         return x
