@@ -86,7 +86,8 @@ class Case:
 
 def method(name: str, count: int, *options: str, passes: int = 1) -> Case:
     """A merge of `count` SD1.5 models by another method."""
-    return Case("methods", f"{name}, SD1.5 x {count}", SD15[:count], ("-m", name, *options), passes)
+    title = " ".join([name, *(option for option in options if option not in ("--base", "BASE"))])
+    return Case("methods", f"{title}, SD1.5 x {count}", SD15[:count], ("-m", name, *options), passes)
 
 
 CASES = [
@@ -97,8 +98,14 @@ CASES = [
     method("add-difference", 3),
     method("train-difference", 3),
     method("multiply-difference", 3),
+    method("multiply-difference", 3, "--alpha", ALPHA),
+    method("similarity-add-difference", 3),
+    method("nearswap", 2),
+    method("magmax", 3, "--base", "BASE"),
     method("clamp", 3),
     method("dare-linear", 3, "--base", "BASE"),
+    method("dare-ties", 3, "--base", "BASE"),
+    method("euclidean-add-difference", 3, passes=2),
     method("slerp", 2, passes=2),
     method("karcher", 3, passes=2),
     method("model-stock", 3, "--base", "BASE", passes=2),
@@ -369,6 +376,7 @@ def parse() -> argparse.Namespace:
     groups = [*dict.fromkeys(case.group for case in CASES), "start"]
     parser.add_argument("--folder", type=Path, default=Path("bench-data"), help="for the files; also on tmpfs")
     parser.add_argument("--only", nargs="+", choices=groups, default=groups, metavar="GROUP", help=", ".join(groups))
+    parser.add_argument("--title", nargs="+", default=[""], metavar="WORD", help="only cases with one of these words")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer-rounds", type=int, default=1, help="other programs take minutes, not seconds")
     parser.add_argument("--peers-python", help="the Python that has sd-mecha and mergekit")
@@ -386,7 +394,9 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
     cases, skipped = [], []
-    for case in (case for case in CASES if case.group in options.only):
+    for case in CASES:
+        if case.group not in options.only or not any(word in case.title for word in options.title):
+            continue
         if missing := bench.space_missing(case):
             skipped.append(f"{case.title}, which needs {missing / GB:.1f} GB more space")
             continue

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from math import factorial, inf, log
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
-from sdops.core.tape import Mask, Op, Symbol, UntraceableError
+from sdops.core.tape import Mask, Op, Symbol, single
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SQRT_HALF = 0x3F3504F3  # the bits of sqrt(1/2) in float32
+MAGIC = 1.5 * 2.0**52  # added to a float64 it leaves the nearest integer in the last bits
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,7 +113,6 @@ def sqrt(x: Tensor) -> Tensor:
 
 
 def _symbol_power(x: Symbol, exponent: float) -> Symbol:
-    """Those powers that torch has special code for, too."""
     match exponent:
         case 0:
             return Symbol(x.tape, x.tape.constant(1.0))
@@ -119,13 +122,43 @@ def _symbol_power(x: Symbol, exponent: float) -> Symbol:
             return x
         case 2:
             return x * x
-    raise UntraceableError(f"no operation for the power {exponent}")
+    return x.made(Op.POWER, x, exponent)
 
 
 @_symbols(_symbol_power)
 def power(x: Tensor, exponent: float) -> Tensor:
     """x^exponent for x >= 0, 0^0 = 1."""
-    return sqrt(x) if exponent == 0.5 else x**exponent
+    import torch
+
+    if exponent in (0, 1, 2) or x.dtype != torch.float32:
+        return x**exponent
+    return sqrt(x) if exponent == 0.5 else _power(x, single(exponent))
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """2^(exponent log2 x) in float64, by single operations, as tape.c does it: torch's power depends on the processor.
+
+    log2 x = e + 2 / ln 2 artanh((m - 1) / (m + 1)) for x = 2^e m with 1/2 <= m^2 < 2. What the two series leave out is
+    below 1e-12.
+    """
+    import torch
+
+    tiny = x < 2.0**-126
+    bits = torch.where(tiny, x * 2.0**24, x).view(torch.int32)
+    shift = (bits - SQRT_HALF) >> 23
+    m = (bits - (shift << 23)).view(torch.float32).double()
+    t = (m - 1) / (m + 1)
+    square, series = t * t, torch.full_like(t, 1 / 13)
+    for k in range(11, 0, -2):
+        series = series * square + 1 / k
+    log2 = (exponent * ((shift - 24 * tiny).double() + (2 / log(2)) * t * series)).clamp(-200, 200)
+    whole = log2 + MAGIC
+    z, series = (log2 - (whole - MAGIC)) * log(2), torch.full_like(t, 1 / factorial(10))
+    for k in range(9, -1, -1):
+        series = series * z + 1 / factorial(k)
+    result = (series.view(torch.int64) + (whole.view(torch.int64) << 52)).view(torch.float64).float()
+    result[x == 0], result[x == inf] = (inf, 0.0) if exponent < 0 else (0.0, inf)
+    return torch.where(x.isnan(), x, result)
 
 
 def lerp(a: Any, b: Any, share: float) -> Any:

@@ -10,7 +10,7 @@ enum { REGISTERS = 64 }; /* as core/tape.py knows */
 
 enum op { /* the order of core/tape.py */
     CONSTANT, LOAD, UNIFORM, ADD, SUBTRACT, MULTIPLY, DIVIDE, SQRT, ABSOLUTE, NEGATE, COPYSIGN, MAXIMUM, MINIMUM,
-    LESS, LESS_EQUAL, EQUAL, AND, OR, NOT, CHOOSE
+    LESS, LESS_EQUAL, EQUAL, AND, OR, NOT, CHOOSE, POWER
 };
 
 typedef union {
@@ -21,6 +21,10 @@ typedef union {
 typedef struct {
     int32_t op, out, x, y, z;
 } instruction;
+
+/* 1 / 10!, 1 / 9! ... 1 */
+static const double EXP[11] = {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120,
+                               1.0 / 24,      1.0 / 6,      1.0 / 2,     1,          1};
 
 static const uint32_t SIGN = 0x80000000, INFINITE = 0x7F800000;
 
@@ -67,6 +71,48 @@ static void uniform(const uint32_t *key, uint64_t first, size_t count, block *ou
     for (size_t i = 0; i < count; i++) out->number[i] = (float)(int32_t)(words[lead + i] >> 8) * 0x1p-24f;
 }
 
+/* x^p for x >= 0 as 2^(p log2 x) in double, operation by operation as `power` of core/elementwise.py. */
+static void power(const block *restrict x, float exponent, block *restrict out) {
+    const double p = exponent, magic = 0x1.8p52; /* added to a double it leaves the integer part in the last bits */
+    double whole[BLOCK], log2[BLOCK];
+    float mantissa[BLOCK];
+    for (size_t i = 0; i < BLOCK; i++) { /* x = 2^whole mantissa, 1/2 <= mantissa^2 < 2 */
+        int tiny = x->number[i] < 0x1p-126f;
+        float scaled = tiny ? x->number[i] * 0x1p24f : x->number[i];
+        int32_t bits, shift;
+        memcpy(&bits, &scaled, 4);
+        shift = (bits - 0x3F3504F3) >> 23;
+        bits -= shift * (1 << 23);
+        memcpy(mantissa + i, &bits, 4);
+        whole[i] = shift - (tiny ? 24 : 0);
+    }
+    for (size_t i = 0; i < BLOCK; i++) { /* 2 / ln 2 artanh t */
+        double m = mantissa[i], t = (m - 1) / (m + 1), s = t * t;
+        double series = 1.0 / 13;
+        for (int k = 11; k > 0; k -= 2) series = series * s + 1.0 / k;
+        double exact = p * (whole[i] + 0x1.71547652b82fep1 * t * series);
+        exact = exact < -200 ? -200 : exact;
+        log2[i] = exact > 200 ? 200 : exact;
+    }
+    for (size_t i = 0; i < BLOCK; i++) {
+        double sum = log2[i] + magic, z = (log2[i] - (sum - magic)) * 0x1.62e42fefa39efp-1, series = EXP[0], result;
+        uint64_t shift, bits;
+        for (int k = 1; k <= 10; k++) series = series * z + EXP[k];
+        memcpy(&shift, &sum, 8);
+        memcpy(&bits, &series, 8);
+        bits += shift << 52;
+        memcpy(&result, &bits, 8);
+        out->number[i] = (float)result;
+    }
+    const float at_zero = p < 0 ? INFINITY : 0, at_infinity = p < 0 ? 0 : INFINITY;
+    for (size_t i = 0; i < BLOCK; i++) {
+        float base = x->number[i], result = out->number[i];
+        result = base == 0 ? at_zero : result;
+        result = base == INFINITY ? at_infinity : result;
+        out->number[i] = base != base ? base : result;
+    }
+}
+
 #define EACH(statement) for (size_t i = 0; i < BLOCK; i++) statement
 
 /* An operation whose operands are registers, the result in another one. */
@@ -93,6 +139,7 @@ static void operate(int op, block *restrict out, const block *restrict x, const 
     case AND: EACH(bits[i] = p[i] & q[i]); break;
     case OR: EACH(bits[i] = p[i] | q[i]); break;
     case NOT: EACH(bits[i] = ~p[i]); break;
+    case POWER: power(x, b[0], out); break;
     case CHOOSE: EACH(bits[i] = (p[i] & mask[i]) | (q[i] & ~mask[i])); break;
     }
 }

@@ -43,6 +43,7 @@ class Op(IntEnum):
     OR = auto()  # of masks
     NOT = auto()  # of a mask
     CHOOSE = auto()  # x where mask z, else y
+    POWER = auto()  # x^y for x >= 0 and a constant y
 
 
 LEAVES = (Op.CONSTANT, Op.LOAD, Op.UNIFORM)
