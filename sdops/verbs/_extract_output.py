@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,16 @@ def check_dialect(pairs: Sequence[Pair], model: Opened, to: str) -> tuple[str, .
         UsageError: there is no such dialect.
         MismatchError: it cannot hold a layer.
     """
+    return tuple(spelled(rank_one(pairs, model), to).companions)
+
+
+def rank_one(pairs: Sequence[Pair], model: Opened) -> Adapter:
+    """The adapter as it would be with rank 1 everywhere and zeros in it: what is known before the work.
+
+    Args:
+        pairs: The layers.
+        model: What they are compared in.
+    """
     specs: dict[str, Spec] = {}
     patches = []
     for pair in pairs:
@@ -57,20 +68,20 @@ def check_dialect(pairs: Sequence[Pair], model: Opened, to: str) -> tuple[str, .
             part = "diff" if pair.part == "weight" else "diff_b"
             specs[f"{name}.{part}"] = Spec("F16", shape)
             patches.append(Patch(pair.target, "full", {part: f"{name}.{part}"}))
-    return tuple(spelled(adapter(_Blank(model.name, specs), patches, model), to).companions)
+    return adapter(_Blank(model.name, specs), patches, model)
 
 
 class _Blank:
-    """Tensors of zeros."""
+    """Tensors of zeros, and alphas of one."""
 
     def __init__(self, name: str, specs: Mapping[str, Spec]) -> None:
         self.name, self.specs = name, specs
         self.metadata: Mapping[str, str] = {}
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        """Nothing but zeros."""
-        del key, start
-        buffer[:] = bytes(len(buffer))
+        """Zeros, or the one number of an alpha."""
+        del start
+        buffer[:] = struct.pack("<f", 1.0) if self.specs[key].dtype == "F32" else bytes(len(buffer))
 
     def close(self) -> None:
         """Nothing to release."""

@@ -7,7 +7,7 @@ build_recipe(planned, output)    the result, and the outputs that steps ask for
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,7 @@ from sdops.verbs._recipe_calls import Call, File
 from sdops.verbs._recipe_check import Checked
 from sdops.verbs._recipe_inputs import Found
 from sdops.verbs._recipe_sources import NamedFile, SharedStep
+from sdops.verbs._recipe_work import placeholder, worker
 
 if TYPE_CHECKING:
     from sdops.verbs.apply import Apply
@@ -31,21 +32,31 @@ class Planned:
         checked: The recipe.
         found: Its inputs.
         folder: Where steps write the outputs that they ask for.
+        work: Does a step that has to be done before others can be planned (`_recipe_work`); None = plan those on what
+            is known of it before.
 
     Attributes:
         calls: The steps by id, in order.
+        is_trial: Whether some step was planned on less than another one will give.
 
     Raises:
         SdopsError: an input cannot be read, or a step makes no sense for it; with the step's path.
     """
 
-    def __init__(self, checked: Checked, found: Mapping[str, Found], folder: Path) -> None:
+    def __init__(
+        self,
+        checked: Checked,
+        found: Mapping[str, Found],
+        folder: Path,
+        work: Callable[[Call], Source] | None = None,
+    ) -> None:
         self.checked = checked
         self.found = found
         self.folder = folder
         self.calls: dict[str, Call] = {}
         self._readers = Counter(name for step in checked.steps for name in step.uses)
         self._files: dict[str, File] = {}
+        self.is_trial = False
         for step in checked.steps:
             for name in step.uses:
                 if name in found and name not in self._files:
@@ -54,6 +65,9 @@ class Planned:
             self.calls[step.id] = call
             if call.is_lazy:
                 self._files[step.id] = self._shared(step.id, call.lazy())
+            elif self._readers[step.id]:
+                self._files[step.id] = (work or placeholder)(call)
+                self.is_trial = self.is_trial or work is None
 
     @property
     def result(self) -> Call:
@@ -142,6 +156,13 @@ def build_recipe(planned: Planned, output: Path, running: Mapping[str, Any]) -> 
         SdopsError: as the verbs.
     """
     planned.check(output, force=running["force"])
+    if planned.is_trial and not running["dry_run"]:
+        with worker(output.absolute().parent, running) as work:
+            return _write(Planned(planned.checked, planned.found, planned.folder, work), output, running)
+    return _write(planned, output, running)
+
+
+def _write(planned: Planned, output: Path, running: Mapping[str, Any]) -> tuple[Report, dict[str, Report]]:
     asked: dict[str, Report] = {}
     for name, path in planned.outputs().items():
         asked[name] = planned.calls[name].save(path, running)

@@ -59,6 +59,10 @@ def build_report(
     report.sections += own
     warnings = [*checked.warnings, *planned.warnings(), *done.warnings]
     report.warnings = list(dict.fromkeys(planned.by_id(text) for text in warnings))
+    if planned.is_trial and dry_run:
+        report.warnings.append(
+            "LoRAs that steps make have their ranks when they are worked out; here they count with 1"
+        )
     if dry_run:
         report.hints.append("nothing was written; leave `--dry-run` away to build")
     return report

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 from sdops.core.remembered import Remembered
 from sdops.core.source import Source
 from sdops.core.views import View
 from sdops.formats import FileSource
+from sdops.verbs._inputs import Opened
+from sdops.verbs._provenance import RECIPE
 
 if TYPE_CHECKING:
     from sdops.verbs.apply import Apply
@@ -25,6 +29,23 @@ class SharedStep(Remembered):
         super().__init__(cast("Source", made))
         self.parts = made.parts
         self.made = made.made
+
+
+class MadeFile(View):
+    """A LoRA that a step has made, which says how.
+
+    Args:
+        file: The file, which vanishes when the recipe is built.
+        parts: What it was made of, in the order of its record.
+    """
+
+    def __init__(self, file: Source, parts: Mapping[str, Opened]) -> None:
+        super().__init__(file, file.specs)
+        self.parts = parts
+        self.made: Mapping[str, Any] = json.loads(file.metadata[RECIPE])
+
+    def close(self) -> None:
+        """Nothing: other steps may read it, too."""
 
 
 class NamedFile(View):
