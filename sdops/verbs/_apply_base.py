@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,12 +38,43 @@ def open_base(model: Model) -> Opened:
         FormatError: its weights are quantised in a way that nothing can be added to.
     """
     origin: Source = open_source(model) if isinstance(model, str | os.PathLike) else model
-    if detect(origin.specs).family == "adapter":
+    detection = detect(origin.specs)
+    if detection.family == "adapter":
         raise UsageError(
             f"`{origin.name}` is an adapter itself (LoRA or the like)",
             hint="give the checkpoint first, and the adapter with `--lora`; `sdops merge` adds LoRAs to LoRAs",
         )
+    for weight, how in detection.quantised.items():
+        if how.kind not in ("fp8", "fp8-scaled"):
+            raise FormatError(
+                f"`{origin.name}` is quantised ({how.kind}, `{weight}`): its numbers are codes, not weights",
+                hint="apply to the model that it was made from and quantise the result, or load the LoRA beside it",
+                key=weight,
+            )
     return open_model(origin)
+
+
+def packed_types(model: Opened) -> dict[str, str]:
+    """Tensors of a GGUF file that lie there in blocks of few bits per number -> their type."""
+    from sdops.core.ggml import PLAIN
+    from sdops.formats.gguf import GgufFile
+
+    origin = model.origin
+    if not isinstance(origin, GgufFile):
+        return {}
+    return {key: kind for key, kind in origin.types.items() if kind not in PLAIN}
+
+
+def unpacked(model: Opened) -> list[str]:
+    """A sentence if the model's weights are written in another form than they have."""
+    kinds = Counter(packed_types(model).values())
+    if not kinds:
+        return []
+    kind = kinds.most_common(1)[0][0]
+    return [
+        f"the {kind} weights of `{model.name}` are written as F16, where nothing else is asked for; "
+        f"`sdops convert RESULT --to gguf --dtype {kind.lower()}` packs them again"
+    ]
 
 
 def check_architectures(loras: Sequence[Lora], model: Opened, problem: str = "") -> None:
@@ -146,6 +178,9 @@ def output_of(
     scales = model.source.scales if isinstance(model.source, Dequantised) else {}
     source = model.source if dtypes[0] else model.origin if isinstance(model.source, Dequantised) else model.source
     target = dtypes[1] or dtypes[0]
+    packed = packed_types(model)
+    if packed and not dtypes[0]:
+        source = Cast(source, {key: "F16" for key in packed if castable(key, source.specs[key])})
     specs = {key: Spec(target or source.specs[key].dtype, source.specs[key].shape) for key in changes.terms}
     for key, spec in specs.items():
         if spec.dtype not in CASTABLE:

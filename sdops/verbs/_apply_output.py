@@ -10,6 +10,7 @@ from sdops.core.sink import SafetensorsSink, Sink
 from sdops.core.sink_folder import FolderSink, Tensors
 from sdops.core.sink_shards import ShardedSink, split
 from sdops.core.spec import Spec
+from sdops.errors import OutputError
 from sdops.formats.diffusers import DiffusersFolder
 from sdops.verbs._convert_folder import small_files
 from sdops.verbs._convert_output import check_output
@@ -19,6 +20,7 @@ from sdops.verbs._provenance import RECIPE
 SUFFIX = ".safetensors"
 INDEX = f"{SUFFIX}.index.json"
 _SHARD = 5_000_000_000  # bytes, where the model has no shards whose size could be taken over
+_OTHERS = (".gguf", ".ckpt", ".pt", ".pth", ".bin")
 _PIPELINE = "model_index.json"
 _PART = re.compile(r"(?:-\d{1,5}-of-\d{1,5})?(?:\.\w+)?$")
 
@@ -61,6 +63,11 @@ def sink_of(specs: Mapping[str, Spec], model: Opened, path: Path, header: Mappin
     Raises:
         OutputError: it exists, cannot be written, is an input, or does not fit on the disk.
     """
+    if path.suffix in _OTHERS:
+        raise OutputError(
+            f"the result is safetensors, `{path}` is called as another kind of file",
+            hint=f"`-o {path.with_suffix(SUFFIX)}`, and `sdops convert` makes other kinds of it",
+        )
     check_output(path, [file for leaf in model.leaves() for file in leaf.files])
     if path.name.endswith(INDEX):
         limit = max((file.stat().st_size for file in model.files), default=_SHARD) if is_sharded(model) else _SHARD

@@ -19,7 +19,7 @@ from sdops.core.run import default_jobs, run
 from sdops.core.sink import check_inputs
 from sdops.errors import UsageError
 from sdops.report import Progress, Report, silent
-from sdops.verbs._apply_base import check_architectures, check_matched, foreign_base, open_base, output_of
+from sdops.verbs._apply_base import check_architectures, check_matched, foreign_base, open_base, output_of, unpacked
 from sdops.verbs._apply_loras import Lora, Wish, open_loras
 from sdops.verbs._apply_output import INDEX, SUFFIX, is_file, is_folder, is_pipeline, is_sharded, sink_of, stem_of
 from sdops.verbs._apply_report import done_report, dry_report
@@ -195,7 +195,9 @@ class Apply:
         check_architectures(loras, model)
         self.changes = Changes(wide or model, loras, peft_dora=settings["dora_strength"] == "peft")
         check_matched(loras, self.changes, model, allowed=settings["allow_unmatched"])
-        self.warnings = [text for lora in loras for text in (*lora.adapter.notes, *foreign_base(lora, model))]
+        self.warnings = unpacked(model) + [
+            text for lora in loras for text in (*lora.adapter.notes, *foreign_base(lora, model))
+        ]
         self.made = self._recipe()
         self.name = self.derived_name()
         self._wide = wide

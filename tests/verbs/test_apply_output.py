@@ -7,12 +7,15 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sdops
 from sdops.core.source import read
-from sdops.errors import OutputError
+from sdops.errors import FormatError, OutputError
 from sdops.formats import open_source
+from sdops.formats.gguf import GgufFile
+from tests import tiny
 
 Made = tuple[Path, Path]
 
@@ -72,3 +75,38 @@ def test_shards_become_shards(small: Made, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("model+lora-*-of-*.safetensors"))) == len(list(tmp_path.glob("model-*-of-*")))
     sdops.apply(base, lora=[lora], output=tmp_path / "one.safetensors")
     assert tensors(tmp_path / lazy.derived_name()) == tensors(tmp_path / "one.safetensors")
+
+
+def test_a_gguf_file_is_unpacked_to_half_and_rounded_once(small: Made, tmp_path: Path) -> None:
+    base, lora = small
+    gguf, out = tmp_path / "x.gguf", tmp_path / "out.safetensors"
+    sdops.convert(base, to="gguf", dtype="q8_0", output=gguf)
+    report = sdops.apply(gguf, lora=[f"{lora}:te=0"], output=out)
+    assert "Q8_0 weights of `x.gguf` are written as F16" in report.warnings[0]
+    plain, wide = tmp_path / "plain.safetensors", tmp_path / "wide.safetensors"
+    sdops.convert(gguf, to="safetensors", dtype="fp32", output=plain)
+    sdops.apply(plain, lora=[f"{lora}:te=0"], output=wide, dtype="fp16")
+    with closing(open_source(out)) as source, closing(open_source(gguf)) as origin:
+        assert isinstance(origin, GgufFile)
+        packed = [key for key, kind in origin.types.items() if kind == "Q8_0"]
+        assert packed
+        assert {source.specs[key].dtype for key in packed} == {"F16"}
+    one, two = tensors(out), tensors(wide)
+    assert all(one[key] == two[key] for key in packed)
+
+
+def test_names_of_other_kinds_of_files_are_refused(small: Made, tmp_path: Path) -> None:
+    base, lora = small
+    with pytest.raises(OutputError, match="called as another kind"):
+        sdops.apply(base, lora=[lora], output=tmp_path / "x.ckpt")
+
+
+def test_codes_of_bitsandbytes_are_refused(tmp_path: Path, small: Made) -> None:
+    model = tiny.load(small[0])
+    key = next(key for key in model if key.endswith("attn1.to_q.weight"))
+    codes = {f"{key}.absmax": ("F32", np.zeros(1, np.float32)), key: ("U8", np.zeros((8, 1), np.uint8))}
+    codes |= {f"{key}.quant_state.bitsandbytes__nf4": ("U8", np.zeros(3, np.uint8))}
+    file = tiny.write(tmp_path / "nf4.safetensors", {**model, **codes})
+    with pytest.raises(FormatError, match=r"is quantised \(nf4, ") as caught:
+        sdops.apply(file, lora=[small[1]], output=tmp_path / "out.safetensors")
+    assert "load the LoRA beside it" in caught.value.hint
