@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdops.core.sink import check_inputs
 from sdops.errors import MismatchError, UsageError
-from sdops.report import Progress, Report, silent
-from sdops.text import count
+from sdops.report import Progress, Report, Section, silent
 from sdops.verbs._apply_loras import split_file
 from sdops.verbs._convert_adapter import convert_adapter
 from sdops.verbs._custom_open import ConceptFile, FilePath, as_lora, check_model, open_concepts
@@ -58,7 +58,7 @@ def apply(
     opened = [_opened(wish) for wish in files]
     for file, _ in opened:
         check_model(file, base)
-    loras = [(as_lora(file, base), strength) for file, strength in opened]
+    loras = [(as_lora(file, base, words=False), strength) for file, strength in opened]
     made = apply_loras(model, lora=loras, touched_dtype=dtype, architecture=opened[0][0].family, allow_unknown=True)
     if not isinstance(made, Apply):
         raise UsageError("an apply without output is lazy")
@@ -89,10 +89,10 @@ def _tell_words(report: Report, files: Sequence[ConceptFile]) -> None:
     for file in files:
         if file.words:
             names = ", ".join(f"`{name}`" for name in file.words)
-            report.warnings.append(f"the new {count(len(file.words), 'word')} {names} are no weights of a checkpoint")
-            own = file.concepts.words
-            where = f"sdops embed convert {file.path} --to a1111" if own else f"{file.paths[-1]} holds them already"
-            report.hints.append(where)
+            it_is = "is a new word" if len(file.words) == 1 else "are new words"
+            report.warnings.append(f"{names} {it_is}, no weights of a checkpoint: use the embedding beside it")
+            if file.concepts.words:
+                report.hints.append(f"`sdops embed convert {file.path} --to a1111` makes an embedding of each word")
 
 
 def to_lora(
@@ -162,8 +162,25 @@ def to_lora(
     )
     report.verb = "custom to-lora"
     report.data |= {"input": str(opened.path), "from": opened.layout, "words": list(opened.words)}
+    report.sections[0] = _summary(report, opened, to)
+    if not opened.has_dense:  # nothing was computed
+        report.sections = report.sections[:1]
     report.warnings += [note for note in opened.notes if note.startswith("not understood")]
     return report
+
+
+def _summary(report: Report, file: ConceptFile, to: str) -> Section:
+    """What was written, of what."""
+    kinds = Counter(edit.kind for edit in file.concepts.edits)
+    how = {"factors": "factors bit for bit", "delta": "differences as factors", "whole": "whole weights as factors"}
+    rows = [
+        list(report.sections[0].rows[0]),
+        ["layout", f"{file.layout} -> {to}"],
+        ["model", file.family],
+        ["layers", ", ".join(f"{number} {how[kind]}" for kind, number in kinds.items())],
+        ["words", ", ".join(f"`{word}`" for word in file.words) or "none"],
+    ]
+    return Section("", rows)
 
 
 def _base(file: ConceptFile, model: FilePath) -> Opened:

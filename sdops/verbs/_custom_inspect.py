@@ -10,14 +10,14 @@ import numpy as np
 
 from sdops.custom_diffusion._types import Edit
 from sdops.report import Report, Section
-from sdops.text import count, size
+from sdops.text import size
 from sdops.verbs._custom_open import ConceptFile, Doubles, FilePath, base_values, check_model, open_concepts
 from sdops.verbs._each import each_file
 from sdops.verbs._embed_facts import USUAL_NORMS
 from sdops.verbs._inputs import Model, Opened, open_model
 
 _HOW = {
-    "whole": "whole weights: what they change shows beside the model that they were trained on (`--model`)",
+    "whole": "whole weights: what they change shows beside the model that they were trained on (`sdops custom inspect --model`)",
     "delta": "differences, which are added to a model's weights",
     "factors": "factors of differences, which are added to a model's weights",
 }
@@ -83,7 +83,7 @@ def _named(file: ConceptFile) -> str:
 
 def _parameters(file: ConceptFile) -> str:
     counts = Counter(f"{edit.layer.split('.attn2.')[1]} {edit.parameter}" for edit in file.concepts.edits)
-    return ", ".join(f"{count(number, name.removesuffix(' weight'))}" for name, number in counts.items())
+    return ", ".join(f"{number} x {name.removesuffix(' weight')}" for name, number in counts.items())
 
 
 def _word(file: ConceptFile, name: str) -> dict[str, Any]:

@@ -123,9 +123,7 @@ def merge(
     _check_output(path, concepts, base, to, force=force)
     targets = _targets(concepts, classes)
     keep = captions(CAPTIONS) if captions_file is None else read_captions(Path(captions_file))
-    with progress("reading texts", len(keep) + len(targets)) as advance:
-        kept, rows, owners = _features(base, concepts, targets, keep)
-        advance(len(keep) + len(targets))
+    kept, rows, owners = _features(base, concepts, targets, keep)
     found = independent(rows)
     solved = constraint(kept, rows[found])
     factors, missed = _factors(concepts, base, solved, [owners[number] for number in found])

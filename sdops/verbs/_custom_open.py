@@ -75,6 +75,11 @@ class ConceptFile:
         """Whether what it changes is only known beside the model that it was trained on."""
         return any(edit.kind == "whole" for edit in self.concepts.edits)
 
+    @property
+    def has_dense(self) -> bool:
+        """Whether there is anything but factors."""
+        return any(edit.kind != "factors" for edit in self.concepts.edits)
+
 
 def open_concepts(path: FilePath, words: Sequence[FilePath] = ()) -> ConceptFile:
     """A custom-diffusion file of any layout, with the words that lie beside it.
@@ -206,8 +211,8 @@ class AsLora(AdapterSource):
         files: It lies in.
     """
 
-    def __init__(self, file: ConceptFile, base: Opened | None) -> None:
-        super().__init__(file.source.name, _tensors(file, base), {})
+    def __init__(self, file: ConceptFile, base: Opened | None, *, words: bool) -> None:
+        super().__init__(file.source.name, _tensors(file, base, words=words), {})
         self.files = tuple(file.paths)
         self._source = file.source
 
@@ -217,20 +222,21 @@ class AsLora(AdapterSource):
             check()
 
 
-def as_lora(file: ConceptFile, base: Opened | None = None) -> AsLora:
+def as_lora(file: ConceptFile, base: Opened | None = None, *, words: bool = True) -> AsLora:
     """The file as a Source with a LoRA's names.
 
     Args:
         file: The file.
         base: The model that it was trained on; only biases need it here.
+        words: Whether the new words are among the tensors.
 
     Raises:
         MismatchError: a bias needs the model, and there is none, or it lacks the layer.
     """
-    return AsLora(file, base)
+    return AsLora(file, base, words=words)
 
 
-def _tensors(file: ConceptFile, base: Opened | None) -> dict[str, Lazy]:
+def _tensors(file: ConceptFile, base: Opened | None, *, words: bool) -> dict[str, Lazy]:
     made: dict[str, Lazy] = {}
     for edit in file.concepts.edits:
         stem = "lora_unet_" + edit.layer.replace(".", "_")
@@ -245,7 +251,7 @@ def _tensors(file: ConceptFile, base: Opened | None) -> dict[str, Lazy]:
         }[edit.kind]
         for suffix, leaf in zip(suffixes, leaves, strict=True):
             made[stem + suffix] = Lazy(leaf.spec, partial(read, file.source, leaf.key))
-    for word, parts in file.words.items():
+    for word, parts in file.words.items() if words else ():
         for encoder, vectors in parts.items():
             made[f"bundle_emb.{word}.{encoder}"] = word_tensor(vectors)
     return made

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from sdops.embeddings._types import CLIP_IMAGE, NULL_TEXT, OUT, TOKENS, Embedding, Vectors
+from sdops.embeddings._types import AMBIGUOUS, CLIP_IMAGE, NULL_TEXT, OUT, TOKENS, Embedding, Vectors
 from sdops.report import HEAT, Report, Section
 from sdops.text import count
 from sdops.verbs._each import each_file
@@ -67,6 +67,8 @@ def family(one: Embedding) -> str:
     """The model family that an embedding is for."""
     if one.kind == CLIP_IMAGE:
         return "CLIP ViT-L/14"
+    if one.kind == AMBIGUOUS:
+        return "sd1, or CLIP ViT-L/14"
     names = tuple(dict.fromkeys(name.removesuffix(OUT) for name in one.vectors))
     return _FAMILIES.get(names, "unknown")
 

@@ -21,6 +21,7 @@ from sdops.verbs._hypernet_apply import Wish, _opened, open_networks, report_of
 from sdops.verbs._hypernet_layers import (
     Attention,
     Maps,
+    Networks,
     attentions,
     bias_change,
     check_biases,
@@ -102,7 +103,7 @@ def to_lora(
     dialect(to)
     opened, base = open_networks(networks), open_base(model)
     found = reached(attentions(base), opened, base)
-    targets = targets_of(base, [name for each in found for name in (each.block,)])
+    targets = targets_of(base, [each.block for each in found])
     path = Path(f"{opened[0][0].path.stem}.lora.safetensors" if output is None else output)
     from sdops.verbs._adapter_output import check_output
 
@@ -122,14 +123,18 @@ def to_lora(
         "dtype": dtype, "inputs": [*records, part_record("base", base)],
     }  # fmt: skip
 
+    ranks = {width: _most(opened, width) for width in maps}
+
     def work(pieces: Any, advance: Callable[[int], None]) -> list[Made]:
-        return _layers(base, found, maps, targets, wishes, DTYPES[dtype], pieces, advance)
+        return _layers(base, found, maps, ranks, targets, wishes, DTYPES[dtype], pieces, advance)
 
     made, nbytes = write_lora(
-        work, len(found), base, path, parts, recipe, to,
+        work, sum(_nbytes(base, each) for each in found), base, path, parts, recipe, to,
         jobs=jobs or default_jobs(), force=force, hash_inputs=hash_inputs, progress=progress,
     )  # fmt: skip
     add_result(report, path, nbytes, time.monotonic() - begin, made)
+    if not all(each.rank for each in made):
+        report.hints.append("`--rank 64` makes factors of all layers, which every program reads, and says what is lost")
     if any(maps[each.width].v.offset.any() for each in found):
         report.warnings.append(
             "the values' biases are written as changes of `to_out` biases (`diff_b`), which kohya's trainer, ComfyUI "
@@ -172,6 +177,7 @@ def _layers(
     model: Opened,
     found: Sequence[Attention],
     maps: Mapping[int, Maps],
+    ranks: Mapping[int, int],
     targets: Mapping[str, Target],
     wishes: Mapping[str, float],
     dtype: str,
@@ -186,16 +192,33 @@ def _layers(
         block = targets[each.block]
         for name, change in (("to_k", key_change), ("to_v", value_change)):
             target = Target(block.component, f"{block.module}.{name}")
-            made.append(add_change(pieces, target, torch.from_numpy(change(each, maps, read)), wishes, dtype))
+            matrix = torch.from_numpy(change(each, maps, read))
+            made.append(_add_change(pieces, target, matrix, ranks[each.width], wishes, dtype))
         if maps[each.width].v.offset.any():
             target = Target(block.component, f"{block.module}.to_out.0")
             pieces.add_full(target, dtype, bias=torch.from_numpy(bias_change(each, maps, read)))
-        advance(1)
+        advance(_nbytes(model, each))
     return made
 
 
-def add_change(pieces: Any, target: Target, change: Any, wishes: Mapping[str, float], dtype: str) -> Made:
-    """A dense change [o, i], float64, as factors, or as it is where these would be larger.
+def _nbytes(model: Opened, each: Attention) -> int:
+    return model.source.specs[each.keys].nbytes + model.source.specs[each.values].nbytes
+
+
+def _most(networks: Networks, width: int) -> int:
+    """The rank that the maps at a width can have: hidden units of the narrowest layers, where all are linear."""
+    ranks = [
+        min(layer.weight.spec.shape[0] for layer in chain)
+        for file, _ in networks
+        if width in file.network.pairs
+        for chain in file.network.pairs[width]
+    ]
+    linear = all(file.network.is_linear for file, _ in networks)
+    return min(sum(ranks), width) if linear else width
+
+
+def _add_change(pieces: Any, target: Target, change: Any, most: int, wishes: Mapping[str, float], dtype: str) -> Made:
+    """A dense change [o, i], float64, of a rank of at most `most`, as factors, or as it is where these are larger.
 
     `rank` and `energy` in the wishes limit the factors; without them nothing is lost.
     """
@@ -209,11 +232,11 @@ def add_change(pieces: Any, target: Target, change: Any, wishes: Mapping[str, fl
     elif "energy" in wishes:
         rule = energy(wishes["energy"])
     whole = squared_norm(change)
-    found = decompose(change, rule, engine="gram" if wishes else "exact", name=str(target))
     rows, columns = change.shape
-    if not wishes and found.rank * (rows + columns) >= rows * columns:
+    if not wishes and min(most, rows, columns) * (rows + columns) >= rows * columns:
         pieces.add_full(target, dtype, dense=change)
         return Made(target, 0, whole, 1.0)
+    found = decompose(change, rule, engine="gram" if wishes else "exact", name=str(target))
     pieces.add_factors(target, tuple(change.shape), found.up, found.down, dtype)
     kept = float(found.spectrum.values[: found.rank].square().sum())
     return Made(target, found.rank, whole, min(kept / whole, 1.0) if whole else 1.0)

@@ -9,16 +9,19 @@ from typing import Any
 
 from sdops.archs.detect import UNKNOWN, Component, Detection, component_of, detect
 from sdops.core.source import Source
+from sdops.errors import FormatError
 from sdops.formats import FileSource, open_source
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, shorten, size
 from sdops.verbs._adapter_peek import is_adapter, open_adapter_file
 from sdops.verbs._each import FilePath, each_file
+from sdops.verbs._inspect_personal import added
 from sdops.verbs._traits import is_detail, metadata_order, prediction, quantisation
 from sdops.verbs._values import PositionIds, position_ids
 
 _NAME = 120  # characters of a tensor's name or a metadata value that are shown
 _METADATA = 30  # entries that are shown without `-v`
+_PERSONAL = (UNKNOWN, "embedding", "hypernetwork")  # families of which other verbs tell more
 _LISTED = 50  # missing, extra or unclaimed keys that are listed with `-v`; the JSON has all
 
 
@@ -42,12 +45,17 @@ def inspect(
 
 def _one(path: Path, keys: bool, hashes: bool, norms: bool, progress: Progress) -> Report:
     adapter = is_adapter(path)
-    source = open_adapter_file(path) if adapter else open_source(path)
+    try:
+        source = open_adapter_file(path) if adapter else open_source(path)
+    except FormatError:
+        return _without_model(path)
     try:
         detection = detect(source.specs)
         report = _report(source, detection, position_ids(source))
     finally:
         source.close()
+    if detection.family in _PERSONAL and added(report, path):
+        adapter = False
     if adapter:
         from sdops.verbs._inspect_adapter import add_adapter
 
@@ -61,6 +69,18 @@ def _one(path: Path, keys: bool, hashes: bool, norms: bool, progress: Progress) 
         hashed = hash_files(path, progress=progress)
         report.data["hashes"] = hashed.data["files"]
         report.sections += hashed.sections
+    return report
+
+
+def _without_model(path: Path) -> Report:
+    """The report on a file without named tensors: a hypernetwork, a bare vector, a picture with an embedding.
+
+    Raises:
+        FormatError: it is none of these.
+    """
+    report = Report("inspect", {"file": str(path), "bytes": os.path.getsize(path), "architecture": UNKNOWN})
+    if not added(report, path):
+        open_source(path)  # says what is wrong with it
     return report
 
 
