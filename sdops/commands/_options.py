@@ -94,3 +94,14 @@ def _bytes(_ctx: click.Context, _option: click.Parameter, value: str | None) -> 
     if not found:
         raise click.BadParameter(f"`{value}` is not an amount of memory such as 300MB or 2G")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS.index(found[2].lower()))
+
+
+def device_option(function: Function) -> Function:
+    """`--device`, which says what computes."""
+    return click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda"]),
+        default="cpu",
+        show_default=True,
+        help="cuda = on a GPU, with Triton",
+    )(function)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from sdops.commands._console import Console
-from sdops.commands._options import FILE, general_options, stream_option
+from sdops.commands._options import FILE, device_option, general_options, stream_option
 from sdops.errors import UsageError
 
 _DTYPES = click.Choice(["keep", "fp32", "fp16", "bf16"])
@@ -55,6 +55,7 @@ _DTYPES = click.Choice(["keep", "fp32", "fp16", "bf16"])
 @click.option("--allow-unknown", is_flag=True, help="Leave out tensors of a LoRA that are not understood")
 @click.option("--architecture", metavar="NAME", help="What the LoRAs were made for, where they do not tell: flux1 ...")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core")
+@device_option
 @click.option("--no-hash", is_flag=True, help="Do not record the inputs' SHA-256")
 @stream_option
 @general_options

@@ -10,7 +10,7 @@ import click
 
 from sdops.card import Card, Knob, find, names
 from sdops.commands._console import Console
-from sdops.commands._options import FILE, general_options, size_option, stream_option
+from sdops.commands._options import FILE, device_option, general_options, size_option, stream_option
 from sdops.errors import UsageError
 from sdops.verbs._merge_adapters_wish import METHODS
 
@@ -135,6 +135,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--seed", type=int, default=0, show_default=True, help="For random methods"),
     click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),
     size_option("--memory", help="Stay below this, e.g. 300MB"),
+    device_option,
     click.option("--no-hash", is_flag=True, help="Do not record the inputs' SHA-256"),
     stream_option,
 )
@@ -182,6 +183,8 @@ def command(
         from sdops.verbs._merge_adapters import merge_adapters
 
         how: dict[str, Any] = {"jobs": jobs, "force": force, "dry_run": dry_run, "progress": console.progress}
+        if options.pop("device") != "cpu":
+            raise UsageError("a merge of LoRAs is made on the CPU", hint="leave out `--device`")
         wishes = request(options.pop("method"), options)
         return console.show(merge_adapters(models, **wishes, output=output, hash_inputs=not no_hash, **how))
     from sdops.verbs.merge import merge

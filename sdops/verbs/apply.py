@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdops import __version__
+from sdops.core.accel import check_device
 from sdops.core.run import default_jobs, run
 from sdops.core.sink import check_inputs
 from sdops.errors import UsageError
@@ -62,6 +63,7 @@ def apply(
     allow_unknown: bool = False,
     architecture: str | None = None,
     jobs: int | None = None,
+    device: str = "cpu",
     force: bool = False,
     hash_inputs: bool = True,
     progress: Progress = silent,
@@ -88,6 +90,8 @@ def apply(
         allow_unknown: Leave out tensors of an adapter that are not understood.
         architecture: What the LoRAs were made for (sd1, sdxl, flux1 ...), where files do not tell.
         jobs: Threads; default: one per core.
+        device: cpu, or cuda: plain LoRAs of large tensors are added on a GPU. Products are summed in another order
+            there, so some elements in a hundred thousand may be rounded to the other neighbour.
         force: Replace an existing output.
         hash_inputs: Record the inputs' SHA-256 (remembered between runs).
         progress: Called as `progress(label, total_bytes)`.
@@ -109,6 +113,8 @@ def apply(
     ):
         if value not in allowed:
             raise UsageError(f"`{option}` cannot be `{value}`", hint=f"choose one of {', '.join(allowed)}")
+    if device != "cpu":
+        check_device(device)
     if not lora:
         raise UsageError("no LoRA was given", hint="name one with `--lora FILE:STRENGTH`")
     settings = {
@@ -129,6 +135,7 @@ def apply(
         opened, folder = as_single_file(opened), opened
     loras = open_loras(lora, opened, allow_unknown=allow_unknown, architecture=architecture)
     made = Apply(opened, loras, settings, folder=folder)
+    made.use(device)
     if output is None:
         return made
     return made.save(output, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
@@ -187,6 +194,7 @@ class Apply:
         from sdops.verbs._apply_changes import Changes  # numpy
 
         self.verb = "apply"
+        self.device = "cpu"
         self.model = model
         self.loras = loras
         self.settings = settings
@@ -223,6 +231,12 @@ class Apply:
         """Close the inputs."""
         for part in self.parts.values():
             part.source.close()
+
+    def use(self, device: str) -> None:
+        """Compute on `cpu` or `cuda` from now on."""
+        if device != self.device:
+            self.device = device
+            self.computed = self._computed()
 
     def derived_name(self) -> str:
         """What the output is called when nobody names it: `model+style0.8.safetensors`, of shards their index."""
@@ -298,14 +312,26 @@ class Apply:
 
     def _for(self, output: Path) -> Apply:
         """The same for an output that is a folder, where that is asked for."""
-        return self if self.folder is None or is_file(output) else Apply(self.folder, self.loras, self.settings)
+        if self.folder is None or is_file(output):
+            return self
+        made = Apply(self.folder, self.loras, self.settings)
+        made.use(self.device)
+        return made
 
     def _computed(self) -> Applied:
         """The Source that does the work."""
         seed = self.settings["seed"] if self.settings["rounding"] == "stochastic" else None
         dtypes = DTYPES[self.settings["dtype"]], DTYPES[self.settings["touched_dtype"]]
         weights = (self._wide or self.model).source
-        return output_of(self.model, weights, self.changes, dtypes, sequential=self.settings["sequential"], seed=seed)
+        sequential = self.settings["sequential"]
+        made = output_of(self.model, weights, self.changes, dtypes, sequential=sequential, seed=seed)
+        if self.device == "cpu":
+            return made
+        from sdops.core.applied_on_device import AppliedOnDevice
+
+        return AppliedOnDevice(
+            made.source, made.changes, device=self.device, weights=made.weights, sequential=sequential, seed=seed
+        )
 
     def _recipe(self) -> dict[str, Any]:
         """Everything needed to make the file again; defaults are left out."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdops.card import Card, find
+from sdops.core.accel import check_device
 from sdops.core.dial import Dial
 from sdops.core.method import load
 from sdops.core.run import default_jobs, run
@@ -64,6 +65,7 @@ def merge(
     seed: int = 0,
     jobs: int | None = None,
     memory: int | None = None,
+    device: str = "cpu",
     force: bool = False,
     hash_inputs: bool = True,
     progress: Progress = silent,
@@ -88,6 +90,7 @@ def merge(
         seed: For random methods.
         jobs: Threads; default: one per core.
         memory: Bytes to stay below.
+        device: cpu, or cuda: large tensors are merged on a GPU, with the same bytes as on the CPU.
         force: Replace an existing output.
         hash_inputs: Record the inputs' SHA-256 (remembered between runs).
         progress: Called as `progress(label, total_bytes)`.
@@ -103,7 +106,10 @@ def merge(
         FormatError: an input is damaged.
         OutputError: the output exists, is an input, or does not fit on the disk.
     """
+    if device != "cpu":
+        check_device(device)
     if are_adapters(models):
+        _refuse_device(device, "a merge of LoRAs")
         options: dict[str, Any] = {
             "base": base,
             "dtype": dtype,
@@ -128,16 +134,26 @@ def merge(
     parts = _open_parts(models, base, {"vae": vae, "text_encoder": text_encoder})
     policy = Policy(DTYPES[dtype], tuple(include), tuple(exclude), missing, prune)
     parsed = parse_knobs(card, knobs, parts["a"].detection, len(models))
-    merged = Merge(card, parts, parsed, policy, seed=seed, memory=memory)
+    if device != "cpu" and card.execution != "linear":
+        from sdops.core.on_device import check_method
+
+        check_method(card.name, card.execution)
+    merged = Merge(card, parts, parsed, policy, seed=seed, memory=memory, device=device)
     made: Merge | Apply = merged
     if lora:
         from sdops.verbs.apply import on_merge
 
+        _refuse_device(device, "a merge with LoRAs on top")
         wide = Merge(card, parts, parsed, replace(policy, dtype="F32"), seed=seed, memory=memory)
         made = on_merge(merged, wide, lora)
     if output is None:
         return made
     return made.save(output, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
+
+
+def _refuse_device(device: str, what: str) -> None:
+    if device != "cpu":
+        raise UsageError(f"{what} is made on the CPU", hint="leave out `--device`")
 
 
 def _merged_adapters(
@@ -171,12 +187,14 @@ class Merge:
         *,
         seed: int = 0,
         memory: int | None = None,
+        device: str = "cpu",
     ) -> None:
         self.card = card
         self.parts = parts
         self.knobs = knobs
         self.policy = policy
         self.memory = memory
+        self.device = device
         self._seed = seed
         self._jobs = default_jobs()
         self._computed: Merged | None = None
@@ -225,7 +243,12 @@ class Merge:
 
                 method = load(f"sdops.merges.{self.card.name}", self.card.execution, self.card.needs)
                 memory = whole_tensor_memory(self, self._jobs)
-                computed = Merged(self.plan, method, seed=self._seed, memory=memory)
+                if self.device == "cpu":
+                    computed = Merged(self.plan, method, seed=self._seed, memory=memory)
+                else:
+                    from sdops.core.on_device import MergedOnDevice
+
+                    computed = MergedOnDevice(self.plan, method, device=self.device, seed=self._seed, memory=memory)
                 computed.check_knobs()
                 self._computed = computed
             return self._computed

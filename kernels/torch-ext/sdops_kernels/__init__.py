@@ -7,6 +7,7 @@ from . import reference
 from .bake import Bake, bake
 from .changes import Change, Dense, LoHa, LoKr, LoRA, gain_of
 from .linear_merge import LinearMerge, Merged, linear_merge
+from .sparse_merge import SparseMerge, sparse_merge
 
 __all__ = [
     "Bake",
@@ -17,8 +18,10 @@ __all__ = [
     "LoKr",
     "LoRA",
     "Merged",
+    "SparseMerge",
     "bake",
     "gain_of",
     "linear_merge",
     "reference",
+    "sparse_merge",
 ]

@@ -125,3 +125,57 @@ def _nearest_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:
     magic = exponent * (1.5 * 2.0 ** (23 - mantissa))
     grid = torch.copysign(values + magic - magic, values)
     return grid.clamp(-largest, largest).to(dtype)
+
+
+def sparse_merge(
+    method: str,
+    base: Tensor,
+    models: Sequence[Tensor],
+    *,
+    density: float,
+    weights: Sequence[float],
+    scale: float,
+    normalize: bool,
+    keys: Sequence[tuple[int, int]] | None = None,
+) -> Tensor:
+    """DARE and TIES of one tensor in float32, operation by operation as the kernels and sdops do it."""
+    wide = base.float()
+    changes = [x.float() - wide for x in models]
+    if method == "ties":
+        changes = [torch.where(largest(change, density), change, 0.0) for change in changes]
+    else:
+        assert keys is not None  # noqa: S101 - SparseMerge has checked
+        words = [random_words(key, wide.numel(), wide.device).reshape(wide.shape) for key in keys]
+        single = torch.tensor(density, dtype=torch.float32, device=wide.device)
+        kept = [(word >> 8).float() * 2.0**-24 < single for word in words]
+        divisor = torch.where(single > 0, single, torch.ones_like(single))
+        changes = [torch.where(mask, change, 0.0) / divisor for mask, change in zip(kept, changes, strict=True)]
+    weighted = [change * weight for change, weight in zip(changes, weights, strict=True)]
+    total = _fold(weighted)
+    if method != "dare_linear":
+        direction = torch.copysign(torch.ones_like(total), total)
+        agreeing = [(each * direction).clamp_min(0) for each in weighted]
+        total = _fold(agreeing) * direction
+        if normalize:
+            divisor = _fold([(each > 0).float() * weight for each, weight in zip(agreeing, weights, strict=True)])
+            total = total / (divisor + (divisor == 0).float())
+    elif normalize:
+        total = total / torch.tensor(sum(weights), dtype=torch.float32, device=wide.device)
+    return wide + total * scale
+
+
+def largest(change: Tensor, density: float) -> Tensor:
+    """Which elements are among the int(density n) largest magnitudes; of equals the first are."""
+    flat = change.reshape(-1).abs()
+    count = min(flat.numel(), max(1, int(density * flat.numel()))) if density else 0
+    order = torch.sort(flat, descending=True, stable=True).indices[:count]
+    mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+    mask[order] = True
+    return mask.reshape(change.shape)
+
+
+def _fold(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
