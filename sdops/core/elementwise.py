@@ -132,14 +132,37 @@ def power(x: Tensor, exponent: float) -> Tensor:
 
     if exponent in (0, 1, 2) or x.dtype != torch.float32:
         return x**exponent
-    return sqrt(x) if exponent == 0.5 else _power(x, single(exponent))
+    if exponent == 0.5:
+        return sqrt(x)
+    exponent = single(exponent)
+    result = _exp2(_log2(x) * exponent)
+    result[x == 0], result[x == inf] = (inf, 0.0) if exponent < 0 else (0.0, inf)
+    return torch.where(x.isnan(), x, result)
 
 
-def _power(x: Tensor, exponent: float) -> Tensor:
-    """2^(exponent log2 x) in float64, by single operations, as tape.c does it: torch's power depends on the processor.
+def _symbol_mean(x: Symbol, y: Symbol, alpha: float) -> Symbol:
+    if alpha in (0, 0.5, 1):
+        return _symbol_power(x, 1 - alpha) * _symbol_power(y, alpha)
+    return x.made(Op.GEOMETRIC_MEAN, x, y, alpha)
 
-    log2 x = e + 2 / ln 2 artanh((m - 1) / (m + 1)) for x = 2^e m with 1/2 <= m^2 < 2. What the two series leave out is
-    below 1e-12.
+
+@_symbols(_symbol_mean)
+def geometric_mean(x: Tensor, y: Tensor, alpha: float) -> Tensor:
+    """x^(1 - alpha) y^alpha for x, y >= 0 and alpha from 0 to 1, 0^0 = 1."""
+    import torch
+
+    if alpha in (0, 0.5, 1) or x.dtype != torch.float32:
+        return power(x, 1 - alpha) * power(y, alpha)
+    alpha = single(alpha)
+    result = _exp2((1 - alpha) * _log2(x) + alpha * _log2(y))
+    plain = (x > 0) & (y > 0) & (x < inf) & (y < inf)
+    return torch.where(plain, result, x * y)
+
+
+def _log2(x: Tensor) -> Tensor:
+    """log2 x in float64 for float32 x > 0, by single operations as in tape.c: torch's own depends on the processor.
+
+    e + 2 / ln 2 artanh((m - 1) / (m + 1)) for x = 2^e m with 1/2 <= m^2 < 2; the series leaves out less than 1e-12.
     """
     import torch
 
@@ -151,14 +174,19 @@ def _power(x: Tensor, exponent: float) -> Tensor:
     square, series = t * t, torch.full_like(t, 1 / 13)
     for k in range(11, 0, -2):
         series = series * square + 1 / k
-    log2 = (exponent * ((shift - 24 * tiny).double() + (2 / log(2)) * t * series)).clamp(-200, 200)
-    whole = log2 + MAGIC
-    z, series = (log2 - (whole - MAGIC)) * log(2), torch.full_like(t, 1 / factorial(10))
+    return (shift - 24 * tiny).double() + (2 / log(2)) * t * series
+
+
+def _exp2(exponent: Tensor) -> Tensor:
+    """2^exponent in float32, likewise: 2^n e^z for the nearest integer n; the series leaves out less than 1e-12."""
+    import torch
+
+    exponent = exponent.clamp(-200, 200)  # beyond float32's range
+    whole = exponent + MAGIC
+    z, series = (exponent - (whole - MAGIC)) * log(2), torch.full_like(exponent, 1 / factorial(10))
     for k in range(9, -1, -1):
         series = series * z + 1 / factorial(k)
-    result = (series.view(torch.int64) + (whole.view(torch.int64) << 52)).view(torch.float64).float()
-    result[x == 0], result[x == inf] = (inf, 0.0) if exponent < 0 else (0.0, inf)
-    return torch.where(x.isnan(), x, result)
+    return (series.view(torch.int64) + (whole.view(torch.int64) << 52)).view(torch.float64).float()
 
 
 def lerp(a: Any, b: Any, share: float) -> Any:

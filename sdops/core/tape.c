@@ -10,7 +10,7 @@ enum { REGISTERS = 64 }; /* as core/tape.py knows */
 
 enum op { /* the order of core/tape.py */
     CONSTANT, LOAD, UNIFORM, ADD, SUBTRACT, MULTIPLY, DIVIDE, SQRT, ABSOLUTE, NEGATE, COPYSIGN, MAXIMUM, MINIMUM,
-    LESS, LESS_EQUAL, EQUAL, AND, OR, NOT, CHOOSE, POWER
+    LESS, LESS_EQUAL, EQUAL, AND, OR, NOT, CHOOSE, POWER, GEOMETRIC_MEAN
 };
 
 typedef union {
@@ -71,10 +71,9 @@ static void uniform(const uint32_t *key, uint64_t first, size_t count, block *ou
     for (size_t i = 0; i < count; i++) out->number[i] = (float)(int32_t)(words[lead + i] >> 8) * 0x1p-24f;
 }
 
-/* x^p for x >= 0 as 2^(p log2 x) in double, operation by operation as `power` of core/elementwise.py. */
-static void power(const block *restrict x, float exponent, block *restrict out) {
-    const double p = exponent, magic = 0x1.8p52; /* added to a double it leaves the integer part in the last bits */
-    double whole[BLOCK], log2[BLOCK];
+/* log2 x for x > 0 in double, operation by operation as core/elementwise.py does it. */
+static void logarithm(const block *restrict x, double *restrict log2) {
+    double whole[BLOCK];
     float mantissa[BLOCK];
     for (size_t i = 0; i < BLOCK; i++) { /* x = 2^whole mantissa, 1/2 <= mantissa^2 < 2 */
         int tiny = x->number[i] < 0x1p-126f;
@@ -87,15 +86,20 @@ static void power(const block *restrict x, float exponent, block *restrict out) 
         whole[i] = shift - (tiny ? 24 : 0);
     }
     for (size_t i = 0; i < BLOCK; i++) { /* 2 / ln 2 artanh t */
-        double m = mantissa[i], t = (m - 1) / (m + 1), s = t * t;
-        double series = 1.0 / 13;
-        for (int k = 11; k > 0; k -= 2) series = series * s + 1.0 / k;
-        double exact = p * (whole[i] + 0x1.71547652b82fep1 * t * series);
-        exact = exact < -200 ? -200 : exact;
-        log2[i] = exact > 200 ? 200 : exact;
+        double m = mantissa[i], t = (m - 1) / (m + 1), square = t * t, series = 1.0 / 13;
+        for (int k = 11; k > 0; k -= 2) series = series * square + 1.0 / k;
+        log2[i] = whole[i] + 0x1.71547652b82fep1 * t * series;
     }
+}
+
+/* 2^exponent, likewise. */
+static void exponential(const double *restrict exponents, block *restrict out) {
+    const double magic = 0x1.8p52; /* added to a double it leaves the nearest integer in the last bits */
     for (size_t i = 0; i < BLOCK; i++) {
-        double sum = log2[i] + magic, z = (log2[i] - (sum - magic)) * 0x1.62e42fefa39efp-1, series = EXP[0], result;
+        double exponent = exponents[i] < -200 ? -200 : exponents[i];
+        exponent = exponent > 200 ? 200 : exponent;
+        double sum = exponent + magic, z = (exponent - (sum - magic)) * 0x1.62e42fefa39efp-1;
+        double series = EXP[0], result;
         uint64_t shift, bits;
         for (int k = 1; k <= 10; k++) series = series * z + EXP[k];
         memcpy(&shift, &sum, 8);
@@ -104,12 +108,34 @@ static void power(const block *restrict x, float exponent, block *restrict out) 
         memcpy(&result, &bits, 8);
         out->number[i] = (float)result;
     }
+}
+
+/* x^p for x >= 0. */
+static void power(const block *restrict x, float p, block *restrict out) {
+    double exponents[BLOCK];
+    logarithm(x, exponents);
+    for (size_t i = 0; i < BLOCK; i++) exponents[i] *= p;
+    exponential(exponents, out);
     const float at_zero = p < 0 ? INFINITY : 0, at_infinity = p < 0 ? 0 : INFINITY;
     for (size_t i = 0; i < BLOCK; i++) {
         float base = x->number[i], result = out->number[i];
         result = base == 0 ? at_zero : result;
         result = base == INFINITY ? at_infinity : result;
         out->number[i] = base != base ? base : result;
+    }
+}
+
+/* x^(1 - p) y^p for x, y >= 0 and 0 < p < 1. */
+static void geometric_mean(const block *restrict x, const block *restrict y, float p, block *restrict out) {
+    double exponents[BLOCK], others[BLOCK];
+    logarithm(x, exponents);
+    logarithm(y, others);
+    for (size_t i = 0; i < BLOCK; i++) exponents[i] = (1.0 - p) * exponents[i] + (double)p * others[i];
+    exponential(exponents, out);
+    for (size_t i = 0; i < BLOCK; i++) {
+        float a = x->number[i], b = y->number[i];
+        int plain = (a > 0) & (b > 0) & (a < INFINITY) & (b < INFINITY);
+        out->number[i] = plain ? out->number[i] : a * b;
     }
 }
 
@@ -140,6 +166,7 @@ static void operate(int op, block *restrict out, const block *restrict x, const 
     case OR: EACH(bits[i] = p[i] | q[i]); break;
     case NOT: EACH(bits[i] = ~p[i]); break;
     case POWER: power(x, b[0], out); break;
+    case GEOMETRIC_MEAN: geometric_mean(x, y, z->number[0], out); break;
     case CHOOSE: EACH(bits[i] = (p[i] & mask[i]) | (q[i] & ~mask[i])); break;
     }
 }

@@ -44,6 +44,7 @@ class Op(IntEnum):
     NOT = auto()  # of a mask
     CHOOSE = auto()  # x where mask z, else y
     POWER = auto()  # x^y for x >= 0 and a constant y
+    GEOMETRIC_MEAN = auto()  # x^(1 - z) y^z for x, y >= 0 and a constant z between 0 and 1
 
 
 LEAVES = (Op.CONSTANT, Op.LOAD, Op.UNIFORM)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import cos, pi
 from typing import TYPE_CHECKING
 
-from sdops.core.elementwise import above, power
+from sdops.core.elementwise import above, geometric_mean
 from sdops.merges._knobs import share
 
 if TYPE_CHECKING:
@@ -32,4 +32,4 @@ def geometric_sum(a: Tensor, b: Tensor, *, alpha: float = 0.5) -> Tensor:
     a_negative, b_negative = above(-a, 0), above(-b, 0)  # 1 or 0
     # cos 0, cos(pi (1 - alpha)) = -cos(pi alpha), cos(pi alpha) or cos pi
     cosine = 1 - a_negative - b_negative + cos(pi * alpha) * (b_negative - a_negative)
-    return power(abs(a), 1 - alpha) * power(abs(b), alpha) * cosine
+    return geometric_mean(abs(a), abs(b), alpha) * cosine

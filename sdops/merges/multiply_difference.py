@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdops.core.elementwise import copysign, power
+from sdops.core.elementwise import copysign, geometric_mean
 from sdops.merges._knobs import share
 
 if TYPE_CHECKING:
@@ -27,5 +27,5 @@ def multiply_difference(a: Tensor, b: Tensor, c: Tensor, *, alpha: float = 0.5, 
     """
     alpha = share("alpha", alpha)
     x, y = a - c, b - c
-    size = power(abs(x), 1 - alpha) * power(abs(y), alpha)
+    size = geometric_mean(abs(x), abs(y), alpha)
     return c + copysign(size, x + beta * (y - x))

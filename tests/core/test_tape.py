@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,24 @@ from numpy.typing import NDArray
 
 from sdops.card import Card, cards
 from sdops.core import native
-from sdops.core.elementwise import above, copysign, masked, maximum, minimum, power, sign_of, sqrt, where, zeros_of
+from sdops.core.elementwise import (
+    above,
+    copysign,
+    geometric_mean,
+    masked,
+    maximum,
+    minimum,
+    power,
+    sign_of,
+    sqrt,
+    where,
+    zeros_of,
+)
 from sdops.core.method import load
 from sdops.core.noise import Noise, key_words
 from sdops.core.precision import FORMATS
 from sdops.core.tape import MOST_REGISTERS, Op, Program, Symbol, UntraceableError, record
+from tests.tiny import checkpoint, write
 
 Singles = NDArray[np.float32]
 
@@ -168,6 +182,7 @@ FORMULAS = {
     "extremes": lambda x, y: minimum(maximum(x, y), 2) - maximum(minimum(x, -y), -0.0),
     "signs": lambda x, y: copysign(x, y) + sign_of(x),
     "other powers": lambda x, y: power(abs(x), 0.3) + power(abs(y) + 1e-30, -1.2) + power(abs(x), 3.5),
+    "means": lambda x, y: geometric_mean(abs(x), abs(y), 0.3) + geometric_mean(abs(y) + 1e-30, abs(x), 0.9),
     "powers": lambda x, y: sqrt(abs(x)) + power(abs(y), 2) * power(x, 1) + power(abs(y), 0.5) - power(x, 0),
 }
 
@@ -197,6 +212,17 @@ def test_powers_are_rounded_as_well_as_float32_can(exponent: float) -> None:
     assert np.array_equal(np.isnan(found), np.isnan(nearest))
     assert np.count_nonzero(found != nearest) - np.isnan(found).sum() <= 3  # where the exact one is close to a tie
     np.testing.assert_array_max_ulp(found[:-1], nearest[:-1], maxulp=1)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.999])
+def test_geometric_means_lie_between_and_are_exact_on_equals(alpha: float) -> None:
+    x = torch.from_numpy(np.random.default_rng(2).integers(1, 0x7F800000, 50_000).astype(np.uint32).view(np.float32))
+    y = x.flip(0)
+    mean = geometric_mean(x, y, alpha).double()
+    assert (mean >= torch.minimum(x, y) * (1 - 2e-7)).all()
+    assert (mean <= torch.maximum(x, y) * (1 + 2e-7)).all()
+    normal = x[x > 1e-37]
+    assert ((geometric_mean(normal, normal, alpha) - normal).abs() <= 2e-7 * normal).all()
 
 
 def test_equal_operations_are_done_once_and_unused_ones_never() -> None:
@@ -292,3 +318,14 @@ def test_elementwise_and_gram_methods_import_no_torch() -> None:
     names = [f"sdops.merges.{card.name}" for card in cards().values() if card.execution in ("elementwise", "gram")]
     code = f"import sys, sdops.core.merged, {', '.join(names)}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["train-difference", "multiply-difference", "nearswap", "slerp", "karcher"])
+def test_a_merge_imports_no_torch(name: str, tmp_path: Path) -> None:
+    for seed, file in enumerate("abc"):
+        write(tmp_path / f"{file}.safetensors", checkpoint(seed))
+    files = [str(tmp_path / f"{file}.safetensors") for file in ("ab" if name in ("nearswap", "slerp") else "abc")]
+    code = "import sys; from sdops.commands.main import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
+    arguments = ["merge", *files, "-m", name, "-o", str(tmp_path / "out.safetensors"), "-q"]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
