@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sdops import __version__, standin
 from sdops.archs.detect import Detection, detect
@@ -32,8 +33,10 @@ from sdops.verbs._convert_output import (
 )
 from sdops.verbs._convert_report import done, planned
 from sdops.verbs._convert_select import select, take
+from sdops.verbs._convert_source import Unfiled
 from sdops.verbs._convert_wish import ALL, DTYPES, Wish
 
+FilePath = str | os.PathLike[str]
 _ENDINGS = {"ckpt": ".ckpt", "gguf": ".gguf", "diffusers": ""}
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
@@ -217,7 +220,7 @@ class Conversion:
         wish = self.wish
         if wish.keeps_everything and not self.donors and wish.to != "gguf":
             return None
-        told: dict[str, Any] = {"version": __version__, "verb": "convert"}
+        told: dict[str, Any] = {"version": __version__, "verb": "convert", "to": wish.to}
         settings = {
             "dtype": {name or "all": dtype for name, dtype in wish.dtypes.items()},
             "components": list(wish.components),
@@ -227,7 +230,9 @@ class Conversion:
         }
         told |= {name: value for name, value in settings.items() if value}
         first: dict[str, Any] = {"role": "a", "file": self.name}
-        if recipe := self.source.metadata.get("sdops"):
+        if isinstance(self.origin, Unfiled) and self.origin.recipe:
+            first["recipe"] = self.origin.recipe
+        elif recipe := self.source.metadata.get("sdops"):
             first["made"] = recipe
         inputs = [first, *({"role": role, "file": donor.name} for role, donor in self.donors)]
         return told | {"inputs": inputs}
@@ -254,6 +259,14 @@ def derived_name(path: Path, wish: Wish) -> Path:
     return Path(".".join(filter(None, words)) + _ENDINGS.get(wish.to, ".safetensors"))
 
 
-def open_all(file: Path, donors: Sequence[tuple[str, Path]]) -> tuple[FileSource, list[tuple[str, FileSource]]]:
-    """Open a model and the files that components are taken from."""
-    return open_source(file), [(role, open_source(path)) for role, path in donors]
+def open_all(
+    file: FilePath | Source, donors: Sequence[tuple[str, FilePath | Source]]
+) -> tuple[FileSource, list[tuple[str, FileSource]]]:
+    """Open a model and the files that components are taken from; Sources are taken as they are."""
+    return _opened(file), [(role, _opened(donor)) for role, donor in donors]
+
+
+def _opened(file: FilePath | Source) -> FileSource:
+    if isinstance(file, str | os.PathLike):
+        return open_source(file)
+    return cast("FileSource", file if hasattr(file, "check_unchanged") else Unfiled(file))

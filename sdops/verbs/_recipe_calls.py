@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sdops.verbs.apply import Apply
     from sdops.verbs.merge import Merge
 
+_FOLDERS = ("reference", "tokenizer")  # of which something else than tensors is read
 File = Source | str  # what a step reads: another step, or a file
 
 
@@ -118,10 +119,12 @@ def _known(function: Any, more: Mapping[str, Any]) -> dict[str, Any]:
 
 def _in_place(parameter: VerbParameter | None, value: Any, files: Mapping[str, File], path: str) -> Any:
     """A value with files in place of their names."""
-    kind = parameter.kind if parameter else ""
-    if kind == "file":
+    kind, key = (parameter.kind, parameter.name) if parameter else ("", "")
+    if kind == "file" and key in _FOLDERS:
+        return getattr(files[value], "path", files[value])
+    if kind == "file" or (kind == "some" and isinstance(value, str)):
         return files[value]
-    if kind == "files":
+    if kind in ("files", "some"):
         return [files[name] for name in value]
     if kind == "loras":
         return [(files[name], strength) for name, strength in (split_lora(item, path) for item in value)]

@@ -32,6 +32,7 @@ _WORDS = {
     "ints": "a list of whole numbers",
     "file": "the name of an input or a step",
     "files": "a list of names of inputs and steps",
+    "some": "the name of an input or a step, or a list of them",
     "loras": "a list of LoRAs",
     "output": "a file name",
 }
@@ -234,11 +235,13 @@ def _check_value(parameter: VerbParameter | Knob, value: Any, path: str) -> Iter
         _check_knob(parameter, value, path)
         return
     kind = parameter.kind
-    if kind == "file":
+    if kind == "file" or (kind == "some" and isinstance(value, str)):
         yield _a(str, value, kind, path), path
-    elif kind == "files":
+    elif kind == "files" or (kind == "some" and isinstance(value, list)):
         for number, item in enumerate(_a(list, value, kind, path), start=1):
             yield _a(str, item, "file", f"{path}.{number}"), f"{path}.{number}"
+    elif kind == "some":
+        raise wrong(path, f"`{value}` is not {_WORDS[kind]}")
     elif kind == "loras":
         for number, item in enumerate(_a(list, value, kind, path), start=1):
             yield split_lora(item, f"{path}.{number}")[0], f"{path}.{number}"

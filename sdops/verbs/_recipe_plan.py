@@ -69,6 +69,10 @@ class Planned:
                 self._files[step.id] = (work or placeholder)(call)
                 self.is_trial = self.is_trial or work is None
 
+    def again(self, work: Callable[[Call], Source]) -> Planned:
+        """The same, now with somebody to do the steps that cannot wait."""
+        return Planned(self.checked, self.found, self.folder, work)
+
     @property
     def result(self) -> Call:
         """The last step."""
@@ -158,7 +162,7 @@ def build_recipe(planned: Planned, output: Path, running: Mapping[str, Any]) -> 
     planned.check(output, force=running["force"])
     if planned.is_trial and not running["dry_run"]:
         with worker(output.absolute().parent, running) as work:
-            return _write(Planned(planned.checked, planned.found, planned.folder, work), output, running)
+            return _write(planned.again(work), output, running)
     return _write(planned, output, running)
 
 

@@ -35,6 +35,7 @@ _KINDS = {
     "str | os.PathLike[str]": "file",
     "AdapterFile": "file",
     "Sequence[AdapterFile]": "files",
+    "Model | Sequence[Model]": "some",
     "Sequence[Wish]": "loras",
     "str": "text",
     "int": "int",
@@ -52,7 +53,7 @@ class VerbParameter:
 
     Attributes:
         name: As in Python and, with dashes, on the command line.
-        kind: file, files, loras, text, texts, int, ints, float, floats, bool, output.
+        kind: file, files, some (one file or several), loras, text, texts, int, ints, float, floats, bool, output.
         required: Whether it has no default.
         choices: Values that the verb allows, where its text says so.
         help: What its docstring says.

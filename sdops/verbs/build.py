@@ -71,7 +71,7 @@ def build(
     checked = check_recipe(text, set_)
     used = {name for step in checked.steps for name in step.uses}
     found = find_inputs(text, inputs or {}, root, used=used)
-    path = Path(output) if output is not None else Path(derived_name(checked, set_ or {}))
+    path = Path(output) if output is not None else Path(derived_name(checked, set_ or {}, inputs or {}))
     planned = plan_recipe(checked, found, path.parent if output is not None else Path())
     try:
         if not ignore_hashes:
@@ -144,12 +144,16 @@ def read_settings(recipe: FilePath | Recipe, words: Sequence[str]) -> dict[str, 
     return settings
 
 
-def derived_name(checked: Checked, settings: Mapping[str, object]) -> str:
-    """What the result is called when nobody names it: the recipe's name and the parameters that were set."""
+def derived_name(checked: Checked, settings: Mapping[str, object], inputs: Mapping[str, FilePath]) -> str:
+    """What the result is called when nobody names it: the first model that had to be given, the recipe's name, and the
+    parameters that were set.
+    """
     own = checked.result.arguments.get("output")
     if isinstance(own, str) and not settings:
         return own
-    stem = Path(own).stem if isinstance(own, str) else checked.recipe.name
+    roles = [name for name, one in checked.recipe.inputs.items() if not one.file and name in inputs]
+    first = Path(os.fspath(inputs[roles[0]])).name.removesuffix(".safetensors") if roles else ""
+    stem = Path(own).stem if isinstance(own, str) else ".".join(filter(None, [first, checked.recipe.name]))
     set_ = [f"{name}{_short(checked.values[name])}" for name in checked.recipe.parameters if name in settings]
     return ".".join([stem, *set_]) + ".safetensors"
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdops.core.source import Source
 from sdops.errors import UsageError
 from sdops.hub import located
 from sdops.report import Progress, Report, silent
@@ -17,10 +18,11 @@ from sdops.verbs._adapter_peek import is_adapter
 from sdops.verbs._convert_wish import CONTAINERS, Wish, check, parse_dtypes
 
 FilePath = str | os.PathLike[str]
+Model = FilePath | Source
 
 
 def convert(
-    file: FilePath,
+    file: Model,
     *,
     to: str | None = None,
     output: FilePath | None = None,
@@ -30,8 +32,8 @@ def convert(
     components: Sequence[str] = (),
     ema: str = "keep",
     prune: bool = False,
-    vae: FilePath | None = None,
-    text_encoder: FilePath | Sequence[FilePath] | None = None,
+    vae: Model | None = None,
+    text_encoder: Model | Sequence[Model] | None = None,
     tokenizer: FilePath | None = None,
     unknown: str = "refuse",
     prefix: bool | None = None,
@@ -143,10 +145,8 @@ def convert(
         seed,
         None if tokenizer is None else located(tokenizer),
     )
-    donors = [
-        (role, Path(path)) for role, given in (("vae", vae), ("text_encoder", text_encoder)) for path in _all(given)
-    ]
-    origin, opened = open_all(Path(file), donors)
+    donors = [(role, path) for role, given in (("vae", vae), ("text_encoder", text_encoder)) for path in _all(given)]
+    origin, opened = open_all(file, donors)
     conversion = Conversion(origin, opened, None if output is None else Path(output), wish, force=force)
     try:
         return conversion.dry_run() if dry_run else conversion.save(jobs=jobs, progress=progress)
@@ -154,8 +154,10 @@ def convert(
         conversion.close()
 
 
-def _all(given: FilePath | Sequence[FilePath] | None) -> list[FilePath]:
+def _all(given: Model | Sequence[Model] | None) -> list[Model]:
     """One file, several, or none."""
     if given is None:
         return []
-    return [given] if isinstance(given, (str, os.PathLike)) else list(given)
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        return [given]
+    return list(given)
