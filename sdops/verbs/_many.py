@@ -1,0 +1,218 @@
+"""Many builds at once: side by side where an engine is, and what several of them share is made once.
+
+build_many([Build(...), ...], workers=2)                           processes of this machine
+build_many([Build(...), ...], cluster="tcp://10.0.0.1:8786")       workers of a dask cluster
+
+The engine is dask.distributed (`pip install sdops[cluster]`). It does a job again whose worker was killed; finished
+outputs are files, and stay. What is written does not depend on how many workers there are, or on which does what.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from sdops.core.run import default_jobs
+from sdops.core.sink import check_target, tag
+from sdops.errors import OutputError, SdopsError, UsageError
+from sdops.report import Progress, Report, silent
+from sdops.text import count
+from sdops.verbs._many_jobs import Build, Failed, PlannedWithStored, guarded, step_keys
+
+Result = Report | str | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Something for a worker to do.
+
+    Attributes:
+        name: Of its own.
+        kind: build or store.
+        arguments: Of the job, see `_many_jobs.guarded`.
+        after: Names of tasks that must be done before.
+        nbytes: What it writes.
+    """
+
+    name: str
+    kind: str
+    arguments: tuple[object, ...]
+    after: tuple[str, ...]
+    nbytes: int
+
+
+Engine = Callable[[Sequence[Task]], Iterator[tuple[Task, Result]]]
+
+
+def build_many(
+    builds: Sequence[Build],
+    *,
+    workers: int | None = None,
+    cluster: str | None = None,
+    progress: Progress = silent,
+) -> list[Report | SdopsError]:
+    """Do all builds; one that fails does not keep the others from being done.
+
+    Args:
+        builds: What to do.
+        workers: Processes of this machine; default: one per core, but not more than builds; 1 = one after the other in
+            this process, as it is where dask.distributed is not installed.
+        cluster: Address of a dask scheduler whose workers do it instead. They see the same files under the same paths.
+        progress: Called as `progress(label, total_bytes)`.
+
+    Returns:
+        What `sdops.build` would return or raise, build by build.
+
+    Raises:
+        SdopsError: before anything is done: what the first build that makes no sense would raise; outputs that exist
+            already, or that two builds share; no scheduler or worker answers.
+    """
+    if not builds:
+        return []
+    sizes = _checked(builds)
+    builds = [build.anywhere() for build in builds]
+    wanted = min(workers or default_jobs(), len(builds)) if cluster is None else 0
+    if wanted > 1 and find_spec("distributed") is None:
+        if workers is not None:
+            raise _not_installed()
+        wanted = 1
+    with _store(Path(builds[0].output)) as store, _engine(wanted, cluster) as (engine, threads):
+        tasks = _tasks(builds, sizes, store, threads)
+        label = f"building {count(len(builds), 'file')}"
+        done: dict[str, Result] = {}
+        try:
+            with progress(label, sum(task.nbytes for task in tasks)) as advance:
+                for task, result in engine(tasks):
+                    done[task.name] = result
+                    advance(task.nbytes)
+        finally:
+            _remove_drafts(build for i, build in enumerate(builds) if not isinstance(done.get(f"build {i}"), Report))
+    return [_outcome(done[f"build {i}"]) for i in range(len(builds))]
+
+
+def _outcome(result: Result) -> Report | SdopsError:
+    if isinstance(result, Failed):
+        return result.error()
+    if isinstance(result, str):
+        raise TypeError("a build returns a report")
+    return result
+
+
+def _checked(builds: Sequence[Build]) -> list[int]:
+    """Plan every build from headers; returns the sizes of their outputs."""
+    targets = Counter(os.path.realpath(build.output) for build in builds)
+    twice = next((build.output for build in builds if targets[os.path.realpath(build.output)] > 1), None)
+    if twice is not None:
+        raise OutputError(f"`{twice}` would be written by {targets[os.path.realpath(twice)]} builds", hint="rename one")
+    sizes = []
+    for build in builds:
+        path, checked = Path(build.output), build.checked()
+        planned = PlannedWithStored(checked, build.found(checked), path.parent, {})
+        try:
+            planned.check(path, force=build.force)
+            result = planned.result
+            specs = result.lazy().specs if result.is_lazy else {}
+            sizes.append(sum(spec.nbytes for spec in specs.values()) or 1)
+        finally:
+            planned.close()
+        check_target(path, force=build.force)
+    return sizes
+
+
+def _tasks(builds: Sequence[Build], sizes: Sequence[int], store: Path, threads: int | None) -> list[Task]:
+    """All jobs, those that make shared steps first."""
+    shared = _shared_steps(builds)
+    stored = {key: str(store / f"{key}.safetensors") for key in shared}
+    ready = [replace(build, stored=stored, force=True, jobs=build.jobs or threads) for build in builds]
+    tasks = [
+        Task(f"store {key}", "store", (ready[index], key), tuple(f"store {name}" for name in needs), sizes[index])
+        for key, (index, needs) in shared.items()
+    ]
+    for index, build in enumerate(ready):
+        checked = build.checked()
+        keys = step_keys(checked, build.found(checked)).values()
+        after = tuple(f"store {key}" for key in keys if key in shared)
+        tasks.append(Task(f"build {index}", "build", (build,), after, sizes[index]))
+    return tasks
+
+
+def _shared_steps(builds: Sequence[Build]) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Key of each step that is worth a file -> a build that has it, and the other such steps that it reads.
+
+    Worth a file is what several builds have in common, where it meets what they do not: a step before that is read on
+    the way, once.
+    """
+    plans = [build.checked() for build in builds]
+    keys = [step_keys(plan, build.found(plan)) for plan, build in zip(plans, builds, strict=True)]
+    times = Counter(key for own in keys for key in set(own.values()))
+    found: dict[str, tuple[int, tuple[str, ...]]] = {}
+    for index, (plan, own) in enumerate(zip(plans, keys, strict=True)):
+        common = {step.id for step in plan.steps if times[own[step.id]] > 1} - {plan.result.id}
+        edge = {name for step in plan.steps if step.id not in common for name in step.uses if name in common}
+        for step in plan.steps:  # what a step reads comes before it
+            if step.id in edge and own[step.id] not in found:
+                found[own[step.id]] = index, tuple(own[name] for name in _ancestors(plan, step.id) & edge)
+    return found
+
+
+def _ancestors(plan: object, name: str) -> set[str]:
+    """All steps that a step reads, directly or not."""
+    uses = {step.id: step.uses for step in getattr(plan, "steps", ())}
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for used in uses.get(waiting.pop(), ()):
+            if used in uses and used not in found:
+                found.add(used)
+                waiting.append(used)
+    return found
+
+
+@contextmanager
+def _store(output: Path) -> Iterator[Path]:
+    """A folder for what builds share, beside the first output: where workers of other machines see it, too."""
+    folder = Path(tempfile.mkdtemp(prefix=".sdops-shared-", dir=os.path.realpath(output.parent)))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _engine(workers: int, cluster: str | None) -> Iterator[tuple[Engine, int | None]]:
+    """Who does the tasks, and with how many threads each."""
+    if workers == 1:
+        yield _one_after_the_other, None
+        return
+    if find_spec("distributed") is None:
+        raise _not_installed()
+    from sdops.verbs import _many_dask
+
+    with _many_dask.connected(workers, cluster) as client:
+        yield (lambda tasks: _many_dask.run(client, tasks)), _many_dask.threads(client)
+
+
+def _one_after_the_other(tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
+    for task in tasks:
+        yield task, guarded(task.kind, *task.arguments)
+
+
+def _remove_drafts(builds: Iterator[Build]) -> None:
+    """Take away what killed workers left of outputs that were not finished."""
+    for build in builds:
+        target = Path(os.path.realpath(build.output))
+        for draft in target.parent.glob(f".sdops-{tag(target)}-*.tmp"):
+            draft.unlink(missing_ok=True)
+
+
+def _not_installed() -> UsageError:
+    return UsageError(
+        "several workers need dask.distributed, which is not installed", hint="`pip install 'sdops[cluster]'`"
+    )

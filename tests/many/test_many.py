@@ -1,0 +1,253 @@
+"""Many builds at once: the same bytes as one after the other, shared steps once, killed workers replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sdops.errors import OutputError, SdopsError, UsageError
+from sdops.report import Report
+from sdops.verbs import _many
+from sdops.verbs._many import build_many
+from sdops.verbs._many_jobs import Build
+from sdops.verbs._recipe_text import parse_recipe
+from sdops.verbs.build import build
+
+SWEEP = """
+[inputs]
+a = { about = "a model" }
+b = { about = "another" }
+[parameters]
+alpha = { default = 0.5 }
+[[steps]]
+id = "both"
+verb = "merge"
+models = ["a", "b"]
+method = "slerp"
+alpha = 0.3
+[[steps]]
+id = "lora"
+verb = "extract"
+tuned = "b"
+base = "a"
+rank = 2
+[[steps]]
+id = "last"
+verb = "merge"
+models = ["both", "b"]
+alpha = "$alpha"
+lora = ["lora:$alpha"]
+"""
+SIMPLE = """
+[inputs]
+a = { about = "a model" }
+b = { about = "another" }
+[parameters]
+alpha = { default = 0.5 }
+[[steps]]
+verb = "merge"
+models = ["a", "b"]
+alpha = "$alpha"
+"""
+
+
+@pytest.fixture
+def models(small_checkpoint) -> dict[str, str]:
+    return {"a": str(small_checkpoint("sd15")), "b": str(small_checkpoint("sd15", tuned=1))}
+
+
+def sweep(text: str, models: dict[str, str], folder: Path, number: int) -> list[Build]:
+    recipe = parse_recipe(text, name="sweep")
+    return [Build(recipe, {"alpha": i / 8}, models, str(folder / f"{i}.safetensors")) for i in range(1, number + 1)]
+
+
+def alone(builds: list[Build], folder: Path) -> list[bytes]:
+    """What `build` makes of them, one by one."""
+    folder.mkdir()
+    made = []
+    for one in builds:
+        path = folder / Path(one.output).name
+        build(one.recipe, set_=one.settings, inputs=one.inputs, output=path)
+        made.append(path.read_bytes())
+    return made
+
+
+def outputs(builds: list[Build]) -> list[bytes]:
+    return [Path(one.output).read_bytes() for one in builds]
+
+
+def test_shared_steps_are_made_once_and_change_no_byte(models, tmp_path, monkeypatch):
+    builds = sweep(SWEEP, models, tmp_path, 2)
+    done: list[str] = []
+    real = _many.guarded
+    monkeypatch.setattr(_many, "guarded", lambda kind, *arguments: done.append(kind) or real(kind, *arguments))
+    reports = build_many(builds, workers=1)
+    assert [type(one) for one in reports] == [Report, Report], reports
+    assert done == ["store", "store", "build", "build"]
+    assert outputs(builds) == alone(builds, tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.safetensors", "2.safetensors", "alone"]
+
+
+def test_steps_are_shared_across_recipes_whatever_they_are_called(models, tmp_path):
+    other = re.sub(r"\bboth\b", "mixture", SWEEP).replace('id = "last"', 'id = "end"')
+    recipes = [parse_recipe(SWEEP, name="one"), parse_recipe(other, name="two")]
+    builds = [Build(one, {}, models, str(tmp_path / f"{one.name}.safetensors")) for one in recipes]
+    changed = Build(parse_recipe(SWEEP.replace("0.3", "0.4"), name="x"), {}, models, str(tmp_path / "x.safetensors"))
+    assert len(_many._shared_steps([builds[0], changed])) == 1  # the LoRA alone
+    assert len(_many._shared_steps([builds[0], builds[1], changed])) >= 2
+
+
+def test_a_build_that_fails_leaves_the_others_alone(models, tmp_path):
+    builds = sweep(SIMPLE, models, tmp_path, 3)
+    hostile = parse_recipe(SIMPLE.replace('about = "another"', f'about = "x", sha256 = "{"0" * 64}"'), name="x")
+    builds[1] = Build(hostile, {}, models, builds[1].output)
+    results = build_many(builds, workers=1)
+    assert [isinstance(one, SdopsError) for one in results] == [False, True, False]
+    assert "is not the file that the recipe was written for" in results[1].message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.safetensors", "3.safetensors"]
+
+
+def test_what_is_wrong_is_told_before_anything_is_done(models, tmp_path):
+    builds = sweep(SIMPLE, models, tmp_path, 2)
+    Path(builds[1].output).write_bytes(b"mine")
+    with pytest.raises(OutputError, match="exists already"):
+        build_many(builds, workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["2.safetensors"]
+    with pytest.raises(OutputError, match="written by 2 builds"):
+        build_many([builds[0], builds[0]], workers=1)
+
+
+def test_without_the_engine_several_workers_are_refused(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(_many, "find_spec", lambda _: None)
+    builds = sweep(SIMPLE, models, tmp_path, 2)
+    with pytest.raises(UsageError, match=r"dask.distributed, which is not installed") as caught:
+        build_many(builds, workers=2)
+    assert "sdops[cluster]" in caught.value.hint
+    assert all(isinstance(one, Report) for one in build_many(builds))  # nobody asked for several
+
+
+# ------------------------------------------------------------------------------------------- the engine, in processes
+
+RUN = """
+import json, sys
+from sdops.verbs._many import build_many
+from sdops.verbs._many_jobs import Build
+from sdops.verbs._recipe_text import parse_recipe
+if __name__ == "__main__":
+    wish = json.load(open(sys.argv[1]))
+    recipe = parse_recipe(wish["recipe"], name="sweep")
+    builds = [Build(recipe, one["settings"], wish["inputs"], one["output"]) for one in wish["builds"]]
+    try:
+        for one in build_many(builds, workers=wish["workers"], cluster=wish["cluster"]):
+            print(type(one).__name__, one)
+    except Exception as error:
+        print("refused", type(error).__name__, error, getattr(error, "hint", ""))
+"""
+
+
+def start(folder: Path, text: str, builds: list[Build], *, workers: int | None = None, cluster: str | None = None):
+    """Do builds as a program of its own."""
+    each = [{"settings": dict(one.settings), "output": one.output} for one in builds]
+    wish = {"recipe": text, "inputs": dict(builds[0].inputs), "builds": each, "workers": workers, "cluster": cluster}
+    (folder / "run.py").write_text(RUN)
+    (folder / "wish.json").write_text(json.dumps(wish))
+    return subprocess.Popen([sys.executable, "run.py", "wish.json"], cwd=folder, stdout=subprocess.PIPE, text=True)
+
+
+def test_processes_of_this_machine(models, tmp_path):
+    pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
+    builds = sweep(SWEEP, models, tmp_path, 2)
+    text, _ = start(tmp_path, SWEEP, builds, workers=2).communicate(timeout=120)
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("Report")] == ["Report", "Report"], text
+    assert outputs(builds) == alone(builds, tmp_path / "alone")
+    assert not list(tmp_path.glob(".sdops*"))
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A scheduler and two workers, as users start them on their machines; gives the address."""
+    pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
+    file = tmp_path / "scheduler.json"
+    common = ["--scheduler-file", str(file)]
+    commands = [["dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", *common]]
+    for number in range(2):
+        place = tmp_path / f"worker{number}"
+        place.mkdir()
+        own = ["--nthreads", "1", "--no-dashboard", "--local-directory", str(place)]
+        commands.append(["dask_worker", *common, *own])
+    (tmp_path / "elsewhere").mkdir()
+    with (tmp_path / "log").open("w") as log:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", f"distributed.cli.{command[0]}", *command[1:]],
+                cwd=tmp_path / "elsewhere",
+                stdout=log,
+                stderr=log,
+            )
+            for command in commands
+        ]
+        try:
+            until = time.monotonic() + 60
+            while not file.exists() and time.monotonic() < until:
+                time.sleep(0.05)
+            yield json.loads(file.read_text())["address"]
+        finally:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait(30)
+
+
+def kill_a_writer(folder: Path) -> int:
+    """Kill -9 a process that has an unfinished output open."""
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        drafts = {str(path) for path in folder.glob(".sdops-*.tmp")}
+        for link in Path("/proc").glob("[0-9]*/fd/*") if drafts else ():
+            try:
+                if os.readlink(link) in drafts:
+                    pid = int(link.parts[2])
+                    os.kill(pid, signal.SIGKILL)
+                    return pid
+            except OSError:
+                continue
+        time.sleep(0.002)
+    raise AssertionError("nobody wrote anything")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_cluster_survives_a_killed_worker(cluster, models, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    builds = sweep(SIMPLE, models, folder, 5)
+    running = start(tmp_path, SIMPLE, builds, cluster=cluster)
+    assert kill_a_writer(folder) != running.pid
+    text, _ = running.communicate(timeout=120)
+    assert sum(line.startswith("Report") for line in text.splitlines()) == 5, text
+    assert outputs(builds) == alone(builds, tmp_path / "alone")
+    assert not list(folder.glob(".sdops*"))
+
+
+def test_nobody_at_the_address(models, tmp_path, monkeypatch):
+    pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
+    monkeypatch.chdir(tmp_path)
+    script = RUN.replace(
+        "import json, sys", "import json, sys\nfrom sdops.verbs import _many_dask\n_many_dask._PATIENCE = 0.5"
+    )
+    builds = sweep(SIMPLE, models, tmp_path, 2)
+    process = start(tmp_path, SIMPLE, builds, cluster="tcp://127.0.0.1:9")
+    process.kill()
+    process.communicate()
+    (tmp_path / "run.py").write_text(script)
+    command = [sys.executable, "run.py", "wish.json"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert "refused SdopsError no scheduler answers at `tcp://127.0.0.1:9`" in done.stdout
+    assert "dask scheduler" in done.stdout
