@@ -1,5 +1,5 @@
 /* What merges spend their time on, as machine code: correctly rounded linear combinations of half, bfloat16 and single
- * tensors (core/exact.py), their inner products (core/stream.py), random words (core/noise.py). Sums and words must
+ * tensors (core/exact.py), their inner products (core/gram.py), random numbers (core/noise.py). Sums and numbers must
  * have the same bits as those of the Python files; tests/core/test_native.py compares them.
  *
  * Optional: compiled when the package is installed on a machine with a C compiler (hatch_build.py), loaded by
@@ -9,7 +9,7 @@
 
 #include "native.h"
 
-enum { VERSION = 3 }; /* of all functions, as core/native.py expects them */
+enum { VERSION = 4 }; /* of all functions, as core/native.py expects them */
 
 /* VERSION, or 0 if this processor lacks instructions that the file was compiled for. */
 int sdops_version(void) {
@@ -311,5 +311,56 @@ void sdops_philox(uint32_t key0, uint32_t key1, uint64_t first, size_t counters,
         uint32_t rest[4 * COUNTERS];
         philox_some(key0, key1, first + done, rest);
         memcpy(words + 4 * done, rest, (counters - done) * 16);
+    }
+}
+
+/* ---- normal numbers ---- */
+
+/* 1, -1 / 3!, 1 / 5! ... and 1, -1 / 2!, 1 / 4! ... */
+static const double SIN[7] = {1,           -1.0 / 6,         1.0 / 120,       -1.0 / 5040,
+                              1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800};
+static const double COS[8] = {1,             -1.0 / 2,       1.0 / 24,          -1.0 / 720,
+                              1.0 / 40320, -1.0 / 3628800, 1.0 / 479001600, -1.0 / 87178291200};
+
+/* Box and Muller's two normal numbers from each of PAIRS pairs of words, operation by operation as core/noise.py. */
+enum { PAIRS = 128 };
+static void box_muller(const uint32_t *restrict words, float *restrict out) {
+    const uint64_t one = UINT64_C(1023) << 52, root_half = UINT64_C(0x3FE6A09E667F3BCD);
+    double radius[PAIRS];
+    for (size_t j = 0; j < PAIRS; j++) { /* as double: the word and 1, as a share of 2^32 */
+        double share = ((int32_t)(words[2 * j] ^ 0x80000000) + 2147483649.0) * 0x1p-32, m, whole;
+        uint64_t bits, exponent, number;
+        memcpy(&bits, &share, 8);
+        exponent = (bits + (one - root_half)) >> 52; /* share = 2^(exponent - 1023) m, 1/2 <= m^2 < 2 */
+        bits = bits - (exponent << 52) + one;
+        memcpy(&m, &bits, 8);
+        number = exponent | UINT64_C(0x4330000000000000); /* 2^52 and the exponent */
+        memcpy(&whole, &number, 8);
+        double t = (m - 1) / (m + 1), square = t * t, series = 1.0 / 13;
+        for (int k = 11; k > 0; k -= 2) series = series * square + 1.0 / k;
+        radius[j] = sqrt(-0x1.62e42fefa39efp+0 * (whole - 0x1.00000000003ffp52 + 0x1.71547652b82fep1 * t * series));
+    }
+    for (size_t j = 0; j < PAIRS; j++) { /* a quarter of the circle, and what remains, from -pi / 4 to pi / 4 */
+        uint32_t word = words[2 * j + 1], quarter = (word + (UINT32_C(1) << 29)) >> 30;
+        double z = (int32_t)(word - (quarter << 30)) * 0x1.921fb54442d18p-30, square = z * z;
+        double sine = SIN[6], cosine = COS[7];
+        for (int k = 5; k >= 0; k--) sine = sine * square + SIN[k];
+        for (int k = 6; k >= 0; k--) cosine = cosine * square + COS[k];
+        sine *= z;
+        double x = quarter & 1 ? sine : cosine, y = quarter & 1 ? cosine : sine;
+        out[2 * j] = (float)(radius[j] * ((quarter + 1) & 2 ? -x : x));
+        out[2 * j + 1] = (float)(radius[j] * (quarter & 2 ? -y : y));
+    }
+}
+
+/* Four normal numbers for each of the counters first, first + 1, ...; see core/noise.py. */
+void sdops_normal(uint32_t key0, uint32_t key1, uint64_t first, size_t counters, float *out) {
+    uint32_t words[2 * PAIRS];
+    float numbers[2 * PAIRS];
+    for (size_t start = 0; start < counters; start += PAIRS / 2) {
+        size_t size = counters - start < PAIRS / 2 ? counters - start : PAIRS / 2;
+        sdops_philox(key0, key1, first + start, PAIRS / 2, words);
+        box_muller(words, numbers);
+        memcpy(out + 4 * start, numbers, size * 16);
     }
 }

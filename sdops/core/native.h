@@ -72,4 +72,7 @@ static inline void narrow_bits(const uint32_t *restrict bits, size_t count, uint
 /* Philox4x32-10 of the counters first, first + 1, ...: four words each; see core/noise.py. */
 void sdops_philox(uint32_t key0, uint32_t key1, uint64_t first, size_t counters, uint32_t *words);
 
+/* Four normal numbers for each of the counters first, first + 1, ...; see core/noise.py. */
+void sdops_normal(uint32_t key0, uint32_t key1, uint64_t first, size_t counters, float *out);
+
 #endif

@@ -1,4 +1,4 @@
-"""Compiled twins of numpy and torch: exact sums (core/exact.py), inner products, random words (core/noise.py), tapes.
+"""Compiled twins of numpy and torch: exact sums (core/exact.py), inner products, random numbers (core/noise.py), tapes.
 
 `libexact.so` is made from exact.c and tape.c when the package is installed on a machine with a C compiler. Where it is
 missing, or the processor is too old for it, `library()` is None and everything works with numpy or torch. ctypes lets
@@ -21,7 +21,7 @@ from sdops.core.precision import Raw
 from sdops.core.tape import Program
 
 DTYPES = ("F16", "BF16", "F32")  # the order of `enum dtype`
-VERSION = 3
+VERSION = 4
 MOST_INPUTS = 16  # of `inner`
 
 Words = NDArray[np.uint32]
@@ -178,6 +178,16 @@ def philox(key: tuple[int, int], first: int, words: Words) -> bool:
         return False
     arguments = ctypes.c_uint32(key[0]), ctypes.c_uint32(key[1]), ctypes.c_uint64(first), ctypes.c_size_t(len(words))
     functions.sdops_philox(*arguments, _pointer(words))
+    return True
+
+
+def normal(key: tuple[int, int], first: int, numbers: NDArray[np.float32]) -> bool:
+    """Fill numbers (n, 4) with the normal ones of the counters first, first + 1 ...; False without compiled code."""
+    functions = library()
+    if functions is None:
+        return False
+    arguments = ctypes.c_uint32(key[0]), ctypes.c_uint32(key[1]), ctypes.c_uint64(first), ctypes.c_size_t(len(numbers))
+    functions.sdops_normal(*arguments, _pointer(numbers))
     return True
 
 

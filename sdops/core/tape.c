@@ -9,7 +9,7 @@
 enum { REGISTERS = 64 }; /* as core/tape.py knows */
 
 enum op { /* the order of core/tape.py */
-    CONSTANT, LOAD, UNIFORM, ADD, SUBTRACT, MULTIPLY, DIVIDE, SQRT, ABSOLUTE, NEGATE, COPYSIGN, MAXIMUM, MINIMUM,
+    CONSTANT, LOAD, UNIFORM, NORMAL, ADD, SUBTRACT, MULTIPLY, DIVIDE, SQRT, ABSOLUTE, NEGATE, COPYSIGN, MAXIMUM, MINIMUM,
     LESS, LESS_EQUAL, EQUAL, AND, OR, NOT, CHOOSE, POWER, GEOMETRIC_MEAN
 };
 
@@ -69,6 +69,13 @@ static void uniform(const uint32_t *key, uint64_t first, size_t count, block *ou
     size_t lead = first % 4;
     sdops_philox(key[0], key[1], first / 4, (lead + count + 3) / 4, words);
     for (size_t i = 0; i < count; i++) out->number[i] = (float)(int32_t)(words[lead + i] >> 8) * 0x1p-24f;
+}
+
+static void normal(const uint32_t *key, uint64_t first, size_t count, block *out) {
+    float numbers[BLOCK + 8];
+    size_t lead = first % 4;
+    sdops_normal(key[0], key[1], first / 4, (lead + count + 3) / 4, numbers);
+    memcpy(out, numbers + lead, count * 4);
 }
 
 /* log2 x for x > 0 in double, operation by operation as core/elementwise.py does it. */
@@ -192,12 +199,14 @@ int64_t sdops_tape(const instruction *code, int length, const float *constants, 
         size_t size = count - start < BLOCK ? count - start : BLOCK;
         for (const instruction *at = code; at < code + length; at++) {
             block *target = &registers[at->out];
-            if (size < BLOCK && at->op <= UNIFORM) memset(target, 0, sizeof *target);
+            if (size < BLOCK && at->op <= NORMAL) memset(target, 0, sizeof *target);
             if (at->op == LOAD) {
                 load(inputs[at->x], dtypes[at->x], start, size, target);
                 if (!finite(target, size)) return -1;
             } else if (at->op == UNIFORM) {
                 uniform(keys + 2 * at->x, first + start, size, target);
+            } else if (at->op == NORMAL) {
+                normal(keys + 2 * at->x, first + start, size, target);
             } else {
                 operate(at->op, target, &registers[at->x], &registers[at->y], &registers[at->z]);
             }

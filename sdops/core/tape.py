@@ -26,6 +26,7 @@ class Op(IntEnum):
     CONSTANT = 0  # the number x; fills a register before the tape is played
     LOAD = auto()  # elements of input x as float32
     UNIFORM = auto()  # random numbers in [0, 1): the draw x
+    NORMAL = auto()  # standard normal random numbers: the draw x
     ADD = auto()
     SUBTRACT = auto()
     MULTIPLY = auto()
@@ -47,7 +48,7 @@ class Op(IntEnum):
     GEOMETRIC_MEAN = auto()  # x^(1 - z) y^z for x, y >= 0 and a constant z between 0 and 1
 
 
-LEAVES = (Op.CONSTANT, Op.LOAD, Op.UNIFORM)
+LEAVES = (Op.CONSTANT, Op.LOAD, Op.UNIFORM, Op.NORMAL)
 COMMUTATIVE = (Op.ADD, Op.MULTIPLY, Op.EQUAL, Op.AND, Op.OR)
 
 
@@ -267,6 +268,11 @@ class Draws:
         """See `Noise.uniform`."""
         del like
         return Symbol(self._tape, self._tape.emit(Op.UNIFORM, self._draw(model, stream)))
+
+    def normal(self, model: int, like: Symbol, stream: int = 0) -> Symbol:
+        """See `Noise.normal`."""
+        del like
+        return Symbol(self._tape, self._tape.emit(Op.NORMAL, self._draw(model, stream)))
 
     def _draw(self, model: int, stream: int) -> int:
         draws = self._tape.draws

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sdops.core import native
 from sdops.core.casting import cast
 from sdops.core.exact import PIECE, ExactSum, Scratch
-from sdops.core.noise import LOW_32, philox
+from sdops.core.noise import LOW_32, Noise, philox
 from sdops.core.precision import FORMATS, decode
 
 CAN_COMPILE = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") and shutil.which("cc")
@@ -127,6 +128,15 @@ def test_philox_words_are_those_of_numpy(first: int) -> None:
     counter = np.zeros((4, 150), np.uint32)
     counter[0], counter[1] = counters & np.uint64(LOW_32), counters >> np.uint64(32)
     assert np.array_equal(compiled, np.stack(philox(counter, (0xDEADBEEF, 7)), axis=1))
+
+
+@needs_library
+@pytest.mark.parametrize("first", [0, 3, 2**32 - 2])
+def test_normal_numbers_are_those_of_numpy(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise, like = Noise(3, "w", offset=4 * first + 1), torch.empty(200_003)
+    compiled = noise.normal(1, like)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert torch.equal(compiled.view(torch.int32), noise.normal(1, like).view(torch.int32))
 
 
 @needs_library
