@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from hashlib import sha256
 from pathlib import Path
 
@@ -163,23 +164,25 @@ FULL = ["sd15", "sd21", "sdxl", "refiner", "sd3-medium", "sd35-medium", "sd35-la
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_shapes_come_back(tmp_path, name):
-    """Real sizes; all holes, but for a few bytes that show where they went. Flux takes 50 GB."""
+    """Real sizes; all holes, but for bytes all over it that show where they went. Flux takes 25 GB of disk."""
     file, folder, back = tmp_path / "m.safetensors", tmp_path / "folder", tmp_path / "back.safetensors"
     make.full(name, file, sparse=True)
     size = file.stat().st_size
-    if shutil.disk_usage(tmp_path).free < 2.1 * size:
-        pytest.skip(f"needs {2.1 * size / 1e9:.0f} GB of disk")
+    if shutil.disk_usage(tmp_path).free < 1.1 * size:
+        pytest.skip(f"needs {1.1 * size / 1e9:.0f} GB of disk")
     with file.open("r+b") as opened:
         for place in range(size - 1, 2_000_000, -size // 9973):
             opened.seek(place)
             opened.write(os.urandom(1))
     try:
         sdops.convert(file, to="diffusers", output=folder)
+        for written in folder.rglob("*.safetensors"):  # nearly all zeros
+            subprocess.run(["fallocate", "--dig-holes", written], check=False)
         sdops.convert(folder, to="original", output=back)
         with file.open("rb") as one, back.open("rb") as other:
             while block := one.read(1 << 24):
                 assert other.read(1 << 24) == block
             assert not other.read(1)
     finally:
-        shutil.rmtree(folder)
-        back.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        back.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Compare the configurations that sdops writes with diffusers' and transformers' classes, at full size, without weights.
+"""Compare the configurations that sdops writes with the classes of diffusers and transformers, at full size.
 
     python tools/oracles/convert_configs.py [NAME ...]
 
