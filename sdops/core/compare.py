@@ -1,11 +1,13 @@
 """How far one model's tensors are from another's: bytes first, numbers only where the bytes differ. No torch.
 
 Both Sources are read in pieces, so memory is a few megabytes per worker. One worker reads a tensor from its first byte
-to its last, so the sums do not depend on the number of workers.
+to its last, so the sums do not depend on the number of workers. fp16, bf16 and fp32 go through compiled code where
+there is some (compare.c), everything else through numpy.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdops.core import native
 from sdops.core.precision import FORMATS, Doubles, decode
 from sdops.core.processes import can_fork, share
 from sdops.core.run import FORK_BYTES
@@ -156,9 +159,14 @@ def measure(pair: Pair, buffers: _Buffers | None = None) -> Measure:
     elif pair.codes:
         return Measure(a.numel, changed=a.nbytes)
     total, elements = Measure(0), a.nbytes * 8 // _bits(a)
+    compiled = _compiled() if {a.dtype, b.dtype} <= set(native.DTYPES) else None
     for first in range(0, elements, PIECE):
         count = min(PIECE, elements - first)
-        total.add(_measure_values(*(_values(pair, side, first, count, buffers) for side in (0, 1))))
+        if compiled is not None:
+            views = [_portion(pair, side, first, count, buffers) for side in (0, 1)]
+            total.add(_measure_compiled(compiled, views, (a.dtype, b.dtype), count))
+        else:
+            total.add(_measure_values(*(_values(pair, side, first, count, buffers) for side in (0, 1))))
     total.elements = a.numel
     return total
 
@@ -199,11 +207,33 @@ def _changed_bytes(pair: Pair, buffers: _Buffers, *, count: bool) -> int:
     return changed
 
 
+def _compiled() -> Any:
+    """The compiled function, or None."""
+    return getattr(native.library(), "sdops_compare", None)
+
+
+def _measure_compiled(function: Any, views: list[memoryview], dtypes: tuple[str, str], count: int) -> Measure:
+    """As `_measure_values`, of bit patterns."""
+    sums, counts = (ctypes.c_double * 5)(), (ctypes.c_uint64 * 2)()
+    sides = [
+        value
+        for view, dtype in zip(views, dtypes, strict=True)
+        for value in (ctypes.c_void_p(np.frombuffer(view, np.uint8).ctypes.data), native.DTYPES.index(dtype))
+    ]
+    function(*sides, ctypes.c_size_t(count), sums, counts)
+    return Measure(count, False, counts[0], sums[0], sums[1], sums[2], sums[3], sums[4], counts[1])
+
+
+def _portion(pair: Pair, side: int, first: int, count: int, buffers: _Buffers) -> memoryview:
+    """Elements `[first, first + count)` of one side, as they are."""
+    width = _bits(pair.specs[side]) // 8
+    return _read(pair, side, first * width, count * width, buffers)
+
+
 def _values(pair: Pair, side: int, first: int, count: int, buffers: _Buffers) -> Doubles:
     """Elements `[first, first + count)` of one side, float64."""
     spec = pair.specs[side]
-    width = _bits(spec) // 8
-    raw = _read(pair, side, first * width, count * width, buffers)
+    raw = _portion(pair, side, first, count, buffers)
     if spec.dtype in FORMATS:
         return decode(np.frombuffer(raw, FORMATS[spec.dtype].raw), spec.dtype)
     numbers: NDArray[Any] = np.frombuffer(raw, _PLAIN[spec.dtype])

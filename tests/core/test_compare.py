@@ -123,3 +123,23 @@ def test_any_number_of_workers_finds_the_same(fork, monkeypatch):
     assert list(several) == list(a)
     assert sum(read) == sum(item.nbytes for item in work)
     assert [key for key, found in several.items() if found.same_bytes] == ["w3"]
+
+
+@pytest.mark.skipif(module._compiled() is None, reason="compiled without a C compiler")
+@pytest.mark.parametrize("dtypes", [("F16", "F16"), ("BF16", "F16"), ("F32", "BF16"), ("F32", "F32")])
+@pytest.mark.parametrize("count", [1, 7, 513, module.PIECE + 9])
+def test_compiled_code_finds_what_numpy_finds(dtypes, count, monkeypatch):
+    rng = np.random.default_rng(count)
+    x, y = rng.normal(size=count), rng.normal(size=count)
+    y[::3] = x[::3]
+    if count > 7:
+        x[3], y[4], x[5], y[5], x[6], y[6] = np.nan, np.inf, np.inf, np.inf, np.nan, np.nan
+    with np.errstate(invalid="ignore"):
+        both = pair(encoded(x, dtypes[0]), encoded(y, dtypes[1]))
+    compiled = measure(both)
+    monkeypatch.setattr(module, "_compiled", lambda: None)
+    plain = measure(both)
+    assert (compiled.changed, compiled.nonfinite) == (plain.changed, plain.nonfinite)
+    assert compiled.largest == plain.largest
+    for name in ("square_a", "square_b", "square_change", "product"):
+        assert getattr(compiled, name) == pytest.approx(getattr(plain, name), rel=1e-12, abs=1e-12)
