@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -22,6 +23,9 @@ from sdops.verbs._convert_draft import Draft, Entry, stale_hashes
 from sdops.verbs._convert_wish import Wish
 
 _TORCH = (".ckpt", ".pt", ".pth", ".bin")
+_NOT_BESIDE = ("format", "state_dict")  # metadata that a torch file cannot have, or does not need, beside its tensors
+_GGUF_ROW = 256  # numbers in a row of what is stored in another shape
+_CONVOLUTION = re.compile(r"(input_blocks\.[1-9]|middle_block|output_blocks)(?!.*(norm|proj_in|proj_out)).*\.weight")
 # What ComfyUI's loaders look for in `general.architecture`.
 _GGUF_NAMES = {
     "sd1": "sd1", "sd2": "sd1", "sdxl": "sdxl", "sdxl_refiner": "sdxl", "sd3": "sd3", "flux1": "flux", "chroma": "flux",
@@ -65,7 +69,8 @@ def file_sink(source: Source, draft: Draft, path: Path, wish: Wish, family: str,
     if wish.to == "ckpt" or path.suffix in _TORCH:
         from sdops.core.sink_torch import TorchSink
 
-        return source, TorchSink(path, source.specs, {}, force=force)
+        beside = {key: text for key, text in draft.metadata.items() if key not in _NOT_BESIDE}
+        return source, TorchSink(path, source.specs, beside, force=force)
     if draft.header and not wish.shard:
         return source, SameDataSink(path, source.specs, draft.header, force=force)
     if wish.shard:
@@ -129,19 +134,34 @@ def carried_metadata(metadata: Mapping[str, str], made: Mapping[str, Any] | None
 
 
 def _gguf(source: Source, draft: Draft, path: Path, wish: Wish, family: str, *, force: bool) -> tuple[Source, Sink]:
+    from sdops.core.ggml import PLAIN
     from sdops.core.ggml_view import Packed, choose_types
     from sdops.core.sink_gguf import FILE_TYPES, GgufSink
     from sdops.verbs._convert_dtypes import is_linear
 
+    specs = dict(source.specs)
     delicate = {key for key, entry in draft.tensors.items() if not is_linear(entry.name, entry.made.spec)}
-    types = choose_types(source.specs, wish.gguf_type, delicate)
+    for key, entry in draft.tensors.items() if wish.gguf_type not in PLAIN else ():
+        if _CONVOLUTION.match(entry.name) and (flat := _in_rows(specs[key])):  # these are half of a U-Net
+            specs[key] = flat
+            delicate.discard(key)
+    types = choose_types(specs, wish.gguf_type, delicate)
     fields: dict[str, Any] = {
         "general.architecture": _GGUF_NAMES.get(family, family),
         "general.quantization_version": 2,
         "general.file_type": FILE_TYPES[wish.gguf_type],
     }
     for key, (kind, shape) in types.items():
+        if specs[key] != source.specs[key]:
+            fields[f"comfy.gguf.orig_shape.{key}"] = list(source.specs[key].shape)
         if len(shape) > 4:  # GGUF has four dimensions; ComfyUI-GGUF reads the shape that it was
             fields[f"comfy.gguf.orig_shape.{key}"] = list(shape)
             types[key] = kind, (*shape[:3], prod(shape[3:]))
     return Packed(source, types), GgufSink(path, types, fields, force=force)
+
+
+def _in_rows(spec: Spec) -> Spec | None:
+    """A convolution as rows of whole blocks, as ComfyUI-GGUF has it and makes its own shape of again."""
+    if len(spec.shape) != 4 or spec.numel % _GGUF_ROW or spec.shape[-1] % _GGUF_ROW == 0:
+        return None
+    return Spec(spec.dtype, (spec.numel // _GGUF_ROW, _GGUF_ROW))

@@ -81,6 +81,29 @@ def test_gguf_holds_the_model(small_checkpoint, tmp_path, dtype, kinds):
     assert tiny.load(tmp_path / "b.safetensors").keys() == wanted.keys()
 
 
+def test_gguf_holds_convolutions_in_rows_of_blocks(small_checkpoint, tmp_path):
+    model, wide = tiny.load(small_checkpoint("sd15")), np.random.default_rng(0).normal(size=(64, 64, 3, 3))
+    start = "model.diffusion_model."
+    inside, outside = (f"{start}{name}" for name in ("input_blocks.1.0.out_layers.3.weight", "input_blocks.0.0.weight"))
+    model |= {inside: tiny.encoded(wide, "F16"), outside: tiny.encoded(wide, "F16")}
+    tiny.write(tmp_path / "m.safetensors", model)
+    sdops.convert(tmp_path / "m.safetensors", to="gguf", dtype="q8_0", output=tmp_path / "m.gguf")
+    source = open_source(tmp_path / "m.gguf")
+    assert (source.types[inside], source.types[outside]) == ("Q8_0", "F16")
+    assert source.specs[inside].shape == wide.shape
+    values = np.frombuffer(read(source, inside), "f4")
+    assert np.allclose(values, wide.reshape(-1), atol=np.abs(wide).max() / 250)
+    source.close()
+
+
+def test_a_ckpt_keeps_the_text(file, tmp_path):
+    sdops.convert(file, to="ckpt", output=tmp_path / "m.ckpt")
+    sdops.convert(tmp_path / "m.ckpt", to="safetensors", output=tmp_path / "b.safetensors")
+    assert tiny.metadata_of(tmp_path / "b.safetensors")["modelspec.title"] == "M"
+    torch = pytest.importorskip("torch")
+    assert torch.load(tmp_path / "m.ckpt", weights_only=True)["modelspec.title"] == "M"
+
+
 # ------------------------------------------------------------------------------------------------------ what is chosen
 
 
