@@ -79,6 +79,7 @@ def inspect_command(console: Console, files: tuple[str, ...], **options: Any) ->
 @click.option("--only", metavar="NAME", help="Take just the embedding of this name or placeholder")
 @click.option("--encoder", help="Take just the vectors for this text encoder: clip_l, clip_g ...")
 @click.option("--name", help="Call the embedding so")
+@click.option("--alone", is_flag=True, help="Leave the other half of a pair (X and X-neg) where it is")
 @click.option("--lora", type=FILE, help="A LoRA to put it into, with `--to bundle`; the output has both")
 @_KIND
 @general_options
@@ -130,6 +131,9 @@ def make_command(console: Console, formula: str, output: str | None, **options: 
 )
 @click.option(
     "--atoms", type=click.Choice(["words", "all"]), default="words", show_default=True, help="What may be a term"
+)
+@click.option(
+    "--atoms-from", multiple=True, type=FILE, help="Embeddings, or folders of them, that may be terms, too: its origins"
 )
 @click.option("--positive", is_flag=True, help="No word may be subtracted")
 @click.option("--only", metavar="NAME", help="Just the embedding of this name or placeholder")

@@ -55,9 +55,9 @@ class Chance:
     gain_deviation: Doubles
 
     def scores(self, found: Pursuit) -> Doubles:
-        """Standard deviations by which each step is better than chance. [steps]"""
-        steps = len(found.gains)
-        return np.asarray((found.gains - self.gain_mean[:steps]) / self.gain_deviation[:steps])
+        """Standard deviations by which each step is better than chance, as far as chance was tried. [steps]"""
+        steps = min(len(found.gains), len(self.gain_mean))
+        return np.asarray((found.gains[:steps] - self.gain_mean[:steps]) / self.gain_deviation[:steps])
 
 
 @dataclass(frozen=True, slots=True)

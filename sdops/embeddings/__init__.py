@@ -25,7 +25,7 @@ ORDER = (
 )  # fmt: skip
 WRITABLE = (
     "a1111", "rinongal", "hcp", "diffusers", "diffusers_sdxl", "kohya", "encoders", "cog", "onetrainer", "history",
-    "bundle", "cloneofsimo", "bare", "png", "png_pixels", "clip_image", "null_text",
+    "bundle", "cloneofsimo", "bare", "png", "png_pixels", "clip_image", "null_text", "null_text_list",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdops.embeddings import a1111, png
+from sdops.embeddings import png
 from sdops.embeddings._image import png as encoded
 from sdops.embeddings._pixels import picture_of
 from sdops.embeddings._types import Contents, Embedding, Written
@@ -28,6 +28,6 @@ def write(embeddings: Sequence[Embedding]) -> list[Written]:
     """A picture of noise.
 
     Raises:
-        MismatchError: there are several embeddings, or vectors for several encoders.
+        MismatchError: as `png`.
     """
-    return [Written(encoded(picture_of(a1111.write(embeddings)[0].tree)))]
+    return [Written(encoded(picture_of(png.dict_of(embeddings))))]

@@ -9,12 +9,12 @@ from typing import Any
 
 from sdops.core.sink import check_inputs
 from sdops.embeddings import layout
-from sdops.embeddings._types import OUT, Embedding
+from sdops.embeddings._types import OUT, TOKENS, Embedding
 from sdops.errors import MismatchError, UsageError
 from sdops.hub import is_reference
 from sdops.report import Report, Section
 from sdops.text import count, suggest
-from sdops.verbs._embed_open import FilePath, choose, open_embeddings
+from sdops.verbs._embed_open import EmbeddingFile, FilePath, choose, open_embeddings, partner
 from sdops.verbs._embed_write import DTYPES, check_kinds, check_layout, plan_paths, save
 
 
@@ -29,10 +29,11 @@ def convert(
     kind: str | None = None,
     lora: FilePath | None = None,
     dtype: str | None = None,
+    alone: bool = False,
     force: bool = False,
     dry_run: bool = False,
 ) -> Report:
-    """Write the embeddings of a file in another layout, their values unchanged.
+    """Write the embeddings of a file in another layout, their values unchanged; both halves of a DreamArtist pair.
 
     Args:
         file: Any layout: an embedding, a LoRA or a checkpoint that holds some, a picture.
@@ -44,6 +45,7 @@ def convert(
         kind: Settles what one row of 768 is: `tokens` or `clip-image`.
         lora: A LoRA that `bundle` puts the embeddings into; it stays as it is, the output has both.
         dtype: Round to `fp32`, `fp16` or `bf16`; default: as stored.
+        alone: Leave the other half of a pair (`X.pt` and `X-neg.pt`) where it is.
         force: Replace existing files.
         dry_run: Only say what would be written.
 
@@ -59,14 +61,54 @@ def convert(
     if name is not None:
         embeddings = [_renamed(embeddings, name)]
     check_kinds(embeddings)
+    other = None if alone or only is not None else _other_half(found)
+    if other is not None:
+        embeddings[0] = _as_half(embeddings[0], found.path)
+        embeddings.append(_as_partner(_part(other.embeddings[0], encoder), embeddings[0], other.path))
+        found.paths += other.paths
     if lora is not None:
         report = _bundled(embeddings, to, Path(lora), output, wish, force=force, dry_run=dry_run)
     else:
         folder = Path() if is_reference(file) else Path(file).parent
-        report = write(embeddings, to, output, folder, found.paths, wish, force=force, dry_run=dry_run)
+        target = _pair_target(output, to) if other is not None else output
+        report = write(embeddings, to, target, folder, found.paths, wish, force=force, dry_run=dry_run)
     report.verb = "embed convert"
     report.data |= {"input": str(file), "from": found.layout, "notes": found.notes}
     return report
+
+
+def _other_half(found: EmbeddingFile) -> EmbeddingFile | None:
+    """The file that DreamArtist trains together with this one: the same encoders, one embedding each."""
+    path = partner(found.path)
+    if len(found.embeddings) != 1 or found.embeddings[0].kind != TOKENS or not path.is_file():
+        return None
+    other = open_embeddings(path)
+    fits = len(other.embeddings) == 1 and set(other.embeddings[0].vectors) == set(found.embeddings[0].vectors)
+    return other if fits else None
+
+
+def _as_half(one: Embedding, path: Path) -> Embedding:
+    """A half under a name that tells which: `-neg` in the file's name is often missing in its own."""
+    is_short = path.stem.endswith("-neg") and not one.name.endswith("-neg")
+    return replace(one, name=f"{one.name}-neg") if is_short else one
+
+
+def _as_partner(other: Embedding, first: Embedding, path: Path) -> Embedding:
+    """The other half under a name that belongs to the first's: some files of a pair have one name for both."""
+    base = first.name.removesuffix("-neg")
+    name = f"{base}-neg" if path.stem.endswith("-neg") else base
+    placeholder = "*" if other.placeholder == first.placeholder else other.placeholder
+    return replace(other, name=name, placeholder=placeholder)
+
+
+def _pair_target(output: FilePath | None, to: str) -> FilePath | None:
+    """Where both halves go: two files need a folder, unless one file holds both."""
+    if output is not None and Path(output).suffix and not Path(output).is_dir() and not layout(to).HOLDS_MANY:
+        raise UsageError(
+            "the file is half of a pair, whose halves are converted together",
+            hint=f"name a folder: `-o {Path(output).parent}/`; `--alone` converts this half",
+        )
+    return output
 
 
 def _bundled(

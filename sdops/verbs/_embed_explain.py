@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdops.core.pursuit import Dictionary, Formula
 from sdops.embeddings._types import TOKENS, Embedding, Vectors
-from sdops.errors import MismatchError, UsageError
+from sdops.errors import FormatError, MismatchError, UsageError
 from sdops.report import Report, Section
-from sdops.verbs._embed_open import FilePath, choose, open_embeddings
+from sdops.verbs._embed_formula import FILE_ENDINGS
+from sdops.verbs._embed_open import EmbeddingFile, FilePath, choose, open_embeddings
 from sdops.verbs._embed_vocabulary import Table, read_vocabulary
 
 ATOMS = ("words", "all")
@@ -23,6 +27,7 @@ def explain(
     model: FilePath,
     terms: int = 8,
     atoms: str = "words",
+    atoms_from: Sequence[FilePath] = (),
     positive: bool = False,
     only: str | None = None,
 ) -> Report:
@@ -33,6 +38,7 @@ def explain(
         model: A checkpoint of the same family, which gives the words' vectors.
         terms: At most so many per vector.
         atoms: `words`: whole words of three letters or more; `all`: every token.
+        atoms_from: Other embeddings, or folders of them, whose vectors may be terms as well: what was it merged from?
         positive: No word may be subtracted.
         only: Just the embedding of this name or placeholder.
 
@@ -46,7 +52,9 @@ def explain(
         raise UsageError(f"{terms} terms explain nothing", hint="`--terms 8`")
     found = open_embeddings(file)
     vocabulary = read_vocabulary(model)
+    others = _opened(atoms_from, found.paths)
     report = Report("embed explain", {"file": str(file), "model": str(model), "atoms": atoms, "embeddings": []})
+    report.data["atoms_from"] = [str(other.path) for other in others]
     for one in choose(found, only):
         if one.kind != TOKENS:
             raise MismatchError(
@@ -54,10 +62,10 @@ def explain(
             )
         data: dict[str, Any] = {"name": one.name, "encoders": {}}
         for encoder in _encoders(one, list(vocabulary.tables)):
-            table = vocabulary.table(encoder)
-            formulas = _formulas(one.vectors[encoder], table, _numbers(table, atoms), terms, positive=positive)
-            data["encoders"][encoder] = _facts(formulas, table)
-            report.sections.append(_section(f"{one.name} for {encoder}", formulas, table))
+            known = _atoms(vocabulary.table(encoder), atoms, encoder, others)
+            formulas = _formulas(one.vectors[encoder], known, terms, positive=positive)
+            data["encoders"][encoder] = _facts(formulas, known)
+            report.sections.append(_section(f"{one.name} for {encoder}", formulas, known))
             report.result.append(data["encoders"][encoder]["formula"] or f"{one.name}: nothing")
             report.sections.append(Section("", [[f"formula: {data['encoders'][encoder]['formula'] or 'none'}"]]))
         report.data["embeddings"].append(data)
@@ -74,34 +82,95 @@ def _encoders(one: Embedding, known: Sequence[str]) -> list[str]:
     return shared
 
 
-def _numbers(table: Table, atoms: str) -> list[int]:
-    """The rows that may be terms."""
+def _opened(paths: Sequence[FilePath], own: Sequence[Path]) -> list[EmbeddingFile]:
+    """Embeddings that may be terms: files with one each, and those in folders; never the explained one itself.
+
+    Raises:
+        UsageError: a file holds several.
+    """
+    mine = {path.resolve() for path in own}
+    opened = []
+    for path in map(Path, paths):
+        inside = sorted(each for each in path.iterdir() if each.suffix in FILE_ENDINGS) if path.is_dir() else [path]
+        for each in inside:
+            if each.resolve() in mine:
+                continue
+            try:
+                found = open_embeddings(each)
+            except FormatError:
+                if path.is_dir():
+                    continue  # folders hold other files, too
+                raise
+            if len(found.embeddings) == 1:
+                opened.append(found)
+            elif not path.is_dir():
+                raise UsageError(
+                    f"`{each}` holds {len(found.embeddings)} embeddings, a formula takes files with one",
+                    hint=f"`sdops embed convert {each} --to a1111 -o FOLDER/` makes a file of each",
+                )
+    return opened
+
+
+@dataclass(frozen=True)
+class Atoms:
+    """What may be a term of a formula.
+
+    Attributes:
+        table: The model's words, which chance is measured with.
+        numbers: Those words that may be terms.
+        names: Of the vectors of other embeddings, as a formula spells them.
+        rows: Words and other vectors [atoms, width].
+    """
+
+    table: Table
+    numbers: Sequence[int]
+    names: Sequence[str]
+    rows: NDArray[np.float32]
+
+    def number(self, row: int) -> int | None:
+        """The word's number; None for a vector of another embedding."""
+        return self.numbers[row] if row < len(self.numbers) else None
+
+    def shown(self, row: int) -> str:
+        """For people."""
+        number = self.number(row)
+        return self.names[row - len(self.numbers)] if number is None else self.table.word(number)
+
+    def spelled(self, row: int) -> str:
+        """For formulas: a word that stands for just this token, else `#number`; rows of files."""
+        number, words = self.number(row), self.table.words
+        if number is None:
+            return self.names[row - len(self.numbers)]
+        return words.shown(number) if words and words.is_word(number) else f"#{number}"
+
+
+def _atoms(table: Table, atoms: str, encoder: str, others: Sequence[EmbeddingFile]) -> Atoms:
     words = table.words
-    if atoms == "all" or words is None:
-        return list(range(len(table.rows)))
-    return [number for number in range(len(table.rows)) if words.is_word(number)]
+    numbers = [n for n in range(len(table.rows)) if atoms == "all" or words is None or words.is_word(n)]
+    names, rows = [], [table.rows[numbers]]
+    for other in others:
+        part = other.embeddings[0].vectors.get(encoder)
+        if part is None or part.width != table.rows.shape[1]:
+            continue
+        quoted = f'"{other.path}"' if "'" in str(other.path) else f"'{other.path}'"
+        names += [quoted if len(part) == 1 else f"{quoted}[{index}]" for index in range(len(part))]
+        rows.append(np.nan_to_num(part.values).astype(np.float32))
+    return Atoms(table, numbers, names, np.concatenate(rows))
 
 
-def _formulas(vectors: Vectors, table: Table, numbers: Sequence[int], terms: int, *, positive: bool) -> list[Formula]:
-    """A formula for each vector, its rows numbered as the table's."""
-    dictionary = Dictionary(table.rows[list(numbers)])
-    chance = dictionary.chance(terms * 3, source=table.rows, positive=positive)
-    formulas = []
-    for vector in np.nan_to_num(vectors.values):
-        formula = dictionary.explain(vector, terms, chance, positive=positive)
-        rows = [numbers[row] for row in formula.rows]
-        formulas.append(
-            Formula(rows, formula.coefficients, formula.explained, formula.exact, formula.scores, formula.chance)
-        )
-    return formulas
+def _formulas(vectors: Vectors, atoms: Atoms, terms: int, *, positive: bool) -> list[Formula]:
+    """A formula for each vector, its rows those of the atoms."""
+    dictionary = Dictionary(atoms.rows)
+    chance = dictionary.chance(terms, source=atoms.table.rows, positive=positive)
+    return [dictionary.explain(vector, terms, chance, positive=positive) for vector in np.nan_to_num(vectors.values)]
 
 
-def written(formula: Formula, table: Table, digits: int = 6) -> str:
+def written(formula: Formula, atoms: Atoms, digits: int = 6) -> str:
     """A formula as `sdops embed make` reads it; empty if there are no terms. It never begins with a minus."""
     terms = _ordered(formula)
     first = next((index for index, (coefficient, _) in enumerate(terms) if coefficient > 0), 0)
     terms = [*terms[first : first + 1], *terms[:first], *terms[first + 1 :]]
-    text = " ".join(f"{'-' if c < 0 else '+'} {abs(c):.{digits}g}*{_spelled(row, table)}" for c, row in terms)
+    text = " ".join(f"{'-' if c < 0 else '+'} {abs(c):.{digits}g}*{atoms.spelled(row)}" for c, row in terms)
     return f"({text})" if text.startswith("-") else text.removeprefix("+ ")
 
 
@@ -110,14 +179,8 @@ def _ordered(formula: Formula) -> list[tuple[float, int]]:
     return sorted(zip(formula.coefficients, formula.rows, strict=True), key=lambda term: -abs(term[0]))
 
 
-def _spelled(number: int, table: Table) -> str:
-    """A word that stands for just this token, else `#number`."""
-    words = table.words
-    return words.shown(number) if words and words.is_word(number) else f"#{number}"
-
-
-def _facts(formulas: Sequence[Formula], table: Table) -> dict[str, Any]:
-    texts = [written(formula, table) for formula in formulas]
+def _facts(formulas: Sequence[Formula], atoms: Atoms) -> dict[str, Any]:
+    texts = [written(formula, atoms) for formula in formulas]
     joined = "" if not all(texts) else texts[0] if len(texts) == 1 else f"concat({', '.join(texts)})"
     return {
         "formula": joined,
@@ -125,8 +188,8 @@ def _facts(formulas: Sequence[Formula], table: Table) -> dict[str, Any]:
             {
                 "formula": text,
                 "terms": [
-                    {"id": number, "word": table.word(number), "coefficient": coefficient}
-                    for coefficient, number in _ordered(formula)
+                    {"id": atoms.number(row), "word": atoms.shown(row), "coefficient": coefficient}
+                    for coefficient, row in _ordered(formula)
                 ],
                 "explained": formula.explained,
                 "chance": formula.chance,
@@ -138,10 +201,10 @@ def _facts(formulas: Sequence[Formula], table: Table) -> dict[str, Any]:
     }
 
 
-def _section(heading: str, formulas: Sequence[Formula], table: Table) -> Section:
+def _section(heading: str, formulas: Sequence[Formula], atoms: Atoms) -> Section:
     rows = []
     for number, formula in enumerate(formulas):
         verdict = "exact" if formula.exact else f"{max(formula.scores, default=0):.1f}"
-        shown = written(formula, table, 3) or "nothing: no better than chance"
+        shown = written(formula, atoms, 3) or "nothing: no better than chance"
         rows.append([str(number), shown, f"{formula.explained:.2%}", f"{formula.chance or 0:.1%}", verdict])
     return Section(heading, rows, ("vector>", "sum of words", "explained>", "by chance>", "z>"))

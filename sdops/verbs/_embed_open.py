@@ -20,6 +20,7 @@ from sdops.formats import open_source, open_tree
 from sdops.formats._file import InputFile, read_head
 from sdops.hub import located
 from sdops.text import suggest
+from sdops.verbs._embed_added import named
 
 FilePath = str | PathLike[str]
 
@@ -73,6 +74,8 @@ def open_embeddings(path: FilePath, kind: str | None = None) -> EmbeddingFile:
     found = _open(path)
     _join_pair(found)
     found.embeddings = [_settled(one, kind) for one in found.embeddings]
+    if found.layout == "checkpoint":
+        found.embeddings = named(found.embeddings, path)
     _note_pair(found)
     return found
 
@@ -206,10 +209,16 @@ def _settled(one: Embedding, kind: str | None) -> Embedding:
     return replace(one, kind=kind)
 
 
+def partner(path: Path) -> Path:
+    """Where the other half of a pair would be: `X.pt` and `X-neg.pt`."""
+    stem = path.stem
+    return path.with_name((stem.removesuffix("-neg") if stem.endswith("-neg") else f"{stem}-neg") + path.suffix)
+
+
 def _note_pair(found: EmbeddingFile) -> None:
     """DreamArtist trains `X` and `X-neg` together."""
-    stem, suffix = found.path.stem, found.path.suffix
-    other = found.path.with_name((stem.removesuffix("-neg") if stem.endswith("-neg") else f"{stem}-neg") + suffix)
+    stem = found.path.stem
+    other = partner(found.path)
     if other.is_file():
         role = "negative" if stem.endswith("-neg") else "positive"
         found.notes.append(f"the {role} half of a pair with `{other.name}`: use both, one in each prompt")

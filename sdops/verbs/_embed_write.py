@@ -121,6 +121,8 @@ def _sink(
         """The tree with Leafs; tensors go to `tensors` under the last names on their way."""
         if type(value) is dict:
             return {name: named(item, str(name)) for name, item in value.items()}
+        if type(value) is list:
+            return [named(item, key) for item in value]
         if type(value) is not Vectors:
             return value
         key = key if container == "safetensors" else str(len(specs))

@@ -27,11 +27,13 @@ _NETWORKS = {"flux1": "networks.lora_flux", "sd3": "networks.lora_sd3"}
 _BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "wan": "wan2"}  # others: the family's name
 
 
-def adapter(source: Source, patches: Sequence[Patch], model: Opened) -> Adapter:
-    """An adapter for a model's architecture."""
+def adapter(
+    source: Source, patches: Sequence[Patch], model: Opened, extras: Mapping[str, str] | None = None
+) -> Adapter:
+    """An adapter for a model's architecture; extras are new words (`_extract_words`)."""
     family, variants = model.detection.family, model.detection.variants
     deep = [each.variant for each in ARCHITECTURES if each.family == family and each.variant in variants]
-    return Adapter(source, "", family, tuple(patches), variant=deep[0] if deep else "")
+    return Adapter(source, "", family, tuple(patches), dict(extras or {}), variant=deep[0] if deep else "")
 
 
 def check_dialect(pairs: Sequence[Pair], model: Opened, to: str) -> tuple[str, ...]:

@@ -220,6 +220,7 @@ def _save(
     """Do the work and write the file."""
     from sdops.verbs._extract_factors import factorise, patches, small
     from sdops.verbs._extract_store import Store
+    from sdops.verbs._extract_words import add_words, tell_words
 
     begin = time.monotonic()
     tuned, base = models
@@ -231,8 +232,9 @@ def _save(
             layers = factorise(found.layers, wish, store, jobs, advance)
         layers += small(vectors, wish, store)
         _check_not_empty(tuned, base, layers)
+        words = add_words(store, tuned, base)
         made = spelled(
-            adapter(store, patches(layers, wish, store), tuned),
+            adapter(store, patches(layers, wish, store), tuned, words),
             to,
             metadata(path, tuned, layers, recipe(tuned, base, settings, to)),
         )
@@ -248,7 +250,9 @@ def _save(
             if hash_inputs:
                 header[RECIPE] = with_hashes(header[RECIPE], digests)
             sink.commit({RECIPE: header[RECIPE]})
-    return done_report(shown(path), path.stat().st_size, time.monotonic() - begin, layers, found, settings)
+    report = done_report(shown(path), path.stat().st_size, time.monotonic() - begin, layers, found, settings)
+    tell_words(report, words, made.left_out, to)
+    return report
 
 
 def _check_not_empty(tuned: Opened, base: Opened, layers: Sequence[Layer]) -> None:

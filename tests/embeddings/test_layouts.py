@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import sdops.embeddings as shelf
 from sdops.embeddings._types import AMBIGUOUS, CLIP_IMAGE, Embedding
-from sdops.errors import FormatError, MismatchError, SdopsError
+from sdops.errors import FormatError, MismatchError, SdopsError, UsageError
 from sdops.verbs._embed_open import open_embeddings
 from sdops.verbs.embed import convert
 from tests.embeddings import files
@@ -70,7 +70,7 @@ def test_the_name_of_a_file_proves_nothing(writer, tmp_path):
 
 
 FOR_ONE = ("a1111", "rinongal", "diffusers", "kohya", "encoders", "onetrainer", "bundle", "bare", "png")
-FOR_BOTH = ("hcp", "diffusers_sdxl", "encoders", "cog", "bundle")
+FOR_BOTH = ("hcp", "diffusers_sdxl", "encoders", "cog", "bundle", "png")
 
 
 def values_of(one: Embedding) -> dict[str, np.ndarray]:
@@ -101,6 +101,52 @@ def round_trip(path: Path, layouts: tuple[str, ...], folder: Path) -> None:
         assert set(one.vectors) == set(expected)
         for encoder, array in expected.items():
             assert one.vectors[encoder].values.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("writer", "layout"),
+    [
+        (files.history_dict, "history"),
+        (files.cloneofsimo, "cloneofsimo"),
+        (files.bundle, "bundle"),
+        (files.rinongal, "rinongal"),
+        (files.diffusers_safetensors, "diffusers"),
+        (files.diffusers_sdxl, "diffusers_sdxl"),
+        (files.onetrainer, "onetrainer"),
+        (files.sd3, "encoders"),
+        (files.kohya_pt, "kohya"),
+        (files.bare_t5, "bare"),
+        (files.clip_image, "clip_image"),
+        (files.null_text_list, "null_text_list"),
+        (files.null_text_stack, "null_text"),
+        (files.png_chunk, "png"),
+    ],
+    ids=lambda item: getattr(item, "__name__", item),
+)
+def test_each_layout_comes_back_from_itself(writer, layout, tmp_path):
+    path, values = writer(tmp_path)
+    (tmp_path / "out").mkdir()
+    written = convert(path, to=layout, output=tmp_path / "out").data["outputs"]
+    found = open_embeddings(written[0]).embeddings
+    assert sorted(part.values.tobytes() for one in found for part in one.vectors.values()) == sorted(
+        np.ascontiguousarray(part).tobytes() for parts in values.values() for part in parts.values()
+    )
+
+
+def test_null_texts_are_written_as_the_first_program_keeps_them(tmp_path):
+    path, _ = files.null_text_list(tmp_path)
+    output = convert(path, to="null-text", output=tmp_path / "n.safetensors").data["outputs"][0]
+    back = convert(output, to="null-text-list", output=tmp_path / "back.pt").data["outputs"][0]
+    first, second = (torch.load(each, weights_only=True) for each in (path, back))
+    assert len(first) == len(second)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_an_embedding_for_sdxl_goes_into_the_pixels(tmp_path):
+    pytest.importorskip("PIL.Image")
+    path, values = files.sdxl(tmp_path)
+    convert(path, to="png-pixels", output=tmp_path / "xl.png")
+    check(tmp_path / "xl.png", values)
 
 
 def test_many_words_become_one_token_each(tmp_path):
@@ -157,9 +203,36 @@ def test_the_halves_of_a_pair_name_each_other(tmp_path):
     assert "negative half of a pair with `X.pt`" in open_embeddings(tmp_path / "X-neg.pt").notes[0]
 
 
+def test_the_halves_of_a_pair_are_converted_together(tmp_path):
+    for number, name in enumerate(("X", "X-neg")):  # both are called X inside, as in real files
+        torch.save(files.a1111_dict(files.rows(3, 768, number), "X"), tmp_path / f"{name}.pt")
+    (tmp_path / "out").mkdir()
+    for start in ("X.pt", "X-neg.pt"):
+        written = convert(tmp_path / start, to="kohya", output=tmp_path / "out", force=True).data["outputs"]
+        assert {Path(each).name for each in written} == {"X.safetensors", "X-neg.safetensors"}
+    (one,) = open_embeddings(tmp_path / "out" / "X-neg.safetensors").embeddings
+    np.testing.assert_array_equal(one.vectors["clip_l"].values, files.rows(3, 768, 1).numpy())
+    convert(tmp_path / "X.pt", to="diffusers", output=tmp_path / "both.safetensors")
+    assert {one.name for one in open_embeddings(tmp_path / "both.safetensors").embeddings} == {"X", "X-neg"}
+    with pytest.raises(UsageError, match="half of a pair"):
+        convert(tmp_path / "X.pt", to="kohya", output=tmp_path / "y.safetensors")
+    convert(tmp_path / "X.pt", to="kohya", output=tmp_path / "y.safetensors", alone=True)
+
+
+def test_added_words_are_called_as_the_tokenizer_beside_them_calls_them(tmp_path):
+    (tmp_path / "text_encoder").mkdir()
+    path, values = files.checkpoint(tmp_path / "text_encoder")
+    assert {one.name for one in open_embeddings(path).embeddings} == set(values)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "added_tokens.json").write_text('{"<dog>": 49408, "<|endoftext|>": 49407}')
+    assert [one.name for one in open_embeddings(path).embeddings] == ["<dog>", "added1"]
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"added_tokens": [{"id": 49409, "content": "<cat>"}]}')
+    assert [one.label for one in open_embeddings(path).embeddings] == ["<dog>", "<cat>"]
+
+
 def test_a_layout_refuses_what_it_cannot_hold(tmp_path):
     path, _ = files.sdxl(tmp_path)
-    for layout in ("a1111", "kohya", "diffusers", "png", "bare"):
+    for layout in ("a1111", "kohya", "diffusers", "bare"):
         with pytest.raises(MismatchError):
             convert(path, to=layout, name=layout)
 

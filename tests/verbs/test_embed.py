@@ -130,6 +130,21 @@ def test_explain_says_nothing_of_noise(model, tmp_path):
     assert [row["terms"] for row in found["vectors"]] == [[], []]
 
 
+def test_explain_finds_what_an_embedding_was_merged_from(model, tmp_path):
+    first, second = (files.rows(2, 768, seed) for seed in (3, 4))
+    for name, rows in (("first", first), ("second", second)):
+        torch.save({"emb_params": rows}, tmp_path / f"{name}.pt")
+    (tmp_path / "notes.pt").write_text("no embedding")
+    mixed = (0.6 * first[1] - 0.3 * second[0])[None]
+    torch.save({"emb_params": mixed}, tmp_path / "mixed.pt")
+    report = embed.explain(tmp_path / "mixed.pt", model=model, atoms_from=[tmp_path])
+    (row,) = report.data["embeddings"][0]["encoders"]["clip_l"]["vectors"]
+    assert row["exact"]
+    assert [term["word"] for term in row["terms"]] == [f"'{tmp_path}/first.pt'[1]", f"'{tmp_path}/second.pt'[0]"]
+    assert [term["coefficient"] for term in row["terms"]] == pytest.approx([0.6, -0.3], abs=1e-5)
+    np.testing.assert_allclose(made(row["formula"], tmp_path, model, "again.pt"), mixed.numpy(), rtol=0, atol=1e-6)
+
+
 def test_inspect_names_the_nearest_words(model, tmp_path):
     made("0.9*painting", tmp_path, model)
     facts = embed.inspect(tmp_path / "made.pt", model=model, near=2).data["files"][0]["embeddings"][0]
