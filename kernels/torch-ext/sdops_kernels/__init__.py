@@ -7,12 +7,16 @@ from . import reference
 from .bake import Bake, bake
 from .changes import Change, Dense, LoHa, LoKr, LoRA, gain_of
 from .linear_merge import LinearMerge, Merged, linear_merge
+from .lora_linear import Choices, lora_linear
+from .low_rank import Factors, low_rank
 from .sparse_merge import SparseMerge, sparse_merge
 
 __all__ = [
     "Bake",
     "Change",
+    "Choices",
     "Dense",
+    "Factors",
     "LinearMerge",
     "LoHa",
     "LoKr",
@@ -22,6 +26,8 @@ __all__ = [
     "bake",
     "gain_of",
     "linear_merge",
+    "lora_linear",
+    "low_rank",
     "reference",
     "sparse_merge",
 ]

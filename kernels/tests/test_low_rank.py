@@ -1,0 +1,66 @@
+"""Factors of many matrices: as good as the best ones, whatever the spectrum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sdops_kernels import low_rank
+from sdops_kernels.low_rank import orthonormal
+
+SPECTRA = {
+    "flat": torch.ones,
+    "slow": lambda k: torch.arange(1, k + 1) ** -0.5,
+    "fast": lambda k: torch.exp(-torch.arange(k) / 5.0),
+    "deficient": lambda k: (torch.arange(k) < 5).float(),
+}
+
+
+def matrix(shape, spectrum, seed):
+    random = torch.Generator().manual_seed(seed)
+    short = min(shape)
+    left, right = (torch.linalg.qr(torch.randn(size, short, generator=random).double()).Q for size in shape)
+    return (left * SPECTRA[spectrum](short).double() @ right.T).float()
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("rank", [4, 16])
+def test_the_error_is_the_least_possible_one(device, spectrum, rank):
+    shapes = [(120, 90), (90, 120), (120, 90), (64, 300), (12, 9)]
+    matrices = [matrix(shape, spectrum, seed).to(device) for seed, shape in enumerate(shapes)]
+    for found, own in zip(low_rank(matrices, rank), matrices, strict=True):
+        values = torch.linalg.svdvals(own.double())
+        best = float(values[rank:].square().sum().sqrt())
+        error = float((own.double() - found.up.double() @ found.down.double()).norm())
+        assert error <= 1.001 * best + 5e-5 * float(own.norm())
+        assert found.residual**0.5 == pytest.approx(error, rel=1e-3, abs=2e-3 * float(own.norm()))
+        kept = min(rank, len(values))
+        assert found.up.shape == (own.shape[0], kept)
+        top = found.values[:kept].cpu()
+        assert torch.allclose(top, values[:kept].cpu(), rtol=0.02, atol=1e-5 * float(values[0]))
+        norms = found.up.norm(dim=0) / found.down.norm(dim=1).clamp(min=1e-20)
+        assert bool(((norms > 0.4) & (norms < 2.5))[: 4 if spectrum == "deficient" else kept].all())
+
+
+def test_nothing_is_the_product_of_nothing(device):
+    found = low_rank([torch.zeros(20, 30, device=device)], 4)[0]
+    assert float((found.up @ found.down).abs().max()) == 0
+    assert found.energy == found.residual == 0
+
+
+def test_blocks_are_orthonormal(device):
+    random = torch.Generator().manual_seed(0)
+    columns = torch.randn(3, 200, 40, generator=random)
+    columns[1] = columns[1] @ torch.diag(torch.logspace(0, -6, 40))
+    columns[2, :, 1] = columns[2, :, 0] * (1 + 1e-4) + 1e-3 * columns[2, :, 1]
+    made = orthonormal(columns.to(device)).double().cpu()
+    assert float((made.mT @ made - torch.eye(40)).abs().max()) < 1e-5
+
+
+def test_batches_change_next_to_nothing(device):
+    matrices = [matrix((60, 80), "slow", seed).to(device) for seed in range(5)]
+    together, apart = low_rank(matrices, 8), [low_rank([own], 8)[0] for own in matrices]
+    for one, other in zip(together, apart, strict=True):
+        assert torch.allclose(one.up @ one.down, other.up @ other.down, atol=1e-2)
+        assert one.residual == pytest.approx(other.residual, rel=1e-3)
+    small = low_rank(matrices, 8, memory=60 * 80 * 4)
+    assert all(a.residual == pytest.approx(b.residual, rel=1e-3) for a, b in zip(small, together, strict=True))
