@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 METHODS = {
     "lora": "Train a LoRA, LoHa or LoKr, with DoRA if wanted",
     "ti": "Train new words (textual inversion)",
+    "pivotal": "Train new words, and a LoRA around them (pivotal tuning)",
+    "dreamartist": "Train a new word and its negative together (DreamArtist)",
+    "custom-diffusion": "Train keys and values of cross-attention and a new word (custom diffusion)",
+    "dreambooth": "Train the whole UNet, with pictures of the class to keep it (DreamBooth)",
 }
 
 

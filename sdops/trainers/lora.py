@@ -67,5 +67,10 @@ def _by_layer(parts: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _layer(change: Change, parts: Mapping[str, Tensor]) -> Layer:
-    settings = {"lora_alpha": change.form.lora_alpha, "use_rslora": change.form.use_rslora}
-    return Layer(change.component, change.name, change.form.family, parts, settings)
+    """A layer as it is saved. No file says of a LoHa or LoKr that it is scaled by the root: its alpha says it."""
+    form = change.form
+    if form.family == "lora" or not form.use_rslora:
+        settings = {"lora_alpha": form.lora_alpha, "use_rslora": form.use_rslora}
+    else:
+        settings = {"lora_alpha": form.scale * form.rank, "use_rslora": False}
+    return Layer(change.component, change.name, form.family, parts, settings)

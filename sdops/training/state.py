@@ -71,11 +71,9 @@ def load(path: Path, identity: Mapping[str, Any]) -> State:
     """Read the state of a run that is to go on.
 
     Raises:
-        UsageError: there is none, or settings differ that make it another run.
+        UsageError: settings differ that make it another run.
         MismatchError: the pictures are not the same.
     """
-    if not path.is_file():
-        raise UsageError(f"there is nothing to go on with: no `{path}`", hint="leave `--resume` away to begin")
     source = open_file(path)
     try:
         told = json.loads(source.metadata.get(_KEY, "{}"))

@@ -11,7 +11,7 @@ from sdops.training.product import Product
 from sdops.verbs._provenance import RECIPE
 from sdops.verbs._train_plan import Course
 
-_MODULES = {"lora": "networks.lora", "loha": "lycoris.kohya", "lokr": "lycoris.kohya"}
+_MODULES = {"lora": "networks.lora", "loha": "lycoris.kohya", "lokr": "lycoris.kohya", "full": "lycoris.kohya"}
 _BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 _ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
 
@@ -30,6 +30,8 @@ _FOLDERS = ("model", "images", "masks", "class_images")
 
 def _network(product: Product) -> dict[str, str]:
     family = product.layers[0].family
+    if family == "full":
+        return {"ss_network_module": _MODULES[family], "ss_network_args": json.dumps({"algo": "full"})}
     ranks = Counter(_rank(layer.parts) for layer in product.layers)
     alphas = {float(layer.settings["lora_alpha"]) for layer in product.layers}
     args: dict[str, Any] = {} if family == "lora" else {"algo": family}

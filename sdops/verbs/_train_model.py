@@ -64,8 +64,8 @@ class Origin:
     prediction: str
     resolution: int
 
-    def nbytes(self, component: str) -> int:
-        """Numbers of a component's tensors."""
+    def numbers(self, component: str) -> int:
+        """How many numbers a component's tensors have."""
         return sum(spec.numel for key, spec in self.source.specs.items() if key.startswith(f"{component}/"))
 
     def shapes(self, component: str) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from sdops.trainers._kinds import kind_of, ranks_of
 from sdops.trainers._named import words_of
 from sdops.training import pictures as look_at
 from sdops.training.batches import Plan, Sample
-from sdops.training.config import Config
+from sdops.training.config import Config, settings_of
 from sdops.training.pictures import Folder, Picture
 from sdops.training.tokens import LENGTH, VOCABULARY, Tokens
 from sdops.verbs._embed_write import check_layout, container_of, ending_of
@@ -29,6 +29,7 @@ _KEPT = 0.25  # share of them that checkpointing keeps
 # Multiply-adds of a forward pass per latent pixel: 402 G at 64 x 64 (SD1), 2,980 G at 128 x 128 (SDXL).
 _WORK = {"sd1": 98e6, "sd2": 98e6, "sdxl": 182e6}
 _SHOWN = 5
+_WORDS_ALONE = ("ti", "dreamartist")  # methods that give embeddings; the others give files of changed layers
 
 
 @dataclass(slots=True)
@@ -89,14 +90,14 @@ def check(method: str, config: Config, origin: Origin, ranks: int = 1) -> Course
     Raises:
         SdopsError: whatever would go wrong.
     """
-    words = words_of(config) if "tokens" in _keys_given(method, config) else {}
+    words = words_of(config) if any(each.name == "tokens" for each in settings_of(method)) else {}
     template = config.template or ("a photo of {}" if words else "")
     folder = look_at.look(_folder(config.images), caption=config.caption, template=template, masks=config.masks)
     look_at.check(folder, config.masks)
     resolution = config.resolution or origin.resolution
     plan = Plan(tuple(_samples(folder.pictures, config, resolution)), config.batch * ranks, config.seed)
     captions = [(picture.caption or "").replace("{}", " ".join(words)) for picture in folder.pictures]
-    output, to = _output(method, config, words, folder)
+    output, to = _output(method, config, words, folder, len(origin.encoders))
     course = Course(
         method,
         config,
@@ -114,13 +115,6 @@ def check(method: str, config: Config, origin: Origin, ranks: int = 1) -> Course
     _check_output(course)
     _warn(course, resolution)
     return course
-
-
-def _keys_given(method: str, config: Config) -> set[str]:
-    del config
-    from sdops.training.config import settings_of
-
-    return {each.name for each in settings_of(method)}
 
 
 def _folder(name: str) -> Path:
@@ -148,15 +142,17 @@ def _samples(pictures: Sequence[Picture], config: Config, resolution: int) -> li
     return found
 
 
-def _output(method: str, config: Config, words: dict[str, int], folder: Folder) -> tuple[Path, str]:
-    """Where the result goes, and how it is spelled."""
-    if not words:
+def _output(method: str, config: Config, words: dict[str, int], folder: Folder, encoders: int) -> tuple[Path, str]:
+    """Where the result goes, and how it is spelled: as most programs read it."""
+    if method not in _WORDS_ALONE:
         to = config.to or "kohya"
         dialect(to)
         return Path(config.output or f"{folder.path.resolve().name}.{method}.safetensors"), to
     given = Path(config.output) if config.output else None
     to = check_layout(config.to) if config.to else ""
-    if not to:
+    if not to and encoders > 1:
+        to = "encoders"
+    elif not to:
         to = "kohya" if given is not None and given.suffix == ".safetensors" else "a1111"
     container = container_of(to, given)
     return given or Path(f"{next(iter(words))}{ending_of(to, container)}"), to
@@ -164,12 +160,15 @@ def _output(method: str, config: Config, words: dict[str, int], folder: Folder) 
 
 def _numbers(method: str, config: Config, origin: Origin, words: dict[str, int]) -> int:
     """How many numbers learn."""
-    total = 0
-    for name in origin.encoders.values():
-        width = _width(origin, name)
-        total += sum(words.values()) * width
+    vectors = sum(words.values()) + (config.negative_vectors * len(words) if method == "dreamartist" else 0)
+    total = sum(vectors * _width(origin, place) for place in origin.encoders.values())
     if method in ("lora", "pivotal"):
         total += _numbers_of_layers(config, origin)
+    if method == "custom-diffusion":
+        keys = (".attn2.to_k.weight", ".attn2.to_v.weight")
+        total += sum(prod(shape) for key, shape in origin.shapes("unet").items() if key.endswith(keys))
+    if method == "dreambooth":
+        total += origin.numbers("unet")
     return total
 
 
@@ -217,6 +216,8 @@ def _check_output(course: Course) -> None:
     """Refuse an output that is there, or has no room."""
     config = course.config
     check_target(course.output, force=config.force or config.resume)
+    if config.resume and not course.state.is_file():
+        raise UsageError(f"there is nothing to go on with: no `{course.state}`", hint="leave `--resume` away to begin")
     if course.state.exists() and not (config.force or config.resume):
         raise OutputError(
             f"`{course.state}` is the state of a run that was begun",
@@ -302,8 +303,8 @@ def memory_of(course: Course) -> int:
     """Bytes that the device needs at most, about."""
     config, origin = course.config, course.origin
     width = _BYTES[config.dtype]
-    weights = origin.nbytes("unet") * width
-    weights += sum(origin.nbytes(place) for place in origin.encoders.values()) * width
+    weights = origin.numbers("unet") * width
+    weights += sum(origin.numbers(place) for place in origin.encoders.values()) * width
     activations = _ACTIVATIONS[origin.family] * _relative(origin) * _pixels(course) * config.batch * width / 2
     activations *= (_KEPT if config.checkpointing else 1.0) * (2 if course.class_folder else 1)
     return round(weights + course.parameters * 4 * 4 + activations)

@@ -81,6 +81,26 @@ def ti(config: FilePath | None = None, **given: Any) -> Report:
     return run("ti", config, **given)
 
 
+def pivotal(config: FilePath | None = None, **given: Any) -> Report:
+    """Train new words, and a LoRA around them; arguments as of `run`."""
+    return run("pivotal", config, **given)
+
+
+def dreamartist(config: FilePath | None = None, **given: Any) -> Report:
+    """Train a new word and its negative together; arguments as of `run`."""
+    return run("dreamartist", config, **given)
+
+
+def custom_diffusion(config: FilePath | None = None, **given: Any) -> Report:
+    """Train keys and values of cross-attention and a new word; arguments as of `run`."""
+    return run("custom-diffusion", config, **given)
+
+
+def dreambooth(config: FilePath | None = None, **given: Any) -> Report:
+    """Train the whole UNet, with pictures of the class to keep it; arguments as of `run`."""
+    return run("dreambooth", config, **given)
+
+
 def plot(*logs: FilePath, output: FilePath | None = None) -> Report:
     """Show the logs of runs as curves; with `output` as a page."""
     from sdops.verbs._train_plot import plot as draw
@@ -88,4 +108,14 @@ def plot(*logs: FilePath, output: FilePath | None = None) -> Report:
     return draw([Path(log) for log in logs], None if output is None else Path(output))
 
 
-__all__ = ["METHODS", "lora", "plot", "run", "ti"]
+__all__ = [
+    "METHODS",
+    "custom_diffusion",
+    "dreamartist",
+    "dreambooth",
+    "lora",
+    "pivotal",
+    "plot",
+    "run",
+    "ti",
+]

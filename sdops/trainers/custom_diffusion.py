@@ -1,0 +1,58 @@
+"""Custom diffusion (Kumari et al. 2022, arXiv:2212.04488): keys and values of cross-attention, and a new word.
+
+Saved as one file of differences with the word in it; `sdops apply` adds it to a model, `sdops convert --family lora`
+makes a LoRA of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sdops.trainers._named import words_of
+from sdops.trainers._vectors import Vectors
+from sdops.trainers._weights import Weights
+from sdops.training import method
+from sdops.training.beginnings import beginnings_of
+from sdops.training.config import Config
+from sdops.training.model import Model
+from sdops.training.parameters import Parameter
+from sdops.training.product import Product
+
+RATE = 1e-5
+_WANTED = re.compile(r".*\.attn2\.to_[kv]\.weight")
+
+
+class Method(method.Method):
+    """K, V and words."""
+
+    encodes = True
+
+    def __init__(self, model: Model, config: Config) -> None:
+        super().__init__(model, config)
+        self.words = words_of(config)
+        beginnings = beginnings_of(model, config, self.words)
+        self._vectors = Vectors(model, self.words, beginnings, keep_norm=config.keep_norm)
+        self._weights = Weights(model, lambda part, name: part == "unet" and bool(_WANTED.fullmatch(name)))
+
+    def parameters(self) -> list[Parameter]:
+        """The matrices, then the vectors."""
+        rate = self.config.lr or RATE
+        decay = 0.01 if self.config.weight_decay < 0 else self.config.weight_decay
+        weights = self._weights.parameters(lambda _: rate, decay)
+        return weights + self._vectors.parameters(self.config.word_lr or rate)
+
+    def use(self, parts: Mapping[str, Tensor]) -> None:
+        """Put them in their places."""
+        self._weights.use(parts)
+        self._vectors.use(parts)
+
+    def after_step(self, views: Mapping[str, Tensor]) -> None:
+        """Keep the words' lengths."""
+        self._vectors.after_step(views)
+
+    def product(self, values: Mapping[str, Tensor]) -> Product:
+        """Both, for one file."""
+        return Product(self._weights.layers(values), self._vectors.product(values))

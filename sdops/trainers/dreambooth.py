@@ -1,0 +1,51 @@
+"""DreamBooth (Ruiz et al. 2022, arXiv:2208.12242): the whole UNet, with pictures of the class that keep it what it is.
+
+    loss = mean of the pictures + `prior_weight` * mean of as many pictures of the class (`class_images`)
+
+Every picture of both has the weight of its own noise step. What is saved is the difference to the model, which
+`sdops apply` adds to it. Trained as a LoRA: `sdops train lora` with `class_images`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sdops.trainers._weights import Weights
+from sdops.training import method
+from sdops.training.config import Config
+from sdops.training.model import Model
+from sdops.training.parameters import Parameter
+from sdops.training.product import Product
+
+RATE = 2e-6
+_NOT = ("embeddings.",)  # the vocabulary stays: new words are `train ti`'s
+
+
+class Method(method.Method):
+    """All weights of the UNet, and of the text encoders if wished."""
+
+    def __init__(self, model: Model, config: Config) -> None:
+        super().__init__(model, config)
+        self.encodes = self.trains_text = config.text_encoder
+        self._weights = Weights(model, self._wants)
+
+    def parameters(self) -> list[Parameter]:
+        """The weights."""
+        decay = 0.01 if self.config.weight_decay < 0 else self.config.weight_decay
+        rate = self.config.lr or RATE
+        return self._weights.parameters(lambda part: rate if part == "unet" else self.config.text_lr or rate, decay)
+
+    def use(self, parts: Mapping[str, Tensor]) -> None:
+        """Let the modules compute with them."""
+        self._weights.use(parts)
+
+    def product(self, values: Mapping[str, Tensor]) -> Product:
+        """The differences."""
+        return Product(self._weights.layers(values))
+
+    def _wants(self, component: str, name: str) -> bool:
+        if component == "unet":
+            return True
+        return self.config.text_encoder and not any(part in name for part in _NOT)
