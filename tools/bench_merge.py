@@ -110,6 +110,7 @@ CASES = [
     method("karcher", 3, passes=2),
     method("model-stock", 3, "--base", "BASE", passes=2),
     method("perpendicular", 3, passes=2),
+    method("plus-random", 1),
     method("ties", 3, "--base", "BASE", passes=2),
     Case("many", "average, SD1.5 x 8", SD15[1:9], ("-m", "average")),
     Case("flux", "weighted-sum, 24 GB Flux-shaped", FLUX, ("--alpha", ALPHA), output_size=23_803_000_000),

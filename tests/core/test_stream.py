@@ -83,10 +83,16 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
+IN_PORTIONS = [
+    (name, engine)
+    for name, card in CARDS.items()
+    for engine in ("compiled", "torch")
+    if card.execution in ("elementwise", "gram") or (card.execution in ("ranked", "rows") and engine == "torch")
+]
+
+
 @pytest.mark.parametrize("shape", [(41, 37), (3, 700), (1000,), (50, 2, 3, 3), (1,), ()], ids=str)
-@pytest.mark.parametrize(
-    "name", [n for n, c in CARDS.items() if c.execution in ("elementwise", "ranked", "rows", "gram")]
-)
+@pytest.mark.parametrize(("name", "engine"), IN_PORTIONS, indirect=["engine"])
 def test_portions_make_up_the_whole(
     name: str, shape: tuple[int, ...], engine: str, portions: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
