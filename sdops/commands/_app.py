@@ -37,12 +37,12 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
     "Embeddings": {
         "embed": "Inspect, convert, explain and make embeddings (textual inversion)",
-        "custom": "Inspect custom diffusion, apply it, make LoRAs of it, merge concepts",
-        "hypernet": "Inspect, convert and merge hypernetworks; bake them in, or make LoRAs of them",
+        "custom": "Inspect, apply, convert and merge custom diffusion",
+        "hypernet": "Inspect, convert, merge and bake in hypernetworks",
     },
     "Hub": {
-        "pull": "Download a model from the Hub, checked, into the shared cache or a place",
-        "push": "Publish a model on the Hub, with a card that tells how it was made",
+        "pull": "Download a model from the Hub and check it",
+        "push": "Publish a model on the Hub, with a model card",
     },
     "Training": {
         "train": "Train LoRAs and new words (textual inversion)",

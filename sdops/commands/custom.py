@@ -30,7 +30,9 @@ def _output_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group(no_args_is_help=True)
 def command() -> None:
-    """Inspect custom diffusion, put it into a model, turn it into a LoRA, merge concepts.
+    """Inspect, apply, convert and merge custom diffusion.
+
+    A concept can be put into a model, turned into a LoRA, or merged with others.
 
     Reads `delta.bin` and compressed deltas of adobe's code, CompVis' `delta.ckpt`, the web UI's `.delta.safetensors`,
     and diffusers' `pytorch_custom_diffusion_weights`.

@@ -12,7 +12,7 @@ from sdops.commands._options import FILE, general_options
 
 @click.group(no_args_is_help=True)
 def command() -> None:
-    """Look at folders of pictures for training."""
+    """Check a folder of pictures before training."""
 
 
 @command.command(

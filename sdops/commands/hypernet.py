@@ -31,7 +31,10 @@ def _output_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group(no_args_is_help=True)
 def command() -> None:
-    """Inspect, convert and merge hypernetworks; bake them into a model or turn them into a LoRA."""
+    """Inspect, convert, merge and bake in hypernetworks.
+
+    They can be turned into a LoRA, too.
+    """
 
 
 @command.command("inspect")

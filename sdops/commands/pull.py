@@ -25,7 +25,9 @@ from sdops.commands._options import FILE, general_options
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output")
 @general_options
 def command(console: Console, reference: str, revision: str | None, output: str | None, force: bool) -> int:
-    """Download a model from the Hub, resumed where it broke off, and compare its hash.
+    """Download a model from the Hub and check it.
+
+    A download that broke off is resumed; the SHA-256 is compared.
 
     Every other command takes hf:// references, too. `HF_HOME` says where the cache is, `HF_TOKEN` opens private and
     gated repositories.

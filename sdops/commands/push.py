@@ -39,7 +39,10 @@ from sdops.commands._options import FILE, general_options
 @click.option("-n", "--dry-run", is_flag=True, help="Show what would be uploaded, and the model card; upload nothing")
 @general_options
 def command(console: Console, path: str, repo: str, no_card: bool, **options: Any) -> int:
-    """Publish a model on the Hub in one commit, with a model card that tells how it was made and can be made again."""
+    """Publish a model on the Hub, with a model card.
+
+    In one commit; the card tells how the model was made and how it can be made again.
+    """
     from sdops.verbs.push import push
 
     return console.show(push(path, repo, card=not no_card, progress=console.progress, **options))

@@ -19,7 +19,9 @@ _SHORT = {"output": "-o", "force": "-f"}
 
 @click.group(no_args_is_help=True)
 def command() -> None:
-    """Train LoRAs, new words (textual inversion) and their relatives on SD1, SD2 and SDXL.
+    """Train LoRAs and new words (textual inversion).
+
+    And their relatives, on SD1, SD2 and SDXL.
 
     Settings come from a TOML file, from options, or both; options win.
     """

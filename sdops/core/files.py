@@ -104,3 +104,18 @@ def size_limit() -> int | None:
         return None
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     return None if limit == resource.RLIM_INFINITY else limit
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make a new name durable, where a folder can be synchronised."""
+    try:
+        fd = open_file(folder, "O_RDONLY", "O_DIRECTORY")
+    except OSError:
+        return  # it may be written to, but not read; Windows opens no folders
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)

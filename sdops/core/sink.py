@@ -177,7 +177,7 @@ class FileSink:
                 self._close()
             self._link(self._temporary)
             self._discard()
-            sync_folder(self.target.parent)
+            files.sync_folder(self.target.parent)
         except OSError as error:
             raise self._explained(error) from error
         return self.path
@@ -405,18 +405,3 @@ def _leftovers(target: Path) -> Iterator[tuple[Path, os.stat_result]]:
             continue  # who knows, without locks
         finally:
             os.close(fd)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a new name durable, where a folder can be synchronised."""
-    try:
-        fd = files.open_file(folder, "O_RDONLY", "O_DIRECTORY")
-    except OSError:
-        return  # it may be written to, but not read; Windows opens no folders
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from sdops.core import files
-from sdops.core.sink import Sink, check_parent, check_space, in_safetensors_order, sync_folder, tag
+from sdops.core.sink import Sink, check_parent, check_space, in_safetensors_order, tag
 from sdops.core.sink_shards import TextSink, create_shards, split
 from sdops.core.spec import Spec
 from sdops.errors import OutputError
@@ -125,11 +125,11 @@ class FolderSink:
         try:
             folders = {self._temporary / parent for name in self._files for parent in PurePosixPath(name).parents}
             for folder in sorted(folders, reverse=True):
-                sync_folder(folder)
+                files.sync_folder(folder)
             self._publish(self._temporary)
             self._finalizer.detach()
             self._temporary = None
-            sync_folder(self.target.parent)
+            files.sync_folder(self.target.parent)
         except OSError as error:
             raise self._explained(error) from error
         return self.path

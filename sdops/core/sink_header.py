@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sdops.core import files
-from sdops.core.sink import FileSink, sync_folder, tag
+from sdops.core.sink import FileSink, tag
 from sdops.core.spec import Spec
 from sdops.errors import ChangedError, OutputError, SdopsError
 
@@ -89,7 +89,7 @@ def replace_header(path: Path, old: bytes, new: bytes) -> None:
             raise
         finally:
             journal.unlink()
-            sync_folder(target.parent)
+            files.sync_folder(target.parent)
 
 
 def recover(path: Path) -> bool:
@@ -112,7 +112,7 @@ def recover(path: Path) -> bool:
             _overwrite(fd, found[1])
         for leftover in (journal, draft):
             leftover.unlink(missing_ok=True)
-        sync_folder(target.parent)
+        files.sync_folder(target.parent)
     return torn
 
 
@@ -146,7 +146,7 @@ def _write_journal(target: Path, size: int, old: bytes, new: bytes) -> Path:
         os.replace(draft, journal)
     finally:
         draft.unlink(missing_ok=True)
-    sync_folder(target.parent)
+    files.sync_folder(target.parent)
     return journal
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sdops import hub
-from sdops.core.sink import sync_folder
+from sdops.core.files import sync_folder
 from sdops.errors import HubError, OutputError
 from sdops.hub.listing import Entry, Listing, cache_folder, cached
 from sdops.hub.reference import MAIN

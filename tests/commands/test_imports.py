@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests import tiny
+
 HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "safetensors"}
 _WATCH = """
 import sys
@@ -49,9 +51,7 @@ def test_nothing_heavy(arguments):
     [(["inspect"], set()), (["inspect", "--json", "--keys"], set()), (["hash"], set()), (["verify"], {"numpy"})],
 )
 def test_nothing_heavy_to_look_at_a_file(arguments, allowed, tmp_path):
-    header = b'{"w":{"dtype":"F16","shape":[2],"data_offsets":[0,4]}}'
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    path = tiny.write(tmp_path / "m.safetensors", tiny.checkpoint())
     loaded = modules(*arguments, str(path))
     assert f"sdops.verbs.{arguments[0]}" in loaded
     assert loaded & HEAVY == allowed
