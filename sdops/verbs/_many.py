@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from sdops.core.run import default_jobs
+from sdops.core.run import FORK_BYTES, default_jobs
 from sdops.core.sink import check_target, tag
 from sdops.errors import OutputError, SdopsError, UsageError
 from sdops.report import Progress, Report, silent
@@ -62,8 +62,8 @@ def build_many(
 
     Args:
         builds: What to do.
-        workers: Processes of this machine; default: one per core, but not more than builds; 1 = one after the other in
-            this process, as it is where dask.distributed is not installed.
+        workers: Processes of this machine; default: one per core if all outputs are large, else 1; 1 = one after the
+            other in this process, as it is where dask.distributed is not installed.
         cluster: Address of a dask scheduler whose workers do it instead. They see the same files under the same paths.
         progress: Called as `progress(label, total_bytes)`.
 
@@ -77,8 +77,10 @@ def build_many(
     if not builds:
         return []
     sizes = _checked(builds)
+    given = [build.output for build in builds]
     builds = [build.anywhere() for build in builds]
-    wanted = min(workers or default_jobs(), len(builds)) if cluster is None else 0
+    usual = default_jobs() if min(sizes) >= FORK_BYTES else 1  # starting processes takes seconds
+    wanted = min(workers or usual, len(builds)) if cluster is None else 0
     if wanted > 1 and find_spec("distributed") is None:
         if workers is not None:
             raise _not_installed()
@@ -94,14 +96,20 @@ def build_many(
                     advance(task.nbytes)
         finally:
             _remove_drafts(build for i, build in enumerate(builds) if not isinstance(done.get(f"build {i}"), Report))
-    return [_outcome(done[f"build {i}"]) for i in range(len(builds))]
+    return [_outcome(done[f"build {i}"], given[i], builds[i].output) for i in range(len(builds))]
 
 
-def _outcome(result: Result) -> Report | SdopsError:
+def _outcome(result: Result, given: str, output: str) -> Report | SdopsError:
+    """What came of a build, with its output as the user named it."""
     if isinstance(result, Failed):
-        return result.error()
+        return replace(result, message=result.message.replace(output, given)).error()
     if isinstance(result, str):
         raise TypeError("a build returns a report")
+    result.result = [line.replace(output, given) for line in result.result]
+    result.data["output"] = given
+    for section in result.sections:
+        section.heading = section.heading.replace(output, given)
+        section.rows = [[cell.replace(output, given) for cell in row] for row in section.rows]
     return result
 
 
@@ -114,7 +122,7 @@ def _checked(builds: Sequence[Build]) -> list[int]:
     sizes = []
     for build in builds:
         path, checked = Path(build.output), build.checked()
-        planned = PlannedWithStored(checked, build.found(checked), path.parent, {})
+        planned = PlannedWithStored(checked, build.found(checked), path.parent, {}, build.memory)
         try:
             planned.check(path, force=build.force)
             result = planned.result

@@ -135,16 +135,17 @@ class PlannedWithStored(Planned):
         found: Mapping[str, Found],
         folder: Path,
         stored: Mapping[str, str],
+        memory: int | None = None,
         work: Callable[[Call], Source] | None = None,
     ) -> None:
         keys = step_keys(checked, found) if stored else {}
         self._by_key = stored
         self._stored = {name: Path(stored[key]) for name, key in keys.items() if key in stored}
-        super().__init__(checked, found, folder, work and self._sparing(work))
+        super().__init__(checked, found, folder, memory, work and self._sparing(work))
 
     def again(self, work: Callable[[Call], Source]) -> Planned:
         """As Planned's."""
-        return PlannedWithStored(self.checked, self.found, self.folder, self._by_key, work)
+        return PlannedWithStored(self.checked, self.found, self.folder, self._by_key, self.memory, work)
 
     def _sparing(self, work: Callable[[Call], Source]) -> Callable[[Call], Source]:
         """Work that is not done where a file has its result."""
@@ -201,7 +202,7 @@ def run_build(build: Build) -> Report:
 
     begin, checked = time.monotonic(), build.checked()
     found, path = build.found(checked), Path(build.output)
-    planned = PlannedWithStored(checked, found, path.parent, build.stored)
+    planned = PlannedWithStored(checked, found, path.parent, build.stored, build.memory)
     try:
         if not build.ignore_hashes:
             check_hashes(found.values(), silent)
@@ -224,7 +225,7 @@ def store_step(build: Build, key: str) -> str:
     found = build.found(checked)
     (name,) = [step for step, own in step_keys(checked, found).items() if own == key][:1]
     others = {other: file for other, file in build.stored.items() if other != key}
-    planned, running = PlannedWithStored(checked, found, path.parent, others), _running(build)
+    planned, running = PlannedWithStored(checked, found, path.parent, others, build.memory), _running(build)
     try:
         if not planned.is_trial:
             planned.calls[name].save(path, running)

@@ -251,3 +251,22 @@ def test_nobody_at_the_address(models, tmp_path, monkeypatch):
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert "refused SdopsError no scheduler answers at `tcp://127.0.0.1:9`" in done.stdout
     assert "dask scheduler" in done.stdout
+
+
+def test_a_folder_of_recipes(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "one.toml").write_text(SIMPLE)
+    (folder / "two.toml").write_text(SIMPLE.replace("[inputs]", 'name = "second"\n[inputs]', 1))
+    report = build(folder, inputs=models, set_={"alpha": 0.25})
+    stem = Path(models["a"]).stem
+    names = [f"{stem}.one.alpha0.25.safetensors", f"{stem}.second.alpha0.25.safetensors"]
+    assert report.result == names
+    assert not report.failed
+    build(folder / "one.toml", inputs=models, set_={"alpha": 0.25}, output=tmp_path / "alone.safetensors")
+    assert (tmp_path / names[0]).read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
+    with pytest.raises(UsageError, match=r"no recipe in .* has the parameter `alpah`"):
+        build(folder, inputs=models, set_={"alpah": 0.25})
+    with pytest.raises(SdopsError, match="holds no recipes"):
+        build(tmp_path / "recipes" / "..", inputs=models)

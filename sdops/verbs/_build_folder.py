@@ -1,0 +1,164 @@
+"""Build all recipes of a folder, and tell of many builds as one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdops.errors import SdopsError, UsageError
+from sdops.report import Progress, Report, Section, silent
+from sdops.text import count, duration, size, suggest
+from sdops.verbs._many import build_many
+from sdops.verbs._many_jobs import Build
+from sdops.verbs._recipe_inputs import FilePath
+from sdops.verbs._recipe_text import Recipe
+
+if TYPE_CHECKING:
+    from sdops.verbs._recipe_build import Job
+
+
+def recipes_in(folder: Path) -> list[Recipe]:
+    """All recipes of a folder, by name.
+
+    Raises:
+        SdopsError: there is none.
+        UsageError: one of the files is no recipe.
+    """
+    from sdops.verbs.build import find_recipe
+
+    files = sorted(folder.glob("*.toml"))
+    if not files:
+        raise SdopsError(f"`{folder}` holds no recipes", hint="recipes are `.toml` files; `sdops recipe cp` copies one")
+    return [find_recipe(file) for file in files]
+
+
+def build_folder(
+    folder: FilePath,
+    *,
+    set_: Mapping[str, object] | None = None,
+    inputs: Mapping[str, FilePath] | None = None,
+    output: FilePath | None = None,
+    workers: int | None = None,
+    cluster: str | None = None,
+    dry_run: bool = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> Report:
+    """Build every recipe of a folder.
+
+    Args:
+        folder: With recipes, `*.toml`.
+        set_: Parameter -> value, for the recipes that have it.
+        inputs: Input -> file, for the recipes that have it.
+        output: The folder to write to; default: this one.
+        workers: Processes; default: one per core; 1 = one build after the other.
+        cluster: Address of a dask scheduler whose workers build.
+        dry_run: Check everything, write nothing.
+        progress: Called as `progress(label, total_bytes)`.
+        options: root, ignore_hashes, hash_inputs, jobs, memory, force: as for `sdops.build`.
+
+    Raises:
+        UsageError: a recipe makes no sense, or none has a parameter or input that is given.
+        SdopsError: as `build_many`.
+    """
+    from sdops.verbs._recipe_build import derived_name
+    from sdops.verbs.build import build
+
+    recipes = recipes_in(Path(folder))
+    given, settings = dict(inputs or {}), dict(set_ or {})
+    _check_names(settings, {name for one in recipes for name in one.parameters}, "parameter", folder)
+    _check_names(given, {name for one in recipes for name in one.inputs}, "input", folder)
+    place = Path() if output is None else Path(output)
+    builds = []
+    for one in recipes:
+        own = {name: value for name, value in settings.items() if name in one.parameters}
+        files = {name: os.fspath(file) for name, file in given.items() if name in one.inputs}
+        build_ = Build(
+            one, own, files, "", **{**options, "root": tuple(os.fspath(each) for each in options.get("root", ()))}
+        )
+        builds.append(replace(build_, output=str(place / derived_name(build_.checked(), own, files))))
+    if dry_run:
+        done: list[Report | SdopsError] = [
+            build(one.recipe, set_=one.settings, inputs=one.inputs, output=one.output, dry_run=True, **options)
+            for one in builds
+        ]
+        return many_report(builds, done, 0, dry_run=True)
+    begin = time.monotonic()
+    results = build_many(builds, workers=workers, cluster=cluster, progress=progress)
+    return many_report(builds, results, time.monotonic() - begin)
+
+
+def build_all(jobs: Sequence[Job], running: Mapping[str, Any]) -> None:
+    """Do the builds of a sweep side by side; all that can be done are, before the first error is raised.
+
+    Args:
+        jobs: What.
+        running: As for `build_job`, and workers and cluster.
+
+    Raises:
+        SdopsError: as the builds, or as `build_many`.
+    """
+    names = ("hash_inputs", "jobs", "memory", "force")
+    how = {name: running[name] for name in names}
+    builds = [
+        Build(
+            job.recipe,
+            job.settings,
+            {name: os.fspath(file) for name, file in job.inputs.items()},
+            str(job.output),
+            tuple(os.fspath(one) for one in job.root),
+            job.ignore_hashes,
+            **how,
+        )
+        for job in jobs
+    ]
+    progress = running["progress"]
+    for result in build_many(builds, workers=running["workers"], cluster=running["cluster"], progress=progress):
+        if isinstance(result, SdopsError):
+            raise result
+
+
+def _check_names(given: Iterable[str], known: set[str], what: str, folder: FilePath) -> None:
+    for name in given:
+        if name not in known:
+            close = suggest(name, known)
+            hint = f"did you mean `{close}`?" if close else f"there are {', '.join(sorted(known)) or 'none'}"
+            raise UsageError(f"no recipe in `{folder}` has the {what} `{name}`", hint=hint)
+
+
+def many_report(
+    builds: Sequence[Build], results: Sequence[Report | SdopsError], seconds: float, *, dry_run: bool = False
+) -> Report:
+    """The report of many builds: a line for each, and what went wrong."""
+    report = Report("build", data={"builds": [], "dry_run": dry_run, "seconds": round(seconds, 3)})
+    rows = []
+    for build, result in zip(builds, results, strict=True):
+        facts: dict[str, Any] = {
+            "recipe": build.recipe.name,
+            "output": build.output,
+            "parameters": dict(build.settings),
+        }
+        if isinstance(result, SdopsError):
+            rows.append([build.recipe.name, build.output, "", "", f"failed: {result.message}"])
+            facts |= {"error": result.message, "hint": result.hint}
+            report.failed = True
+            report.hints += [result.hint] if result.hint and result.hint not in report.hints else []
+        else:
+            took = result.data.get("seconds", 0)
+            nbytes = Path(build.output).stat().st_size if Path(build.output).is_file() and not dry_run else 0
+            state = "would be built" if dry_run else "built"
+            rows.append([build.recipe.name, build.output, size(nbytes) if nbytes else "", duration(took), state])
+            facts |= {"seconds": took, "bytes": nbytes}
+            report.result += result.result
+            report.warnings += [text for text in result.warnings if text not in report.warnings]
+        report.data["builds"].append(facts)
+    report.sections = [Section(count(len(builds), "build"), rows, ("recipe", "output", "size>", "time>", ""))]
+    if dry_run:
+        report.hints.append("nothing was written; leave `--dry-run` away to build")
+    elif len(builds) > 1:
+        report.sections.append(Section("", [["all", duration(seconds)]]))
+    return report
