@@ -20,6 +20,12 @@ SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
     "square": lambda i: i**-2.0,
     "exponential": lambda i: torch.exp(-i / 64),
     "rank 32 and noise": lambda i: (i <= 32) + 1e-3 * i**-0.1,
+    "nearly flat": lambda i: i**-0.1,
+    "straight line": lambda i: 1.001 - i / len(i),
+    "steep": lambda i: i**-3.0,
+    "very steep": lambda i: torch.exp(-i / 4),
+    "outliers": lambda i: torch.where(i <= 4, 1e3, 1 / i),
+    "signal in noise": lambda i: 1 / i + 0.02 * (1.001 - i / len(i)).sqrt(),
 }
 
 
@@ -45,10 +51,12 @@ def error(w: Tensor, factors: lowrank.Factors) -> float:
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("shape", [(320, 320), (640, 320), (320, 720), (640, 768)])
+@pytest.mark.parametrize("shape", [(320, 320), (640, 320), (256, 1152), (640, 768)])  # one a convolution
 def test_auto_is_within_a_thousandth_of_the_optimum(name: str, shape: tuple[int, int]) -> None:
     w = with_spectrum(name, shape).float()
     for rank in (4, 16, 32, 128):
+        if optimum(w, rank) < 1e-5 * w.norm():  # as `decompose` says: single precision ends there
+            continue
         found = decompose(w, ranks.fixed(rank), guess=rank)
         assert found.up.shape == (shape[0], rank)
         assert found.down.shape == (rank, shape[1])
