@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -22,14 +23,26 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="NAME=VALUE",
         help="Set a parameter of the recipe; 0.1:0.9:0.1, 0.1,0.5 or --set again build one result for each value",
     ),
-    click.option("-o", "--output", type=FILE, help="Where to write; default: NAME.safetensors, in this folder"),
+    click.option(
+        "-o",
+        "--output",
+        type=FILE,
+        help="Where to write, a folder for several results; default: NAME.safetensors, in this folder",
+    ),
     click.option("-f", "--force", is_flag=True, help="Replace existing outputs"),
     click.option("-n", "--dry-run", is_flag=True, help="Check everything, show what would be done, write nothing"),
     click.option("--root", multiple=True, metavar="FOLDER", help="Look for the recipe's files here, too"),
     click.option("--ignore-hashes", is_flag=True, help="Take inputs other than those that the recipe was written for"),
     click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),
     size_option("--memory", help="Stay below this, e.g. 300MB"),
+    click.option("--html", type=FILE, help="Write a sweep's table of distances and norms as a page"),
     click.option("--no-hash", is_flag=True, help="Do not record the inputs' SHA-256"),
+    click.option(
+        "--workers",
+        type=click.IntRange(1),
+        help="Processes for a folder or a sweep; default: one per core if it is large",
+    ),
+    click.option("--cluster", metavar="ADDRESS", help="A dask scheduler (tcp://...) whose workers build instead"),
 )
 
 
@@ -43,6 +56,8 @@ class BuildCommand(click.Command):
         name = self._recipe_in(args)
         if name is None:
             return super().make_context(info_name, args, parent, **extra)
+        if Path(name).is_dir():
+            return self._of_folder(Path(name)).make_context(info_name, args, parent, **extra)
         from sdops.verbs.build import find_recipe
 
         recipe = find_recipe(name)
@@ -63,6 +78,19 @@ class BuildCommand(click.Command):
             epilog=self.epilog,
         )
         return full.make_context(info_name, args, parent, **extra)
+
+    def _of_folder(self, folder: Path) -> click.Command:
+        """The command with the inputs of all recipes of a folder as options."""
+        from sdops.verbs._build_folder import recipes_in
+
+        names = {name: one.about for recipe in recipes_in(folder) for name, one in recipe.inputs.items()}
+        inputs = [
+            click.Option([f"--{name.replace('_', '-')}", f"input_{name}"], type=FILE, metavar="FILE", help=about)
+            for name, about in names.items()
+        ]
+        text = f"Build all recipes in `{folder}`."
+        params = [self.params[0], *inputs, *self.params[1:]]
+        return click.Command(self.name, params=params, callback=self.callback, help=text, epilog=self.epilog)
 
     def _recipe_in(self, args: list[str]) -> str | None:
         """The first word that is neither an option nor the value of one."""
@@ -92,6 +120,22 @@ def _help(recipe: Recipe) -> str:
     return text + ("\n\n\b\nParameters:\n" + "\n".join(lines) if lines else "")
 
 
+def _settings(recipe: str, words: tuple[str, ...]) -> dict[str, object]:
+    """The values of `--set`, for a recipe or for all of a folder."""
+    from sdops.verbs._build_folder import recipes_in
+    from sdops.verbs._recipe_sweep import read_settings
+    from sdops.verbs.build import find_recipe
+
+    if not Path(recipe).is_dir():
+        return read_settings(find_recipe(recipe), words)
+    found: dict[str, object] = {}
+    for one in recipes_in(Path(recipe)):
+        known = [word for word in words if word.partition("=")[0].strip().replace("-", "_") in one.parameters]
+        found |= read_settings(one, known)
+    unknown = [word for word in words if word.partition("=")[0].strip().replace("-", "_") not in found]
+    return found | {word.partition("=")[0]: word.partition("=")[2] for word in unknown}
+
+
 def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_OPTIONS):
         function = option(function)
@@ -106,20 +150,21 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
       sdops build recipe.toml --set strength=0.8 -o out.safetensors
       sdops build recipe.toml --set strength=0:1:0.25
       sdops build inpainting --model mine.safetensors
+      sdops build recipes/ --model mine.safetensors --workers 2
     """,
 )
 @_with_options
 @general_options
 def command(console: Console, recipe: str, set_: tuple[str, ...], no_hash: bool, **options: Any) -> int:
     """Build a recipe: all of its steps in one pass, without files in between."""
-    from sdops.verbs.build import build, read_settings
+    from sdops.verbs.build import build
 
     given = {name.removeprefix("input_"): options.pop(name) for name in list(options) if name.startswith("input_")}
     inputs = {name: file for name, file in given.items() if file is not None}
     return console.show(
         build(
             recipe,
-            set_=read_settings(recipe, set_),
+            set_=_settings(recipe, set_),
             inputs=inputs,
             hash_inputs=not no_hash,
             progress=console.progress,

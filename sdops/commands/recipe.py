@@ -65,10 +65,11 @@ def cp_command(console: Console, recipe: str, output: str | None, force: bool) -
 @general_options
 def check_command(console: Console, recipe: str, set_: tuple[str, ...]) -> int:
     """Check a recipe without looking at its files."""
-    from sdops.verbs.build import read_settings
+    from sdops.verbs._recipe_sweep import read_settings
+    from sdops.verbs.build import find_recipe
     from sdops.verbs.recipe import check
 
-    return console.show(check(recipe, set_=read_settings(recipe, set_)))
+    return console.show(check(recipe, set_=read_settings(find_recipe(recipe), set_)))
 
 
 @command.command("from")

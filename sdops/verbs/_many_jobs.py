@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sdops import __version__
 from sdops.core.source import Source
-from sdops.core.views import View
+from sdops.core.view import View
 from sdops.errors import SdopsError
 from sdops.hub import is_reference
 from sdops.report import Report, silent

@@ -34,13 +34,14 @@ class Call:
     Args:
         step: What the recipe says.
         files: Name of an input or step -> what stands for it.
+        memory: Bytes that it shall stay below.
 
     Attributes:
         arguments: The verb's keywords; `models` and `files` are positional.
         output: The file that the step asks for itself, or empty.
     """
 
-    def __init__(self, step: CheckedStep, files: Mapping[str, File]) -> None:
+    def __init__(self, step: CheckedStep, files: Mapping[str, File], memory: int | None = None) -> None:
         self.step = step
         self.id = step.id
         self.verb = step.step.verb
@@ -51,6 +52,7 @@ class Call:
         self.arguments = {
             key: _in_place(parameters.get(key), value, files, f"{step.step.path}.{key}") for key, value in given.items()
         }
+        self._memory = memory
         self._lazy: Merge | Apply | None = None
 
     @property
@@ -73,7 +75,7 @@ class Call:
         """
         if self._lazy is None:
             with told(self.step):
-                self._lazy = cast("Merge | Apply", self._call({}))
+                self._lazy = cast("Merge | Apply", self._call({"memory": self._memory}))
         return self._lazy
 
     def save(self, output: Path, running: Mapping[str, Any]) -> Report:

@@ -32,6 +32,7 @@ class Planned:
         checked: The recipe.
         found: Its inputs.
         folder: Where steps write the outputs that they ask for.
+        memory: Bytes that each step shall stay below.
         work: Does a step that has to be done before others can be planned (`_recipe_work`); None = plan those on what
             is known of it before.
 
@@ -48,11 +49,13 @@ class Planned:
         checked: Checked,
         found: Mapping[str, Found],
         folder: Path,
+        memory: int | None = None,
         work: Callable[[Call], Source] | None = None,
     ) -> None:
         self.checked = checked
         self.found = found
         self.folder = folder
+        self.memory = memory
         self.calls: dict[str, Call] = {}
         self._readers = Counter(name for step in checked.steps for name in step.uses)
         self._files: dict[str, File] = {}
@@ -61,7 +64,7 @@ class Planned:
             for name in step.uses:
                 if name in found and name not in self._files:
                     self._files[name] = _handle(found[name])
-            call = Call(step, self._files)
+            call = Call(step, self._files, memory)
             self.calls[step.id] = call
             if call.is_lazy:
                 self._files[step.id] = self._shared(step.id, call.lazy())
@@ -71,7 +74,7 @@ class Planned:
 
     def again(self, work: Callable[[Call], Source]) -> Planned:
         """The same, now with somebody to do the steps that cannot wait."""
-        return Planned(self.checked, self.found, self.folder, work)
+        return Planned(self.checked, self.found, self.folder, self.memory, work)
 
     @property
     def result(self) -> Call:
@@ -131,18 +134,19 @@ def _handle(found: Found) -> File:
     return found.address if is_adapter(found.address) else found.open()
 
 
-def plan_recipe(checked: Checked, found: Mapping[str, Found], folder: Path) -> Planned:
+def plan_recipe(checked: Checked, found: Mapping[str, Found], folder: Path, memory: int | None = None) -> Planned:
     """Open the inputs and plan all steps.
 
     Args:
         checked: The recipe.
         found: Its inputs.
         folder: Where steps write the outputs that they ask for.
+        memory: Bytes to stay below.
 
     Raises:
         SdopsError: as `Planned`.
     """
-    return Planned(checked, found, folder)
+    return Planned(checked, found, folder, memory)
 
 
 def build_recipe(planned: Planned, output: Path, running: Mapping[str, Any]) -> tuple[Report, dict[str, Report]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sdops.core.remembered import Remembered
 from sdops.core.source import Source
-from sdops.core.views import View
+from sdops.core.view import View
 from sdops.formats import FileSource
 from sdops.verbs._inputs import Opened
 from sdops.verbs._provenance import RECIPE

@@ -16,8 +16,8 @@ from sdops.core.source import Source
 from sdops.formats import open_source
 from sdops.verbs._inputs import Opened, open_model
 from sdops.verbs._recipe_calls import Call, File, told
-from sdops.verbs._recipe_check import wrong
 from sdops.verbs._recipe_sources import MadeFile
+from sdops.verbs._recipe_text import wrong
 
 _ORDER = {"extract": ("tuned", "base"), "resize": ("lora",), "merge": ("models", "base"), "convert": ("file", "base")}
 

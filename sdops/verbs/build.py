@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sdops.errors import SdopsError, UsageError
+from sdops.errors import OutputError, SdopsError, UsageError
 from sdops.report import Progress, Report, silent
 from sdops.text import suggest
-from sdops.verbs._recipe_check import Checked, check_recipe
-from sdops.verbs._recipe_inputs import FilePath, check_hashes, find_inputs
-from sdops.verbs._recipe_text import Recipe, read_recipe, read_value
+from sdops.verbs._recipe_check import check_recipe
+from sdops.verbs._recipe_inputs import FilePath, find_inputs
+from sdops.verbs._recipe_sweep import cells, is_sweep
+from sdops.verbs._recipe_text import Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from sdops.verbs._recipe_build import Job
 
 
 def build(
@@ -33,18 +39,22 @@ def build(
     dry_run: bool = False,
     force: bool = False,
     hash_inputs: bool = True,
+    html: FilePath | None = None,
+    workers: int | None = None,
+    cluster: str | None = None,
     progress: Progress = silent,
 ) -> Report:
-    """Build a recipe.
+    """Build a recipe, or for every combination of some parameters' values.
 
     The steps are composed, not run one after the other: every tensor goes through all of them while it is read, and the
     bytes are those that the same commands would give with a file after each step.
 
     Args:
-        recipe: A TOML file, the name of a preset, or a Recipe.
-        set_: Parameter -> value. `--set` on the command line.
+        recipe: A TOML file, the name of a preset, a Recipe, or a folder: all recipes in it are built.
+        set_: Parameter -> value, or a list of values, which makes a sweep. `--set` on the command line.
         inputs: Input -> file, for those that have to be given or shall be others. `--NAME FILE` on the command line.
-        output: Where to write; default: `NAME.safetensors` in this folder, with the parameters that were set.
+        output: Where to write, of a sweep a folder; default: `NAME.safetensors` in this folder, with the parameters
+            that were set.
         root: Folders to look for the recipe's files in, besides its own and this one.
         ignore_hashes: Take inputs that do not hash to what the recipe expects.
         jobs: Threads; default: one per core.
@@ -52,10 +62,14 @@ def build(
         dry_run: Check everything, report what would be done, write nothing.
         force: Replace an existing output.
         hash_inputs: Record the inputs' SHA-256 (remembered between runs).
+        html: Of a sweep: write the table of distances and norms as a page, too.
+        workers: Of a sweep, or for a folder: processes that build side by side; default: one per core if outputs are
+            large, 1 = one build after the other.
+        cluster: Address of a dask scheduler whose workers build instead.
         progress: Called as `progress(label, total_bytes)`.
 
     Returns:
-        A report: inputs, steps, what was written.
+        A report: inputs, steps, what was written; of a sweep the distances of all results from the inputs, by block.
 
     Raises:
         UsageError: the recipe makes no sense, with the path of what is wrong; an input is missing.
@@ -63,31 +77,130 @@ def build(
         FormatError: an input is damaged.
         OutputError: an output exists, is an input, or does not fit on the disk.
     """
-    from sdops.verbs._recipe_plan import build_recipe, plan_recipe
-    from sdops.verbs._recipe_report import build_report
+    from sdops.verbs._recipe_build import Job, build_job, derived_name
 
-    begin = time.monotonic()
-    text = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
-    checked = check_recipe(text, set_)
-    used = {name for step in checked.steps for name in step.uses}
-    found = find_inputs(text, inputs or {}, root, used=used)
-    path = Path(output) if output is not None else Path(derived_name(checked, set_ or {}, inputs or {}))
-    planned = plan_recipe(checked, found, path.parent if output is not None else Path())
-    try:
-        if not ignore_hashes:
-            check_hashes(found.values(), progress)
-        running = {
+    side_by_side: dict[str, Any] = {"workers": workers, "cluster": cluster}
+    if not isinstance(recipe, Recipe) and Path(recipe).is_dir():
+        from sdops.verbs._build_folder import build_folder
+
+        how: dict[str, Any] = {
+            "root": root,
+            "ignore_hashes": ignore_hashes,
             "jobs": jobs,
             "memory": memory,
             "force": force,
-            "hash_inputs": hash_inputs and text.hash_inputs,
-            "dry_run": dry_run,
-            "progress": progress,
         }
-        done, asked = build_recipe(planned, path, running)
-        return build_report(planned, path, done, asked, time.monotonic() - begin, dry_run=dry_run)
-    finally:
-        planned.close()
+        how |= side_by_side | {"dry_run": dry_run, "hash_inputs": hash_inputs, "progress": progress}
+        return build_folder(recipe, set_=set_, inputs=inputs, output=output, **how)
+    text = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
+    running: dict[str, Any] = {
+        "jobs": jobs,
+        "memory": memory,
+        "force": force,
+        "hash_inputs": hash_inputs,
+        "dry_run": dry_run,
+        "progress": progress,
+        **side_by_side,
+    }
+    settings, given = dict(set_ or {}), dict(inputs or {})
+    if is_sweep(settings):
+        return _sweep(text, settings, given, output, tuple(root), html, running, ignore_hashes=ignore_hashes)
+    if html is not None:
+        raise UsageError("a page shows a sweep", hint="give a parameter several values: `--set NAME=0.1:0.9:0.1`")
+    checked = check_recipe(text, settings)
+    path = Path(output) if output is not None else Path(derived_name(checked, settings, given))
+    return build_job(Job(text, checked.values, given, path, tuple(root), ignore_hashes), running)
+
+
+def _sweep(
+    recipe: Recipe,
+    settings: Mapping[str, object],
+    inputs: Mapping[str, FilePath],
+    output: FilePath | None,
+    root: tuple[FilePath, ...],
+    html: FilePath | None,
+    running: Mapping[str, Any],
+    *,
+    ignore_hashes: bool,
+) -> Report:
+    """Build every combination, and measure the results."""
+    from sdops.verbs._build_folder import build_all
+    from sdops.verbs._recipe_build import build_job
+    from sdops.verbs._recipe_sheet import Cell, measured, sheet_report
+
+    begin = time.monotonic()
+    jobs = sweep_jobs(recipe, settings, inputs, output, root, ignore_hashes=ignore_hashes)
+    _check_page(html, force=running["force"])
+    warnings: list[str] = []
+    with _folder(jobs[0].output.parent, make=not running["dry_run"]):
+        for job in jobs:  # whatever is wrong with one is told before the first is built
+            warnings += build_job(job, {**running, "dry_run": True}).warnings
+    sheet = [Cell(job.settings, job.output, 0.0, {}) for job in jobs]
+    if not running["dry_run"]:
+        found = find_inputs(recipe, inputs, root)
+        build_all(jobs, running)
+        for number, job in enumerate(jobs):
+            sheet[number] = measured(job.settings, job.output, found, running["jobs"], running["progress"])
+    report = sheet_report(recipe.name, sheet, time.monotonic() - begin, dry_run=running["dry_run"])
+    report.warnings = list(dict.fromkeys(warnings))
+    if html is not None and not running["dry_run"]:
+        from sdops.verbs._recipe_sheet_page import write_page
+
+        write_page(Path(html), recipe, sheet)
+        report.data["html"] = str(html)
+        report.result.append(str(html))
+    return report
+
+
+@contextmanager
+def _folder(path: Path, *, make: bool) -> Iterator[None]:
+    """A folder for results, which goes again if the checks fail."""
+    new = make and not path.exists()
+    if new:
+        path.mkdir()
+    try:
+        yield
+    except BaseException:
+        if new:
+            path.rmdir()
+        raise
+
+
+def sweep_jobs(
+    recipe: Recipe,
+    settings: Mapping[str, object],
+    inputs: Mapping[str, FilePath],
+    output: FilePath | None = None,
+    root: tuple[FilePath, ...] = (),
+    *,
+    ignore_hashes: bool = False,
+) -> list[Job]:
+    """The builds of a sweep, none of which needs another one; their outputs are named by what was set.
+
+    Raises:
+        UsageError: a value does not fit, or `output` is a file.
+    """
+    from sdops.verbs._recipe_build import Job, derived_name
+
+    folder = Path() if output is None else Path(output)
+    if folder.suffix in (".safetensors", ".ckpt") or folder.is_file():
+        raise UsageError(f"a sweep writes several files, `{folder}` is one", hint="`-o FOLDER`")
+    return [
+        Job(
+            recipe,
+            check_recipe(recipe, one).values,
+            inputs,
+            folder / derived_name(check_recipe(recipe, one), one, inputs),
+            root,
+            ignore_hashes,
+        )
+        for one in cells(recipe, settings)
+    ]
+
+
+def _check_page(html: FilePath | None, *, force: bool) -> None:
+    if html is not None and Path(html).exists() and not force:
+        raise OutputError(f"`{html}` exists already", hint="`--force` replaces it", path=html)
 
 
 def find_recipe(name: FilePath) -> Recipe:
@@ -124,40 +237,3 @@ def recipe_file(name: FilePath) -> Path:
         hint=f"did you mean `{close}`?" if close else "`sdops presets` lists the presets",
         recipe=str(name),
     )
-
-
-def read_settings(recipe: FilePath | Recipe, words: Sequence[str]) -> dict[str, object]:
-    """`NAME=VALUE` texts as values of the parameters' types.
-
-    Raises:
-        UsageError: a text has no `=`, or its value is of another type than the parameter.
-    """
-    text = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
-    settings: dict[str, object] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise UsageError(f"`--set {word}` sets nothing", hint="`--set NAME=VALUE`")
-        name = name.strip().replace("-", "_")
-        one = text.parameters.get(name)
-        settings[name] = value if one is None else read_value(one, value)
-    return settings
-
-
-def derived_name(checked: Checked, settings: Mapping[str, object], inputs: Mapping[str, FilePath]) -> str:
-    """What the result is called when nobody names it: the first model that had to be given, the recipe's name, and the
-    parameters that were set.
-    """
-    own = checked.result.arguments.get("output")
-    if isinstance(own, str) and not settings:
-        return own
-    roles = [name for name, one in checked.recipe.inputs.items() if not one.file and name in inputs]
-    first = Path(os.fspath(inputs[roles[0]])).name.removesuffix(".safetensors") if roles else ""
-    stem = Path(own).stem if isinstance(own, str) else ".".join(filter(None, [first, checked.recipe.name]))
-    set_ = [f"{name}{_short(checked.values[name])}" for name in checked.recipe.parameters if name in settings]
-    return ".".join([stem, *set_]) + ".safetensors"
-
-
-def _short(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return "".join(sign if sign.isalnum() or sign in "+-._" else "_" for sign in text)[:60]

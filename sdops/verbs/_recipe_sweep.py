@@ -1,0 +1,94 @@
+"""Sweeps: a recipe built for every combination of some parameters' values.
+
+alpha=0.1:0.9:0.1        from 0.1 to 0.9 in steps of 0.1, both ends included
+alpha=0.1,0.5,0.9        these
+alpha=0.1  alpha=0.5     the same, one after the other; the way for texts with commas
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from itertools import product
+from math import prod
+
+from sdops.errors import UsageError
+from sdops.verbs._recipe_check import check_recipe
+from sdops.verbs._recipe_text import Parameter, Recipe, Scalar, checked_value, read_value, wrong
+
+MOST_CELLS = 1000
+
+_NUMBER = r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"
+_RANGE = re.compile(rf"{_NUMBER}:{_NUMBER}:{_NUMBER}")
+
+
+def read_settings(recipe: Recipe, words: Sequence[str]) -> dict[str, object]:
+    """`NAME=VALUE` texts as values of the parameters' types; a list where there are several.
+
+    Raises:
+        UsageError: a text has no `=`, or its value is of another type than the parameter.
+    """
+    found: dict[str, list[object]] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise UsageError(f"`--set {word}` sets nothing", hint="`--set NAME=VALUE`")
+        name = name.strip().replace("-", "_")
+        one = recipe.parameters.get(name)
+        found.setdefault(name, []).extend([text] if one is None else _values(one, text))
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+
+
+def _values(one: Parameter, text: str) -> Iterator[Scalar]:
+    """The values that a text stands for."""
+    is_number = isinstance(one.default, int | float) and not isinstance(one.default, bool)
+    if is_number and (span := _RANGE.fullmatch(text)):
+        yield from (read_value(one, number) for number in _steps(one, *span.groups()))
+    elif is_number or one.choices:
+        yield from (read_value(one, part) for part in text.split(","))
+    else:
+        yield read_value(one, text)
+
+
+def _steps(one: Parameter, first: str, last: str, step: str) -> Iterator[str]:
+    """Decimal numbers, so that 0.1:0.9:0.1 ends with 0.9."""
+    path = f"parameters.{one.name}"
+    try:
+        start, end, by = Decimal(first), Decimal(last), Decimal(step)
+        number = int((end - start) / by) if by else -1
+    except (InvalidOperation, OverflowError):
+        number = -1
+    if not 0 <= number <= MOST_CELLS:
+        raise wrong(path, f"`{first}:{last}:{step}` is no range", "FIRST:LAST:STEP, e.g. 0.1:0.9:0.1")
+    yield from (f"{(start + by * i).normalize():f}" for i in range(number + 1))
+
+
+def is_sweep(settings: Mapping[str, object]) -> bool:
+    """Whether a parameter has several values."""
+    return any(isinstance(value, list | tuple) for value in settings.values())
+
+
+def cells(recipe: Recipe, settings: Mapping[str, object]) -> list[dict[str, Scalar]]:
+    """All combinations, the last parameter changing first; every one is checked.
+
+    Raises:
+        UsageError: a value does not fit, there are too many, or a step asks for an output of its own.
+    """
+    lists = {
+        name: list(dict.fromkeys(value)) if isinstance(value, list | tuple) else [value]
+        for name, value in settings.items()
+    }
+    number = prod(len(values) for values in lists.values())
+    if number > MOST_CELLS:
+        raise UsageError(f"{number:,} combinations are too many", hint=f"at most {MOST_CELLS:,}")
+    asked = next((step for step in recipe.steps if "output" in step.arguments), None)
+    if asked is not None:
+        raise wrong(f"{asked.path}.output", "names one file, but a sweep makes many", "leave `output` out for sweeps")
+    found = []
+    for values in product(*lists.values()):
+        one = dict(zip(lists, values, strict=True))
+        checked = check_recipe(recipe, one)
+        found.append({name: checked_value(recipe.parameters[name], one[name], name) for name in one})
+        del checked
+    return found
