@@ -102,7 +102,7 @@ def recover(path: Path) -> bool:
         OutputError: the file cannot be written to, or is being edited.
     """
     target = Path(os.path.realpath(path))
-    journal, draft = _journal(target), _draft(target)
+    journal, draft = journal_of(target), _draft(target)
     if not (journal.exists() or draft.exists()):
         return False
     with _explained(path), _locked(target) as fd:
@@ -124,20 +124,20 @@ def _is_mixture(fd: int, old: bytes, new: bytes) -> bool:
     return all(byte in both for byte, *both in zip(now, old, new, strict=True))
 
 
-def _journal(target: Path) -> Path:
+def journal_of(target: Path) -> Path:
     """Where the journal of a file is; its name is short, for that of the file may have 255 bytes."""
     return target.parent / f".sdops-{tag(target)}.undo"
 
 
 def _draft(target: Path) -> Path:
     """Where the journal is written, before it has its name."""
-    return _journal(target).with_suffix(".tmp")
+    return journal_of(target).with_suffix(".tmp")
 
 
 def _write_journal(target: Path, size: int, old: bytes, new: bytes) -> Path:
     """Both headers, durably; the file has its name only once it is complete."""
     content = _MAGIC + size.to_bytes(8, "little") + len(old).to_bytes(8, "little") + old + new
-    journal, draft = _journal(target), _draft(target)
+    journal, draft = journal_of(target), _draft(target)
     try:
         with open(draft, "wb") as file:
             file.write(content + hashlib.sha256(content).digest())

@@ -10,6 +10,7 @@ does not name are ignored, as the reference does.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,7 +163,16 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _refuse(path: Path, what: str) -> NoReturn:
-    raise FormatError(f"the header of `{path}` is damaged: {what}", hint=_AGAIN, path=path)
+    raise FormatError(f"the header of `{path}` is damaged: {what}", hint=_way_out(path), path=path)
+
+
+def _way_out(path: Path) -> str:
+    """What to do about a damaged header: an edit of sdops that was cut short left the old one beside the file."""
+    from sdops.core.sink_header import journal_of
+
+    if journal_of(Path(os.path.realpath(path))).exists():
+        return f"an edit was cut short: `sdops meta {quote(str(path))}` puts the old header back"
+    return _AGAIN
 
 
 def _parse(path: Path, raw: bytes | bytearray) -> dict[str, Any]:

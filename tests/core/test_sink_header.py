@@ -162,7 +162,7 @@ def test_another_file_of_that_name_is_not_recovered(path, old, new):
 
 
 def test_a_broken_journal_is_thrown_away(path, old):
-    sink_header._journal(path).write_bytes(b"something else")
+    sink_header.journal_of(path).write_bytes(b"something else")
     assert not recover(path)
     assert path.read_bytes() == old + DATA
     assert left_over(path) == []

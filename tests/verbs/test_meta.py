@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sdops.errors import ChangedError, FormatError, OutputError, UsageError
+from sdops.formats import open_source
 from sdops.verbs.hash import hash_files
 from sdops.verbs.meta import meta
 from tests import tiny
@@ -257,3 +258,18 @@ def test_a_half_written_header_is_restored_first(path):
     report = meta(path)
     assert "was cut short" in report.warnings[0]
     assert path.read_bytes()[: len(old)] == old
+
+
+def test_others_say_how_a_half_written_header_is_restored(path):
+    from sdops.core import sink_header
+
+    old = path.read_bytes()[: 8 + int.from_bytes(path.read_bytes()[:8], "little")]
+    new = old[:8] + b" " + old[8:-1]  # the half of it that was written has lost its brace
+    sink_header._write_journal(path, path.stat().st_size, old, new)
+    with open(path, "r+b") as file:
+        file.write(new[:9])
+    with pytest.raises(FormatError) as caught:
+        open_source(path)
+    assert "`sdops meta " in caught.value.hint
+    assert "was cut short" in meta(path).warnings[0]
+    open_source(path).close()
