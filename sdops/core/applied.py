@@ -33,7 +33,7 @@ from sdops.core.precision import Doubles, Raw, decode, encode
 from sdops.core.run import piece_bytes
 from sdops.core.source import Source, aligned, splits
 from sdops.core.spec import Spec
-from sdops.core.views import View
+from sdops.core.view import View
 
 Factors = tuple[Singles, Singles]  # up [rows, r], down [r, columns]; scale and strength are in them
 Weights = Callable[[str], Singles]  # tensor of the model -> its values, in its shape

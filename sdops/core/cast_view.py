@@ -14,7 +14,7 @@ from sdops.core.noise import Noise
 from sdops.core.run import Forkable, piece_bytes
 from sdops.core.source import Source, aligned
 from sdops.core.spec import FP8, Spec
-from sdops.core.views import View
+from sdops.core.view import View
 from sdops.errors import UsageError
 
 PIECE = 1 << 18  # elements read at once

@@ -6,7 +6,7 @@ import threading
 
 from sdops.core.run import piece_bytes
 from sdops.core.source import Source
-from sdops.core.views import View
+from sdops.core.view import View
 
 
 class Remembered(View):

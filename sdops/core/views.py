@@ -11,34 +11,8 @@ from sdops.core.casting import cast
 from sdops.core.precision import FORMATS, Doubles, decode, encode
 from sdops.core.source import Source, read, splits
 from sdops.core.spec import FP8, Spec
+from sdops.core.view import View
 from sdops.errors import FormatError
-
-
-class View:
-    """A Source that looks like another one; subclasses change what they name.
-
-    Args:
-        source: What is looked at.
-        specs: The tensors that the view offers.
-    """
-
-    def __init__(self, source: Source, specs: Mapping[str, Spec]) -> None:
-        self.source = source
-        self.name = source.name
-        self.specs = specs
-        self.metadata = source.metadata
-
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        """As the source's."""
-        self.source.read_into(key, start, buffer)
-
-    def splits(self, key: str) -> bool:
-        """As the source's."""
-        return splits(self.source, key)
-
-    def close(self) -> None:
-        """Close the source."""
-        self.source.close()
 
 
 class Renamed(View):

@@ -10,7 +10,7 @@ from typing import Any
 from sdops.archs.detect import detect
 from sdops.core.run import piece_bytes
 from sdops.core.source import Source
-from sdops.core.views import View
+from sdops.core.view import View
 from sdops.verbs._inputs import Opened
 from sdops.verbs._provenance import RECIPE, compact, without_hashes
 
