@@ -17,7 +17,7 @@ from sdops.verbs._embed_facts import USUAL_NORMS
 from sdops.verbs._inputs import Model, Opened, open_model
 
 _HOW = {
-    "whole": "whole weights: what they change shows beside the model that they were trained on (`sdops custom inspect --model`)",
+    "whole": "whole weights; what they change shows beside their model (`sdops custom inspect --model`)",
     "delta": "differences, which are added to a model's weights",
     "factors": "factors of differences, which are added to a model's weights",
 }

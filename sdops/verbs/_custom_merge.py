@@ -6,42 +6,32 @@ as little as can be (core.constrained). Texts come from the model's own text enc
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sdops import __version__
 from sdops.core.constrained import Constraint, constraint, independent
-from sdops.core.precision import encode
 from sdops.core.run import default_jobs
-from sdops.core.source import read
-from sdops.core.spec import Spec
-from sdops.core.tree import Leaf
 from sdops.errors import MismatchError, UsageError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, duration, size
-from sdops.verbs._adapter_source import AdapterSource, Lazy
 from sdops.verbs._apply_base import open_base
 from sdops.verbs._captions import captions, read_captions
 from sdops.verbs._custom_open import (
     ConceptFile,
     Doubles,
     FilePath,
-    as_lora,
     base_values,
     check_model,
     open_concepts,
-    word_tensor,
 )
-from sdops.verbs._hashes import part_record
+from sdops.verbs._custom_write import lora_source, write_lora
 from sdops.verbs._inputs import Model, Opened
-from sdops.verbs._provenance import RECIPE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,9 +122,9 @@ def merge(
     if dry_run:
         report.hints.append("nothing was written; leave `--dry-run` away to write it")
         return report
-    source = _source(concepts, factors, DTYPES[dtype], path.name)
+    source = lora_source(concepts, factors, DTYPES[dtype], path.name)
     recipe = {"version": __version__, "verb": "custom merge", "classes": list(classes), "to": to, "dtype": dtype}
-    nbytes = _write(
+    nbytes = write_lora(
         source, concepts, base, factors, recipe, to, path,
         jobs=jobs or default_jobs(), force=force, hash_inputs=hash_inputs, progress=progress,
     )  # fmt: skip
@@ -296,82 +286,6 @@ def _factors(
         error += float(np.square(found[module][0] @ (found[module][1] @ solved.rows.T) - missing).sum())
         total += float(np.square(missing).sum())
     return found, (error / total) ** 0.5 if total else 0.0
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-def _source(
-    files: Sequence[ConceptFile], factors: Mapping[str, tuple[Doubles, Doubles]], dtype: str, name: str
-) -> AdapterSource:
-    """A LoRA under kohya's names."""
-    tensors: dict[str, Lazy] = {}
-
-    def put(key: str, values: Doubles, kind: str) -> None:
-        bits, overflow = encode(np.ascontiguousarray(values).reshape(-1), kind)
-        if overflow:
-            raise MismatchError(f"the change of `{key}` does not fit into {kind}", hint="`--dtype fp32` holds it")
-        tensors[key] = Lazy(Spec(kind, values.shape), bits.tobytes)
-
-    for module, (up, down) in factors.items():
-        stem = "lora_unet_" + module.replace(".", "_")
-        put(f"{stem}.lora_up.weight", up, dtype)
-        put(f"{stem}.lora_down.weight", down, dtype)
-        put(f"{stem}.alpha", np.array(float(len(down))), "F32")
-    for file in files:
-        for word, parts in file.words.items():
-            for encoder, vectors in parts.items():
-                tensors[f"bundle_emb.{word}.{encoder}"] = word_tensor(vectors)
-    return AdapterSource(name, tensors, {})
-
-
-def _write(
-    source: AdapterSource,
-    files: Sequence[ConceptFile],
-    base: Opened,
-    factors: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    to: str,
-    path: Path,
-    *,
-    jobs: int,
-    force: bool,
-    hash_inputs: bool,
-    progress: Progress,
-) -> int:
-    """Write the LoRA in a dialect, or the web UI's factors; returns the size in bytes."""
-    from sdops.custom_diffusion import layout
-    from sdops.verbs._adapter_output import save
-    from sdops.verbs._adapters import Spelled, open_adapter, spelled
-
-    inputs = [*(_input(file, base) for file in files), base]
-    records = [*(part_record(f"concept{n}", part) for n, part in enumerate(inputs[:-1], 1)), part_record("base", base)]
-    header = {"format": "pt", "modelspec.title": path.stem}
-    header[RECIPE] = json.dumps({**recipe, "inputs": records}, ensure_ascii=False, separators=(",", ":"))
-    if to == "webui":
-        stems = {module: "lora_unet_" + module.replace(".", "_") for module in factors}
-        leaves = {
-            module: tuple(_leaf(source, f"{stem}.lora_{side}.weight") for side in ("up", "down"))
-            for module, stem in stems.items()
-        }
-        named, more = layout("webui").write(leaves)
-        tensors = {key: Lazy(leaf.spec, partial(read, source, leaf.key)) for key, leaf in named.items()}
-        made = Spelled(AdapterSource(path.name, tensors, header | more), {}, ())
-    else:
-        header |= {"ss_network_module": "networks.lora"}
-        made = spelled(open_adapter(source, architecture=files[0].family), to, header)
-    return save(made, path, inputs, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
-
-
-def _leaf(source: AdapterSource, key: str) -> Leaf:
-    return Leaf(key, source.specs[key])
-
-
-def _input(file: ConceptFile, base: Opened) -> Opened:
-    from sdops.archs.detect import detect
-
-    source = as_lora(file, base)
-    return Opened(source, source, detect(source.specs))
 
 
 def _report(
