@@ -17,6 +17,7 @@ from sdops.errors import SdopsError
 from sdops.report import HEAT, Progress, Report, Section
 from sdops.text import count, shorten
 from sdops.verbs._adapter_blocks import Blocks
+from sdops.verbs._adapter_family import title_of
 from sdops.verbs._adapter_metadata import tags, trigger_words
 from sdops.verbs._adapter_source import values_of
 from sdops.verbs._adapters import open_adapter
@@ -36,6 +37,8 @@ def add_adapter(report: Report, path: Path, *, norms: bool, progress: Progress) 
         report.warnings.append(f"it looks like an adapter, but {error.message}")
         return
     try:
+        if not adapter.patches:  # embeddings alone are no adapter
+            return
         facts = _facts(adapter)
         report.data["adapter"] = facts
         found = [Section("Adapter", _rows(facts)), _components(facts)]
@@ -53,6 +56,7 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
     return {
         "dialect": adapter.dialect,
         "architecture": f"{adapter.architecture} {adapter.variant}".strip(),
+        "rivals": list(adapter.rivals),
         "families": dict(Counter(map(_family, adapter.patches)).most_common()),
         "ranks": {str(rank): number for rank, number in sorted(Counter(ranks).items())},
         "alphas": {f"{alpha:g}": number for alpha, number in sorted(Counter(alphas).items())},
@@ -109,7 +113,7 @@ def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     most = [f"{shorten(tag, 40)} {number:,}" for tag, number in list(facts["tags"].items())[:_TAGS]]
     rows = [
         ("dialect", facts["dialect"]),
-        ("model", facts["architecture"]),
+        ("model", _model(facts)),
         ("families", _counted(facts["families"])),
         ("ranks", _counted(facts["ranks"])),
         ("alphas", _counted(facts["alphas"]) or "none: as the ranks"),
@@ -119,6 +123,14 @@ def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("embeddings", ", ".join(facts["embeddings"])),
     ]
     return [row for row in rows if row[1]]
+
+
+def _model(facts: Mapping[str, Any]) -> str:
+    """`Flux.1 (flux1)`, and what else it may be for."""
+    family, _, variant = facts["architecture"].partition(" ")
+    others = " or ".join(map(title_of, facts["rivals"]))
+    title = f"{title_of(family)} {variant}".strip()
+    return f"{title} ({family})" + (f"; or {others}, nothing in the file tells" if others else "")
 
 
 def _counted(counts: Mapping[str, int]) -> str:
