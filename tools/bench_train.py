@@ -109,7 +109,7 @@ def ours(model: dict[str, Any], options: argparse.Namespace, dtype: Any) -> Any:
     method = trainer("lora")(whole, config)
     parameters = Parameters(method.parameters(), device, dtype)
     optimizer = Optimizer(parameters, clip=1.0, scaled=dtype == torch.float16)
-    optimizer.rate.fill_(1.0)
+    optimizer.set_rates(1.0, 0)
     given = tensors(model, options.batch, options.device, dtype)
     ones = torch.ones(options.batch, device=device)
     batch = Batch(

@@ -35,12 +35,12 @@ class Vectors:
         self._model, self._beginnings = model, beginnings
         self._norms = {encoder.name: encoder.words.usual_norm for encoder in model.encoders} if keep_norm else {}
 
-    def parameters(self, rate: float, decay: float = 0.0) -> list[Parameter]:
+    def parameters(self, rate: float, decay: float = 0.0, until: int | None = None) -> list[Parameter]:
         """One tensor [vectors of all words, width] per encoder."""
         found = []
         for encoder in self._model.encoders:
             rows = torch.cat([self._beginnings[word][encoder.name] for word in self.words])
-            found.append(Parameter(f"words:{encoder.name}", self._scaled(encoder.name, rows), rate, decay))
+            found.append(Parameter(f"words:{encoder.name}", self._scaled(encoder.name, rows), rate, decay, until))
         return found
 
     def use(self, parts: Mapping[str, Tensor]) -> None:

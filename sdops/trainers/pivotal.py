@@ -32,16 +32,10 @@ class Method(lora.Method):
         beginnings = beginnings_of(model, config, self.words)
         self._vectors = Vectors(model, self.words, beginnings, keep_norm=config.keep_norm)
         self._until = round(config.steps * config.words_until)
-        self._pivot: dict[str, Tensor] = {}
-        self._step = 0
 
     def parameters(self) -> list[Parameter]:
         """The layers' parts and the vectors."""
-        return super().parameters() + self._vectors.parameters(self.config.word_lr or RATE)
-
-    def at_step(self, step: int) -> None:
-        """The words stand still from `words_until` on."""
-        self._step = step
+        return super().parameters() + self._vectors.parameters(self.config.word_lr or RATE, until=self._until)
 
     def use(self, parts: Mapping[str, Tensor]) -> None:
         """Hand out both."""
@@ -49,13 +43,8 @@ class Method(lora.Method):
         self._vectors.use(parts)
 
     def after_step(self, views: Mapping[str, Tensor]) -> None:
-        """Keep the words' lengths; once they stand still, put back what AdamW's momentum moved."""
-        words = {name: view for name, view in views.items() if name.startswith("words:")}
-        if self._step < self._until:
-            self._vectors.after_step(views)
-            self._pivot = {name: view.clone() for name, view in words.items()}
-        for name, view in words.items():
-            view.copy_(self._pivot.get(name, view))
+        """Keep the words' lengths."""
+        self._vectors.after_step(views)
 
     def product(self, values: Mapping[str, Tensor]) -> Product:
         """Both, for one file."""

@@ -75,9 +75,8 @@ class Course:
             self._validate(0)
         last = time.monotonic()
         for step in range(self.start, end):
-            self.method.at_step(step)
             self._seed(step)
-            self.optimizer.rate.fill_(self._rate(step))
+            self.optimizer.set_rates(self._rate(step), step)
             loss = take(step)
             done = step + 1
             now = time.monotonic()

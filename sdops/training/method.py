@@ -39,9 +39,6 @@ class Method:
     def after_step(self, views: Mapping[str, Tensor]) -> None:
         """Nothing to do."""
 
-    def at_step(self, step: int) -> None:
-        """Told before each step, counted from 0; what changes over time is decided here."""
-
     def loss(self, batch: Batch) -> Tensor:
         """Weighted mean of squares of the prediction's error, per sample [B]."""
         noisy = noised(batch.latents, batch.noise, batch.abar)

@@ -53,8 +53,20 @@ class Optimizer:
         number = torch.zeros((), device=flat.device)
         self.steps, self.norm, self.stopped = number.clone(), number.clone(), number.clone()
         self.scale, self._good = number + (_FIRST_SCALE if scaled else 1.0), number.clone()
-        self.rate = number.clone()  # the schedule's factor, set before each step
+        self._rates = torch.zeros(len(parameters.groups), device=flat.device)
         self.average = flat.clone() if decay else None
+
+    def set_rates(self, factor: float, step: int) -> None:
+        """Set the learning rates of a step, before it is taken.
+
+        Args:
+            factor: The schedule's, from 0 to 1.
+            step: From 0; groups that have learnt long enough stand still.
+        """
+        rates = [
+            group.lr * factor if group.until is None or step < group.until else 0.0 for group in self._parameters.groups
+        ]
+        self._rates.copy_(torch.tensor(rates))
 
     def step(self, loss: Tensor) -> None:
         """Take one step; the gradient is zero afterwards.
@@ -97,9 +109,9 @@ class Optimizer:
         correction1, correction2 = 1 - beta1**count, 1 - beta2**count
         change = self.first / correction1 / ((self.second / correction2).sqrt() + self._epsilon)
         flat = self._parameters.flat
-        for group in self._parameters.groups:
+        for number, group in enumerate(self._parameters.groups):
             stretch = slice(group.start, group.stop)
-            rate = self.rate * (group.lr * good)
+            rate = self._rates[number] * good
             if group.weight_decay:
                 flat[stretch].mul_(1 - rate * group.weight_decay)
             flat[stretch].sub_(rate * change[stretch])

@@ -24,12 +24,14 @@ class Parameter:
         initial: What it begins as, float32.
         lr: Its learning rate at full rate.
         weight_decay: Of AdamW.
+        until: Steps after which it stands still; None = it learns to the end.
     """
 
     name: str
     initial: Tensor
     lr: float
     weight_decay: float = 0.0
+    until: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Group:
     stop: int
     lr: float
     weight_decay: float
+    until: int | None
 
 
 class Parameters:
@@ -93,7 +96,8 @@ class Parameters:
 def _grouped(parts: Sequence[Parameter], sizes: Sequence[int]) -> Iterator[Group]:
     start = 0
     pairs = zip(parts, sizes, strict=True)
-    for (lr, decay), members in groupby(pairs, key=lambda pair: (pair[0].lr, pair[0].weight_decay)):
+    alike = groupby(pairs, key=lambda pair: (pair[0].lr, pair[0].weight_decay, pair[0].until))
+    for (lr, decay, until), members in alike:
         stop = start + sum(size for _, size in members)
-        yield Group(start, stop, lr, decay)
+        yield Group(start, stop, lr, decay, until)
         start = stop

@@ -83,7 +83,7 @@ def test_the_optimizer_is_torchs_adamw(clip):
             {"params": [theirs[1]], "lr": 3e-3, "weight_decay": 0.0},
         ]
     )
-    optimizer.rate.fill_(1.0)
+    optimizer.set_rates(1.0, 0)
     for _ in range(20):
         wanted = [torch.randn(start.shape, generator=generator) for start in starts]
         loss = sum((x * w).sum() + (x**2).sum() for x, w in zip(ours.current().values(), wanted, strict=True))
@@ -101,7 +101,7 @@ def test_the_optimizer_is_torchs_adamw(clip):
 def test_float16_lowers_its_scale_instead_of_stopping():
     parameters = Parameters([Parameter("a", torch.ones(3), 1e-2)], torch.device("cpu"), torch.float32)
     optimizer = Optimizer(parameters, scaled=True)
-    optimizer.rate.fill_(1.0)
+    optimizer.set_rates(1.0, 0)
     parameters.gradient.fill_(math.inf)
     optimizer.step(torch.tensor(1.0))
     assert float(optimizer.scale) == 2.0**15
