@@ -69,6 +69,41 @@ def bake(target: str, **changed: Any) -> dict[str, Any]:
     return case | {"wide": wide if constants["ALIGNED"] else 0, "matrix": matrix}
 
 
+def sparse_merge(target: str, **changed: Any) -> dict[str, Any]:
+    """`merge_sparse`: TIES of two models in float16 unless changed."""
+    constants = {
+        "N": 2,
+        "CODE": F16,
+        "OUT": F16,
+        "RANDOM": False,
+        "ELECT": True,
+        "NORMALIZE": True,
+        "ALIGNED": True,
+        "BLOCK": 1024,
+    } | changed
+    signature = {"table": "*i64", "numbers": "*fp32", "keys": "*i64", "border": "*i32", "before": "*i32"}
+    signature |= {"first": "*i32", "marks": "*i32"} | dict.fromkeys(("problems", "chunks", "share"), "i32")
+    return _case("_sparse_merge_kernels", "merge_sparse", target, signature, constants) | {"wide": 3, "matrix": False}
+
+
+def count_magnitudes(target: str, **changed: Any) -> dict[str, Any]:
+    """`count_magnitudes`, first level."""
+    constants = {"N": 2, "CODE": F16, "ALIGNED": True, "BINS": 2048, "WHOLE": True, "BLOCK": 1024} | changed
+    signature = {"table": "*i64", "first": "*i32", "prefix": "*i32", "counts": "*i32"}
+    signature |= dict.fromkeys(("problems", "chunks", "share", "shift"), "i32")
+    case = _case("_sparse_merge_kernels", "count_magnitudes", target, signature, constants)
+    return case | {"wide": 2, "matrix": False, "counts": True}  # adds to counters instead of storing
+
+
+def lora_linear(target: str, dtype: str = "fp16", **changed: Any) -> dict[str, Any]:
+    """The fused forward pass."""
+    constants = {"BIAS": True, "ALIGNED": True, "WIDE": False, "R": 16, "BM": 128, "BN": 128, "BK": 64} | changed
+    names = ("x", "weight", "bias", "down", "up", "result", "inner")
+    signature = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("tokens", "outputs", "inputs", "rank"), "i32")
+    case = _case("_lora_linear_kernels", "forward", target, signature | {"scale": "fp32"}, constants)
+    return case | {"wide": 0, "matrix": True, "warps": 8, "stages": 3}
+
+
 def _case(
     module: str, kernel: str, target: str, signature: Mapping[str, str], constants: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -94,15 +129,14 @@ def title(case: Mapping[str, Any]) -> str:
 def complaints(case: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     """What is wrong with the machine code of a case."""
     wants_tf32 = case["constants"].get("PRECISION") == "tf32x3"
-    wide_stores = (
-        "wide_stores" in facts and not case["target"].startswith("gfx") and not case["constants"].get("MEASURE")
-    )
+    stores = "wide_stores" in facts and not case["target"].startswith("gfx")
+    stores &= not (case["constants"].get("MEASURE") or case.get("counts"))
     found = {
         "registers are spilled": facts["spills"] > 0,
         "there is a stack": facts.get("stack", 0) > 0,
         "there is local memory": facts.get("local", 0) > 0,
         "loads are narrower than 16 bytes": facts["wide_loads"] < case["wide"],
-        "stores are narrower than 16 bytes": wide_stores and case["wide"] > 0 and facts["wide_stores"] == 0,
+        "stores are narrower than 16 bytes": stores and case["wide"] > 0 and facts["wide_stores"] == 0,
         "tensor cores are idle": case["matrix"] and not set(facts["matrix"]) & {MATRIX[case["target"]], "HMMA"},
         "products are rounded to TF32": (facts["tf32"] or "inputPrecision = tf32" in facts["ttir"]) and not wants_tf32,
         "subnormal numbers are flushed": bool(facts.get("flushes")),

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from cases import BF16, E4M3, F32, NORMAL, OTHERS, bake, complaints, linear_merge, settle, title
+from cases import (
+    BF16,
+    E4M3,
+    F32,
+    NORMAL,
+    OTHERS,
+    bake,
+    complaints,
+    count_magnitudes,
+    linear_merge,
+    lora_linear,
+    settle,
+    sparse_merge,
+    title,
+)
 from offline import reports
 
 QUICK = [
@@ -13,6 +27,10 @@ QUICK = [
     settle("sm_90"),
     *(bake(target) for target in NORMAL),
     bake("sm_90", FACTOR=F32, BM=32),
+    sparse_merge("sm_90"),
+    sparse_merge("sm_90", RANDOM=True),
+    count_magnitudes("sm_90"),
+    lora_linear("sm_90"),
 ]
 ALL = [
     *(
@@ -22,6 +40,13 @@ ALL = [
         for dtype in (0, BF16, F32)
         for exact in (True, False)
     ),
+    *(
+        sparse_merge(target, RANDOM=drawn, CODE=BF16, OUT=BF16)
+        for target in (*NORMAL, "sm_120", "gfx942")
+        for drawn in (False, True)
+    ),
+    *(count_magnitudes(target, BINS=bins, WHOLE=bins > 1024) for target in NORMAL for bins in (2048, 1024)),
+    *(lora_linear(target, "bf16", R=rank) for target in NORMAL for rank in (16, 64)),
     *(settle(target, 8, dtype) for target in NORMAL for dtype in (BF16, F32)),
     *(
         bake(target, **kind)

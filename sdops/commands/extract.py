@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from sdops.commands._console import Console
-from sdops.commands._options import FILE, general_options, size_option, stream_option
+from sdops.commands._options import FILE, device_option, general_options, size_option, stream_option
 
 _RANK = click.IntRange(1)
 _SHARE = click.FloatRange(0, 1)
@@ -46,6 +46,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these tensors"),
     click.option("--seed", type=int, default=0, show_default=True, help="Of the random start of the approximation"),
     click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),
+    device_option,
     click.option("--no-hash", is_flag=True, help="Do not record the inputs' SHA-256"),
 )
 

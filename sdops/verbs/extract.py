@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from sdops.core.accel import check_device
 from sdops.core.run import default_jobs, run
 from sdops.core.sink import check_inputs
 from sdops.errors import MismatchError, UsageError
@@ -63,6 +64,7 @@ def extract(
     exclude: Sequence[str] = (),
     seed: int = 0,
     jobs: int | None = None,
+    device: str = "cpu",
     dry_run: bool = False,
     force: bool = False,
     hash_inputs: bool = True,
@@ -98,6 +100,7 @@ def extract(
         exclude: Not those that match one of these.
         seed: Of the random start of krylov.
         jobs: Threads; default: one per core.
+        device: cpu, or cuda: layers of one shape are factored together on a GPU. Needs `rank`.
         dry_run: Check everything, report what would be done, write nothing.
         force: Replace an existing output.
         hash_inputs: Record the inputs' SHA-256 (remembered between runs).
@@ -127,6 +130,10 @@ def extract(
     for option, value, allowed in (("svd", svd, ENGINES), ("dtype", dtype, DTYPES)):
         if value not in allowed:
             raise UsageError(f"`{option}` cannot be `{value}`", hint=f"choose one of {', '.join(allowed)}")
+    if device != "cpu":
+        check_device(device)
+        if rank is None:
+            raise UsageError("`--device cuda` needs a fixed rank", hint="add e.g. `--rank 32`, or leave out `--device`")
     first, second = open_model(tuned), open_model(base)
     check_families(first, [second])
     found = pairs(first, second, include, exclude)
@@ -151,6 +158,7 @@ def extract(
         settings,
         to,
         jobs=jobs or default_jobs(),
+        device=device,
         force=force,
         hash_inputs=hash_inputs,
         progress=progress,
@@ -213,6 +221,7 @@ def _save(
     to: str,
     *,
     jobs: int,
+    device: str,
     force: bool,
     hash_inputs: bool,
     progress: Progress,
@@ -229,7 +238,12 @@ def _save(
         Hashes(models, enabled=hash_inputs) as hashes,
     ):
         with progress("extracting", sum(pair.nbytes for pair in found.layers)) as advance:
-            layers = factorise(found.layers, wish, store, jobs, advance)
+            if device == "cpu":
+                layers = factorise(found.layers, wish, store, jobs, advance)
+            else:
+                from sdops.verbs._extract_device import factorise_on_device
+
+                layers = factorise_on_device(found.layers, wish, store, jobs, advance, device)
         layers += small(vectors, wish, store)
         _check_not_empty(tuned, base, layers)
         words = add_words(store, tuned, base)
