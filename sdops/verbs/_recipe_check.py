@@ -36,6 +36,7 @@ _WORDS = {
     "loras": "a list of LoRAs",
     "output": "a file name",
 }
+MOST_RECORDS = 5000
 _DEFAULT_METHOD = "weighted-sum"
 
 
@@ -94,6 +95,7 @@ def check_recipe(recipe: Recipe, settings: Mapping[str, object] | None = None) -
     values = parameter_values(recipe, settings or {})
     found = [_check_step(recipe, step, values) for step in recipe.steps]
     ordered = _ordered(found)
+    _check_record(ordered)
     wanted = _needed(found)
     for step in found:
         if step.id not in wanted:
@@ -358,6 +360,20 @@ def _ordered(steps: Sequence[CheckedStep]) -> list[CheckedStep]:
             if step.id not in done and all(name in done for name in step.uses if name in known):
                 done[step.id] = step
     return list(done.values())
+
+
+def _check_record(ordered: Sequence[CheckedStep]) -> None:
+    """Refuse recipes whose record in the result's header would be endless: it holds a step as often as it is used.
+
+    Raises:
+        UsageError: naming the step where it becomes too long.
+    """
+    sizes: dict[str, int] = {}
+    for step in ordered:
+        sizes[step.id] = 1 + sum(sizes.get(name, 1) for name in step.uses)
+        if sizes[step.id] > MOST_RECORDS:
+            hint = "give one of the steps that several others use an `output`, and build in two recipes"
+            raise wrong(step.step.path, f"steps use each other {MOST_RECORDS:,} times over", hint)
 
 
 def _needed(steps: Sequence[CheckedStep]) -> set[str]:
