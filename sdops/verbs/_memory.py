@@ -18,9 +18,16 @@ DEFAULT = 1 << 30  # for whole tensors, when nobody says
 def fixed_memory(merge: Merge, jobs: int) -> int:
     """Estimate of what a merge takes besides whole tensors."""
     inputs = max((len(step.inputs) for step in merge.plan.steps.values()), default=1)
-    if merge.card.execution in ("linear", "gram"):
+    if merge.card.execution in ("linear", "gram") or (merge.card.execution == "elementwise" and _compiled()):
         return PYTHON + jobs * (5 + inputs) * (1 << 20)  # three float64 buffers, and one piece per input
     return TORCH + jobs * (8 + 3 * inputs) * (1 << 19)  # float32 pieces and their intermediates
+
+
+def _compiled() -> bool:
+    """Whether elementwise methods run on tapes, without torch."""
+    from sdops.core import native
+
+    return native.library() is not None
 
 
 def whole_tensor_bytes(merge: Merge) -> tuple[int, str]:
