@@ -52,8 +52,8 @@ def read(saved: Saved) -> Concepts:
             )
         used |= set(keys)
         parts = tuple(tensors[key] for key in keys)
-        kind_of = "delta" if kind == "delta" else "factors"
-        edits.append(Edit(f"{found['block']}.{found['layer']}", found["parameter"], kind_of, parts))
+        layer, parameter = f"{found['block']}.{found['layer']}", found["parameter"]
+        edits.append(Edit(layer, parameter, "delta" if kind == "delta" else "factors", parts))
     return Concepts(tuple(edits), (), tuple(str(key) for key in tensors if key not in used))
 
 

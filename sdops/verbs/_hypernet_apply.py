@@ -190,7 +190,7 @@ def _opened(file: HypernetFile) -> Opened:
 
 def _dense(change: Any, each: Attention, maps: Mapping[int, Maps], weights: Weights) -> Singles:
     """A change as core.applied wants it: a matrix, a bias as one column."""
-    found = change(each, maps, of_weights(weights)).astype(np.float32)
+    found: Singles = change(each, maps, of_weights(weights)).astype(np.float32)
     return found.reshape(len(found), -1)
 
 
