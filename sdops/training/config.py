@@ -18,8 +18,8 @@ from sdops.text import suggest
 GROUPS = ("model", "data", "train", "loss", "lora", "words", "prior", "output")
 # Settings that may change between a run and its continuation.
 FREE = (
-    "steps", "until", "save_every", "sample_every", "sample_prompts", "sample_steps", "validate_every", "device",
-    "resume", "force", "graph", "checkpointing", "output", "name", "to", "save_dtype",
+    "steps", "until", "batch", "save_every", "sample_every", "sample_prompts", "sample_steps", "validate_every",
+    "device", "resume", "force", "graph", "checkpointing", "output", "name", "to", "save_dtype",
 )  # fmt: skip
 
 

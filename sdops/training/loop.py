@@ -43,7 +43,7 @@ class Course:
         note: Tells the user something.
         advance: Told of every step.
         start: Steps that were done before.
-        losses: Step -> validation loss.
+        losses: Step -> validation loss, of this process' part of the run.
     """
 
     method: Method

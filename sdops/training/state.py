@@ -18,7 +18,7 @@ from sdops.core.source import read
 from sdops.core.spec import Spec
 from sdops.errors import MismatchError, UsageError
 from sdops.formats import open_file
-from sdops.training.config import FREE, Config
+from sdops.training.config import Config
 from sdops.training.pictures import Picture
 
 _KEY = "sdops.training"
@@ -37,12 +37,14 @@ class State:
     tensors: dict[str, Tensor]
 
 
-def identity(method: str, config: Config, names: Sequence[str], pictures: Sequence[Picture]) -> dict[str, Any]:
-    """What a continuation must have in common with the run that it continues."""
+def identity(
+    method: str, config: Config, batch: int, names: Sequence[str], pictures: Sequence[Picture]
+) -> dict[str, Any]:
+    """What a continuation must have in common with the run that it continues; `batch` counts all processes."""
     seen = [f"{picture.digest} {picture.caption}" for picture in pictures]
     return {
         "method": method,
-        "settings": config.fixed(),
+        "settings": {**config.fixed(), "batch": batch},
         "parameters": _digest(names),
         "pictures": _digest(seen),
     }
@@ -91,7 +93,7 @@ def _compare(path: Path, told: Mapping[str, Any], identity: Mapping[str, Any]) -
     if not told:
         raise UsageError(f"`{path}` is no state of a training", hint="leave `--resume` away to begin")
     then, now = told["settings"], identity["settings"]
-    names = [name for name in now if name not in FREE and then.get(name) != now[name]]
+    names = [name for name in now if then.get(name) != now[name]]
     if told["method"] != identity["method"] or names:
         shown = ", ".join(f"`{name}` was {then.get(name)!r} and is {now[name]!r}" for name in names[:3])
         raise UsageError(

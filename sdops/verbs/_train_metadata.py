@@ -20,7 +20,8 @@ def header(course: Course, steps: int, product: Product) -> dict[str, str]:
     """Everything about the run that is nobody's secret: no folders. Without dates, so equal runs give equal files."""
     found = {"format": "pt", **_network(product), **_training(course, steps), **_data(course), **_modelspec(course)}
     recipe = {"version": __version__, "verb": "train", "method": course.method, "steps": steps}
-    recipe["settings"] = {name: value for name, value in course.config.fixed().items() if name not in _FOLDERS}
+    fixed = {**course.config.fixed(), "batch": course.plan.batch}
+    recipe["settings"] = {name: value for name, value in fixed.items() if name not in _FOLDERS}
     found[RECIPE] = json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))
     return found
 

@@ -16,7 +16,7 @@ from sdops.trainers import trainer
 from sdops.training import latents, sampling, state
 from sdops.training.batches import Sample
 from sdops.training.feeder import Feeder
-from sdops.training.log import Log
+from sdops.training.log import Log, read
 from sdops.training.loop import Course as Loop
 from sdops.training.method import Method
 from sdops.training.model import Model
@@ -87,7 +87,9 @@ class Running:
             scaled=self.model.dtype == torch.float16,
         )
         self.tokens = Tokens(course.words | self.method.words, VOCABULARY)
-        self._identity = state.identity(course.method, config, self.parameters.names, course.folder.pictures)
+        self._identity = state.identity(
+            course.method, config, course.plan.batch, self.parameters.names, course.folder.pictures
+        )
         self._start = self._resumed() if config.resume else 0
 
     def _resumed(self) -> int:
@@ -224,7 +226,7 @@ class Running:
 
     def complete(self, report: Report, done: int) -> Report:
         """The report with what came out."""
-        losses = self.loop.losses
+        losses = {line["step"]: line["validation"] for line in read(self.course.log) if "validation" in line}
         rows = [["steps", f"{done:,} in {duration(self.seconds)}"]]
         if losses:
             first, last = min(losses), max(losses)
