@@ -14,7 +14,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.argument("file", metavar="FILE", type=FILE, help="A model file, a shard, or a folder of diffusers"),
     click.option(
         "--to",
-        help="diffusers (a folder), original (one file as its authors spell it), safetensors, ckpt or gguf; "
+        help="Default: as it is, but pickles and GGUF become safetensors; diffusers (a folder), original "
+        "(one file as its authors spell it), safetensors, ckpt or gguf; "
         "of LoRAs kohya, diffusers, peft, comfy, bfl, xlabs, cloneofsimo, lycoris, onetrainer",
     ),
     click.option("-o", "--output", type=FILE, help="Where to write; default: a derived name, in this folder"),

@@ -61,6 +61,7 @@ def convert(
         to: safetensors, ckpt or gguf (another container, the same layout), diffusers (a folder), original (a single
             file as the model's authors spell it). Of LoRAs and their relatives the dialect: kohya, diffusers, peft,
             comfy, bfl, xlabs, cloneofsimo, lycoris, onetrainer (verbs/_convert_adapter.py explains their options).
+            None keeps a folder a folder and makes safetensors of files.
         output: Where to write; default: a derived name in this folder.
         dtype: fp16, bf16, fp32, fp64, fp8_e4m3 or fp8_e5m2, also by component: `fp16,vae=fp32`; of GGUF files also
             q8_0, q5_1, q5_0, q4_1 or q4_0; fp8_scaled gives every fp8 weight a scale (fp8_scaled_old: as ComfyUI
@@ -122,7 +123,8 @@ def convert(
     if family or rank or energy or base or architecture or strip_training_metadata:
         raise UsageError("`--family` and what belongs to it are for LoRAs", hint="`sdops convert FILE --to diffusers`")
     if to is None:
-        raise UsageError("what to convert to is not said", hint="`--to diffusers`; `sdops convert --help` lists all")
+        changes = (dtype, include, exclude, components, ema != "keep", prune, vae, text_encoder, shard)
+        to = _own_form(located(file), changed=any(changes))
     from sdops.verbs._convert_checkpoint import Conversion, open_all
 
     check(to, ema, shard)
@@ -161,3 +163,18 @@ def _all(given: Model | Sequence[Model] | None) -> list[Model]:
     if isinstance(given, str) or not isinstance(given, Sequence):
         return [given]
     return list(given)
+
+
+def _own_form(path: Path, *, changed: bool) -> str:
+    """What a file becomes when nobody says: the form that it has, or safetensors in place of a pickle or GGUF.
+
+    Raises:
+        UsageError: that would be the same file again.
+    """
+    if path.is_dir():
+        form = "diffusers" if (path / "model_index.json").is_file() else "safetensors"
+    else:
+        form, changed = "safetensors", changed or not path.name.endswith((".safetensors", ".safetensors.index.json"))
+    if not changed and path.exists():
+        raise UsageError("what to convert to is not said", hint="`--to diffusers`; `sdops convert --help` lists all")
+    return form

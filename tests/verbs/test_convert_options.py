@@ -480,3 +480,17 @@ def test_other_tokenizers_are_refused(small_checkpoint, tmp_path):
             sdops.convert(
                 small_checkpoint(model), to="diffusers", tokenizer=tmp_path / tokenizer, output=tmp_path / "f"
             )
+
+
+def test_without_a_form_a_file_keeps_it_and_a_pickle_becomes_safetensors(small_checkpoint, tmp_path):
+    file = small_checkpoint("sd15", dtype="F16")
+    sdops.convert(file, dtype="bf16", output=tmp_path / "bf16.safetensors")
+    assert {spec.dtype for spec in open_source(tmp_path / "bf16.safetensors").specs.values()} <= {"BF16", "I64"}
+    sdops.convert(file, to="ckpt", output=tmp_path / "m.ckpt")
+    sdops.convert(tmp_path / "m.ckpt", output=tmp_path / "back.safetensors")
+    assert tiny.load(tmp_path / "back.safetensors").keys() == tiny.load(file).keys()
+    sdops.convert(file, to="diffusers", output=tmp_path / "folder")
+    sdops.convert(tmp_path / "folder", dtype="bf16", output=tmp_path / "other")
+    assert (tmp_path / "other" / "model_index.json").is_file()
+    with pytest.raises(UsageError, match="what to convert to is not said"):
+        sdops.convert(file)
