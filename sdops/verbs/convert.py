@@ -124,7 +124,8 @@ def convert(
         raise UsageError("`--family` and what belongs to it are for LoRAs", hint="`sdops convert FILE --to diffusers`")
     if to is None:
         changes = (dtype, include, exclude, components, ema != "keep", prune, vae, text_encoder, shard)
-        to = _own_form(located(file), changed=any(changes))
+        path = located(file) if isinstance(file, str | os.PathLike) else Path(file.name)
+        to = _own_form(path, changed=any(changes))
     from sdops.verbs._convert_checkpoint import Conversion, open_all
 
     check(to, ema, shard)
