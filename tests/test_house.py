@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 420  # lines; 200 is the aim, and more than 400 needs a reason
 SPEAKERS = {"commands/_console.py"}  # the only files that write to the terminal
 SHELVES = ["adapters", "archs", "commands", "dialects", "embeddings", "formats", "layouts", "merges", "pipelines"]
-SHELVES += ["custom_diffusion", "hypernetworks"]
+SHELVES += ["custom_diffusion", "hypernetworks", "presets", "trainers"]
 MACHINE_PATH = re.compile(r"(?<![\w.~/}>-])/(?:work|farm|root|tmp|mnt|(?:home|Users)/\w+)(?:/|\b)")
 
 
