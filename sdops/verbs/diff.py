@@ -143,6 +143,9 @@ def _report(found: Compared) -> Report:
         *_lists(found),
     ]
     report.warnings = _warnings(found)
+    if not found.same and found.a.detection.family == found.b.detection.family == "adapter":
+        a, b = found.a.origin.path, found.b.origin.path
+        report.hints.append(f"`sdops compare {a} {b}` compares what LoRAs do, through dialects, families and ranks")
     return report
 
 

@@ -90,3 +90,11 @@ def test_real_files_through_all_verbs(path, sdops, tmp_path):
     assert sdops("convert", str(path), "--to", "kohya", "-o", kohya).code == 0
     assert sdops("merge", kohya, small, "--weights", "1,-1", "-m", "svd", "--rank", "2", "-o", merged).code == 0
     assert float(sdops("compare", kohya, small, "-q").out) > 0
+
+
+@pytest.mark.usefixtures("files")
+def test_a_difference_of_loras_points_to_what_sees_through_dialects(sdops):
+    assert sdops("convert", "a.safetensors", "--to", "diffusers", "-o", "there.safetensors").code == 0
+    done = sdops("diff", "a.safetensors", "there.safetensors")
+    assert done.code == 1
+    assert "sdops compare a.safetensors there.safetensors" in done.err
