@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,11 @@ import pytest
 
 # The workers of pytest-xdist share the cores; torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A job in the background or under nohup ignores these, and so would the commands that the tests start and interrupt.
+for _name, _usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), _usual)
 
 
 @pytest.fixture(scope="session", autouse=True)
