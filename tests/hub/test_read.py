@@ -185,3 +185,16 @@ def _header(path: Path) -> dict:
 def _tensors(path: Path) -> bytes:
     data = path.read_bytes()
     return data[8 + int.from_bytes(data[:8], "little") :]
+
+
+def test_a_header_is_kept_as_it_is(hub, sdops, tmp_path, model):
+    """The folder becomes the same file again, and metadata can be changed in a copy."""
+    hub.add("ann/one", {"one.safetensors": model})
+    assert sdops("convert", "hf://ann/one", "--to", "diffusers", "-o", "folder", "--stream").code == 0
+    back = sdops("convert", "folder", "--to", "original", "-o", "back.safetensors")
+    assert back.code == 0, back.err
+    assert (tmp_path / "back.safetensors").read_bytes() == model
+    changed = sdops("meta", "hf://ann/one", "--set", "author=ann", "-o", "copy.safetensors")
+    assert changed.code == 0, changed.err
+    assert _header(tmp_path / "copy.safetensors")["__metadata__"]["modelspec.author"] == "ann"
+    assert _tensors(tmp_path / "copy.safetensors") == model[8 + int.from_bytes(model[:8], "little") :]
