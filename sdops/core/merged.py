@@ -20,10 +20,11 @@ from sdops.core.inputs import nonfinite
 from sdops.core.linear import coefficients
 from sdops.core.method import Method
 from sdops.core.plan import Plan, Step
+from sdops.core.portions import Room, read_unchecked
 from sdops.core.precision import FORMATS, Raw, count_nonfinite, decode, encode
 from sdops.core.retained import Retained
 from sdops.core.run import PIECE_BYTES
-from sdops.core.source import aligned, splits
+from sdops.core.source import splits
 from sdops.core.spec import Spec
 from sdops.core.taped import Taped
 from sdops.errors import UsageError
@@ -74,7 +75,7 @@ class Merged:
         self.retained = Retained(key for key, step in plan.steps.items() if step.action == "merge")
         self._seed = seed
         self._memory = memory
-        self._local = threading.local()
+        self._room = Room()
         self._lock = threading.Lock()
         self._sums: dict[Any, tuple[list[int], ExactSum]] = {}
         self._combined = Combined(method, self.retained)
@@ -194,25 +195,11 @@ class Merged:
         first = start // out.itemsize
         for begin in range(0, len(out), PIECE):
             part = out[begin : begin + PIECE]
-            raws = self._read_inputs(step, first + begin, len(part))
+            raws = read_unchecked(step, first + begin, len(part), self._room)
             if step.action == "cast":
                 self._cast(key, step, raws[0], part)
             else:
                 self._sum(key, step, raws, part, sample=first + begin == 0 and self.retained.wants(key))
-
-    def _read_inputs(self, step: Step, first: int, count: int) -> list[Raw]:
-        """Elements `[first, first + count)` of each input, in this thread's buffers."""
-        buffers: list[memoryview] = self._local.__dict__.setdefault("buffers", [])
-        raws = []
-        for index, item in enumerate(step.inputs):
-            raw = FORMATS[item.spec.dtype].raw
-            size = np.dtype(raw).itemsize
-            if index == len(buffers):
-                buffers.append(aligned(PIECE * 8))
-            view = buffers[index][: count * size]
-            item.source.read_into(item.key, first * size, view)
-            raws.append(np.frombuffer(view, raw))
-        return raws
 
     def _cast(self, key: str, step: Step, raw: Raw, out: Raw) -> None:
         nan, infinite = count_nonfinite(raw, step.inputs[0].spec.dtype)
