@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sdops.archs.blocks import block_of, block_slots
@@ -20,8 +19,8 @@ from sdops.archs.detect import component_of, detect
 from sdops.core.dial import Dial, DialValue, Place, parse_dial
 from sdops.core.patch import Adapter
 from sdops.errors import UsageError
-from sdops.hub import is_reference
 from sdops.verbs._adapters import AdapterFile, name_of, open_adapter
+from sdops.verbs._file_strength import split_file
 from sdops.verbs._inputs import Opened
 
 Wish = AdapterFile | tuple[AdapterFile, DialValue]  # a LoRA as callers name it
@@ -118,18 +117,6 @@ def _open(wish: Wish, model: Opened, architecture: str | None, *, allow_unknown:
     opened = Opened(adapter.source, adapter.source, detect(adapter.source.specs))
     spelled = f"{strength.dial.default:g}" if strength.dial.is_constant and not strength.blocks else "-blocks"
     return Lora(adapter, opened, strength, "" if spelled == "1" else spelled)
-
-
-def split_file(text: str) -> tuple[str, str]:
-    """The file, and what stands after its colon. A name that holds colons is told by the file that is there."""
-    scheme = text.index(":") if is_reference(text) else -1
-    colons = [found.start() for found in re.finditer(":", text) if found.start() > scheme]
-    for end in (len(text), *reversed(colons)):
-        if end and Path(text[:end]).exists():
-            return text[:end], text[end + 1 :]
-    if not colons:
-        return text, ""
-    return text[: colons[0]], text[colons[0] + 1 :]
 
 
 def split_options(text: str) -> tuple[str, dict[str, str]]:

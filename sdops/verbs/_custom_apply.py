@@ -10,14 +10,12 @@ from typing import Any
 from sdops.core.sink import check_inputs
 from sdops.errors import MismatchError, UsageError
 from sdops.report import Progress, Report, Section, silent
-from sdops.verbs._apply_loras import split_file
 from sdops.verbs._convert_adapter import convert_adapter
 from sdops.verbs._custom_open import ConceptFile, FilePath, as_lora, check_model, open_concepts
+from sdops.verbs._file_strength import Wish, with_number
 from sdops.verbs._inputs import Model, Opened
 from sdops.verbs.apply import Apply
 from sdops.verbs.apply import apply as apply_loras
-
-Wish = FilePath | tuple[FilePath, float]
 
 
 def apply(
@@ -55,7 +53,7 @@ def apply(
     if not files:
         raise UsageError("no custom-diffusion file was given", hint="`sdops custom apply MODEL FILE:STRENGTH`")
     base = open_base(model)
-    opened = [_opened(wish) for wish in files]
+    opened = [(open_concepts(path), strength) for path, strength in map(with_number, files)]
     for file, _ in opened:
         check_model(file, base)
     loras = [(as_lora(file, base, words=False), strength) for file, strength in opened]
@@ -72,17 +70,6 @@ def apply(
     report.data["words"] = [name for file, _ in opened for name in file.words]
     _tell_words(report, [file for file, _ in opened])
     return report
-
-
-def _opened(wish: Wish) -> tuple[ConceptFile, float]:
-    path, text = (
-        (wish, "") if not isinstance(wish, str | tuple) else split_file(wish) if isinstance(wish, str) else wish
-    )
-    try:
-        strength = float(text) if text != "" else 1.0
-    except ValueError:
-        raise UsageError(f"`{text}` is no strength", hint="a number behind the file: `delta.bin:0.7`") from None
-    return open_concepts(path), strength
 
 
 def _tell_words(report: Report, files: Sequence[ConceptFile]) -> None:

@@ -20,7 +20,7 @@ from sdops.errors import UsageError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, duration, size
 from sdops.verbs._apply_base import open_base, output_of
-from sdops.verbs._apply_loras import split_file
+from sdops.verbs._file_strength import Wish, with_number
 from sdops.verbs._hashes import Hashes, part_record
 from sdops.verbs._hypernet_layers import (
     Attention,
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from sdops.core.applied import Applied, Weights
 
 DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-Wish = FilePath | tuple[FilePath, float]
 FAR = 0.9  # R^2 of a fit below which it is another network
 
 
@@ -120,17 +119,7 @@ def open_networks(wishes: Sequence[Wish]) -> list[tuple[HypernetFile, float]]:
     """
     if not wishes:
         raise UsageError("no hypernetwork was given", hint="`sdops hypernet apply MODEL FILE:STRENGTH`")
-    found = []
-    for wish in wishes:
-        path, text = (
-            (wish, "") if not isinstance(wish, str | tuple) else split_file(wish) if isinstance(wish, str) else wish
-        )
-        try:
-            strength = float(text) if text != "" else 1.0
-        except ValueError:
-            raise UsageError(f"`{text}` is no strength", hint="a number behind the file: `style.pt:0.7`") from None
-        found.append((open_network(path), strength))
-    return found
+    return [(open_network(path), strength) for path, strength in map(with_number, wishes)]
 
 
 def _derived(model: Opened, networks: Networks) -> str:

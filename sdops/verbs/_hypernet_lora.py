@@ -16,8 +16,9 @@ from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, duration, size
 from sdops.verbs._adapter_names import ARCHITECTURES, names_of
 from sdops.verbs._apply_base import open_base
+from sdops.verbs._file_strength import Wish
 from sdops.verbs._hashes import part_record
-from sdops.verbs._hypernet_apply import Wish, _opened, open_networks, report_of
+from sdops.verbs._hypernet_apply import _opened, open_networks, report_of
 from sdops.verbs._hypernet_layers import (
     Attention,
     Maps,

@@ -22,7 +22,8 @@ from sdops.core.source import read
 from sdops.errors import FormatError, MismatchError, OutputError, SdopsError, UsageError
 from sdops.layouts.tables import made_of
 from sdops.verbs._adapters import open_adapter, read_parts
-from sdops.verbs._apply_loras import split_file, split_options
+from sdops.verbs._apply_loras import split_options
+from sdops.verbs._file_strength import split_file
 from sdops.verbs.apply import Apply, apply
 from tests import tiny
 
