@@ -15,13 +15,14 @@ import triton.language as tl
 
 from ._rounding import (
     as_floats,
-    find,
+    following,
     load_floats,
     load_operand,
     load_raw,
     random_words,
     rounded_at_random,
     rounded_once,
+    share_of,
     size_of,
     store_floats,
     two_sum,
@@ -62,13 +63,11 @@ def bake_tiles(
     BN: tl.constexpr,
     BR: tl.constexpr,
 ):
-    begin = tl.program_id(0) * share
-    end = tl.minimum(begin + share, tiles)
-    problem = find(first, count, begin)
+    begin, end, problem = share_of(first, count, tiles, share)
     m = tl.arange(0, BM)
     n = tl.arange(0, BN)
     for tile in range(begin, end):
-        problem += (tl.load(first + problem + 1) <= tile).to(tl.int32)
+        problem = following(first, problem, tile)
         row = problems + problem * PROBLEM
         rows = tl.load(row + 4).to(tl.int32)
         columns = tl.load(row + 5).to(tl.int32)
@@ -117,12 +116,21 @@ def bake_tiles(
 def _tile(
     row, address: tl.constexpr, stride: tl.constexpr, top, left, m, n, inside, CODE: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """A tile of a matrix as it is stored: a 64-bit address for the tile, 32-bit offsets inside."""
+    """A tile of a matrix as it is stored."""
+    corner, offsets = _place(row, address, stride, top, left, m, n, CODE, ALIGNED)
+    return load_raw(corner, offsets, inside, CODE, ALIGNED)
+
+
+@triton.jit
+def _place(
+    row, address: tl.constexpr, stride: tl.constexpr, top, left, m, n, CODE: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Where a tile lies whose matrix is in a table: a 64-bit address for its corner, 32-bit offsets inside."""
     leading = tl.load(row + stride)
     if ALIGNED:
         leading = tl.multiple_of(leading, 16)
     corner = tl.load(row + address) + (top.to(tl.int64) * leading + left) * size_of(CODE)
-    return load_raw(corner, m[:, None] * leading.to(tl.int32) + n[None, :], inside, CODE, ALIGNED)
+    return corner, m[:, None] * leading.to(tl.int32) + n[None, :]
 
 
 @triton.jit
@@ -149,11 +157,8 @@ def _store_tile(
     CODE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    leading = tl.load(row + stride)
-    if ALIGNED:
-        leading = tl.multiple_of(leading, 16)
-    corner = tl.load(row + address) + (top.to(tl.int64) * leading + left) * size_of(CODE)
-    store_floats(corner, m[:, None] * leading.to(tl.int32) + n[None, :], values, inside, CODE, ALIGNED)
+    corner, offsets = _place(row, address, stride, top, left, m, n, CODE, ALIGNED)
+    store_floats(corner, offsets, values, inside, CODE, ALIGNED)
 
 
 @triton.jit
@@ -194,11 +199,8 @@ def _change(
         if kind == DENSE:
             rows = top + m
             inside = ((rows >= 0) & (rows < height))[:, None] & (n < columns - left)[None, :]
-            leading = tl.load(entry + 6)
-            if ALIGNED:
-                leading = tl.multiple_of(leading, 16)
-            corner = tl.load(entry + 1) + (top.to(tl.int64) * leading + left) * size_of(FACTOR)
-            change = load_floats(corner, m[:, None] * leading.to(tl.int32) + n[None, :], inside, FACTOR, ALIGNED)
+            corner, offsets = _place(entry, 1, 6, top, left, m, n, FACTOR, ALIGNED)
+            change = load_floats(corner, offsets, inside, FACTOR, ALIGNED)
     return change
 
 

@@ -13,8 +13,11 @@ from ._rounding import (
     BF16,
     F16,
     F32,
+    chunk_of,
     find,
+    following,
     load_floats,
+    share_of,
     size_of,
     store_floats,
     to_odd,
@@ -41,18 +44,12 @@ def merge_chunks(
     ALIGNED: tl.constexpr,  # 16-byte accesses: addresses divisible by 16 bytes, sizes by 16 elements
     BLOCK: tl.constexpr,
 ):
-    begin = tl.program_id(0) * share
-    end = tl.minimum(begin + share, chunks)
-    problem = find(first, problems, begin)
+    begin, end, problem = share_of(first, problems, chunks, share)
     lane = tl.arange(0, BLOCK)
     for chunk in range(begin, end):
-        problem += (tl.load(first + problem + 1) <= chunk).to(tl.int32)
+        problem = following(first, problem, chunk)
         row = table + problem * (N + 2)
-        start = (chunk - tl.load(first + problem)).to(tl.int64) * BLOCK
-        left = tl.minimum(tl.load(row) - start, BLOCK).to(tl.int32)
-        if ALIGNED:
-            left = tl.multiple_of(left, 16)
-        mask = lane < left
+        start, mask = chunk_of(first, problem, chunk, tl.load(row), lane, ALIGNED, BLOCK)
         high = tl.zeros((BLOCK,), tl.float32)
         low = tl.zeros((BLOCK,), tl.float32)
         lost = tl.zeros((BLOCK,), tl.float32)
@@ -145,8 +142,7 @@ def settle_chunks(
     problem = find(first, problems, chunk)
     row = table + problem * (N + 2)
     lane = tl.arange(0, BLOCK)
-    start = (chunk - tl.load(first + problem)).to(tl.int64) * BLOCK
-    mask = lane < tl.load(row) - start
+    start, mask = chunk_of(first, problem, chunk, tl.load(row), lane, False, BLOCK)
     high = tl.zeros((BLOCK,), tl.float64)
     low = tl.zeros((BLOCK,), tl.float64)
     lost = tl.zeros((BLOCK,), tl.float64)

@@ -171,6 +171,32 @@ def find(first, count, item):
 
 
 @triton.jit
+def share_of(first, problems, items, share):
+    """A program's items (chunks or tiles), and the problem that holds the first of them."""
+    begin = tl.program_id(0) * share
+    return begin, tl.minimum(begin + share, items), find(first, problems, begin)
+
+
+@triton.jit
+def following(first, problem, item):
+    """The problem that holds an item, if `problem` held the one before it."""
+    return problem + (tl.load(first + problem + 1) <= item).to(tl.int32)
+
+
+@triton.jit
+def chunk_of(first, problem, chunk, numel, lane, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """The first element of a chunk in its tensor (int64), and which lanes hold elements.
+
+    ALIGNED promises that sizes are divisible by 16.
+    """
+    start = (chunk - tl.load(first + problem)).to(tl.int64) * BLOCK
+    left = tl.minimum(numel - start, BLOCK).to(tl.int32)
+    if ALIGNED:
+        left = tl.multiple_of(left, 16)
+    return start, lane < left
+
+
+@triton.jit
 def random_words(key_low, key_high, group):
     """Four words (uint32) for each group of four elements: Philox4x32-10 with the group's number as the counter."""
     key = (key_high.to(tl.uint64) << 32) | (key_low.to(tl.uint64) & 0xFFFFFFFF)

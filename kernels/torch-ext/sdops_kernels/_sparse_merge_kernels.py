@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._rounding import find, interleaved, load_floats, random_words, size_of, store_floats
+from ._rounding import chunk_of, following, interleaved, load_floats, random_words, share_of, size_of, store_floats
 
 
 @triton.jit
@@ -41,20 +41,14 @@ def count_magnitudes(
     WHOLE: tl.constexpr,  # the first level: there is no prefix
     BLOCK: tl.constexpr,
 ):
-    begin = tl.program_id(0) * share
-    end = tl.minimum(begin + share, chunks)
+    begin, end, problem = share_of(first, problems, chunks, share)
     model = tl.program_id(1)
-    problem = find(first, problems, begin)
     lane = tl.arange(0, BLOCK)
     bins = tl.arange(0, BINS)
     found = tl.zeros((BINS,), tl.int32)
     for chunk in range(begin, end):
         row = table + problem * (N + 3)
-        start = (chunk - tl.load(first + problem)).to(tl.int64) * BLOCK
-        left = tl.minimum(tl.load(row) - start, BLOCK).to(tl.int32)
-        if ALIGNED:
-            left = tl.multiple_of(left, 16)
-        mask = lane < left
+        start, mask = chunk_of(first, problem, chunk, tl.load(row), lane, ALIGNED, BLOCK)
         base = load_floats(tl.load(row + 2) + start * size_of(CODE), lane, mask, CODE, ALIGNED)
         bits = _magnitude(_delta(row, model, base, start, lane, mask, CODE, ALIGNED))
         counted = mask
@@ -62,11 +56,11 @@ def count_magnitudes(
             counted = mask & ((bits >> shift) // BINS == tl.load(prefix + problem * N + model))
         place = (bits >> shift) & (BINS - 1)
         found += tl.histogram(place, BINS, mask=counted)
-        following = problem + (tl.load(first + problem + 1) <= chunk + 1).to(tl.int32)
-        if (following != problem) | (chunk + 1 == end):
+        coming = following(first, problem, chunk + 1)
+        if (coming != problem) | (chunk + 1 == end):
             tl.atomic_add(counts + (problem * N + model).to(tl.int64) * BINS + bins, found, mask=found > 0)
             found = tl.zeros((BINS,), tl.int32)
-        problem = following
+        problem = coming
 
 
 @triton.jit
@@ -83,18 +77,12 @@ def count_ties(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    begin = tl.program_id(0) * share
-    end = tl.minimum(begin + share, chunks)
-    problem = find(first, problems, begin)
+    begin, end, problem = share_of(first, problems, chunks, share)
     lane = tl.arange(0, BLOCK)
     for chunk in range(begin, end):
-        problem += (tl.load(first + problem + 1) <= chunk).to(tl.int32)
+        problem = following(first, problem, chunk)
         row = table + problem * (N + 3)
-        start = (chunk - tl.load(first + problem)).to(tl.int64) * BLOCK
-        left = tl.minimum(tl.load(row) - start, BLOCK).to(tl.int32)
-        if ALIGNED:
-            left = tl.multiple_of(left, 16)
-        mask = lane < left
+        start, mask = chunk_of(first, problem, chunk, tl.load(row), lane, ALIGNED, BLOCK)
         base = load_floats(tl.load(row + 2) + start * size_of(CODE), lane, mask, CODE, ALIGNED)
         for i in tl.static_range(N):
             bits = _magnitude(_delta(row, i, base, start, lane, mask, CODE, ALIGNED))
@@ -123,79 +111,42 @@ def merge_sparse(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    begin = tl.program_id(0) * share
-    end = tl.minimum(begin + share, chunks)
-    problem = find(first, problems, begin)
+    TURNS: tl.constexpr = 2 if ELECT else 1  # the sum's signs are known after the first
+    begin, end, problem = share_of(first, problems, chunks, share)
     lane = tl.arange(0, BLOCK)
     for chunk in range(begin, end):
-        problem += (tl.load(first + problem + 1) <= chunk).to(tl.int32)
+        problem = following(first, problem, chunk)
         row = table + problem * (N + 3)
         own = numbers + problem * (N + 3)
-        start = (chunk - tl.load(first + problem)).to(tl.int64) * BLOCK
-        left = tl.minimum(tl.load(row) - start, BLOCK).to(tl.int32)
-        if ALIGNED:
-            left = tl.multiple_of(left, 16)
-        mask = lane < left
+        start, mask = chunk_of(first, problem, chunk, tl.load(row), lane, ALIGNED, BLOCK)
         base = load_floats(tl.load(row + 2) + start * size_of(CODE), lane, mask, CODE, ALIGNED)
         total = tl.zeros((BLOCK,), tl.float32)
-        for i in tl.static_range(N):
-            change = _kept(
-                row,
-                own,
-                keys,
-                border,
-                before,
-                problem,
-                chunk,
-                i,
-                base,
-                start,
-                lane,
-                mask,
-                N,
-                CODE,
-                RANDOM,
-                ALIGNED,
-                BLOCK,
-            )
-            weighted = change * tl.load(own + 3 + i)
-            if i == 0:
-                total = weighted
-            else:
-                total += weighted
-        if ELECT:
-            direction = tl.where(total.to(tl.int32, bitcast=True) < 0, -1.0, 1.0)
+        direction = tl.full((BLOCK,), 1.0, tl.float32)
+        for turn in tl.static_range(TURNS):
             divisor = tl.zeros((BLOCK,), tl.float32)
             for i in tl.static_range(N):
-                change = _kept(
-                    row,
-                    own,
-                    keys,
-                    border,
-                    before,
-                    problem,
-                    chunk,
-                    i,
-                    base,
-                    start,
-                    lane,
-                    mask,
-                    N,
-                    CODE,
-                    RANDOM,
-                    ALIGNED,
-                    BLOCK,
-                )
+                change = _delta(row, i, base, start, lane, mask, CODE, ALIGNED)
+                entry = problem * N + i
+                if RANDOM:
+                    change = _drawn(change, keys + entry * 2, tl.load(own), start, BLOCK)
+                else:
+                    change = _largest(change, mask, border + entry * 2, tl.load(before + chunk * N + i))
                 weight = tl.load(own + 3 + i)
-                agreeing = change * weight * direction
-                taken = tl.where(agreeing > 0.0, agreeing, 0.0)
-                part = tl.where(agreeing > 0.0, 1.0, 0.0) * weight
+                term = change * weight
+                part = tl.zeros((BLOCK,), tl.float32)
+                if turn == 1:
+                    agrees = term * direction > 0.0
+                    term = tl.where(agrees, term * direction, 0.0)
+                    part = tl.where(agrees, 1.0, 0.0) * weight
                 if i == 0:
-                    total = taken
+                    total = term
                     divisor = part
                 else:
-                    total += taken
+                    total += term
                     divisor += part
+            if turn + 1 < TURNS:
+                direction = tl.where(total.to(tl.int32, bitcast=True) < 0, -1.0, 1.0)
+        if ELECT:
             total = total * direction
             if NORMALIZE:
                 total = tl.div_rn(total, divisor + tl.where(divisor == 0.0, 1.0, 0.0))
@@ -208,42 +159,23 @@ def merge_sparse(
 
 
 @triton.jit
-def _kept(
-    row,
-    own,
-    keys,
-    border,
-    before,
-    problem,
-    chunk,
-    i: tl.constexpr,
-    base,
-    start,
-    lane,
-    mask,
-    N: tl.constexpr,
-    CODE: tl.constexpr,
-    RANDOM: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A chunk of what model i keeps of its change; 0 elsewhere."""
-    change = _delta(row, i, base, start, lane, mask, CODE, ALIGNED)
-    entry = problem * N + i
-    if RANDOM:
-        group = start // 4 + tl.arange(0, BLOCK // 4)
-        w0, w1, w2, w3 = random_words(tl.load(keys + entry * 2), tl.load(keys + entry * 2 + 1), group)
-        words = interleaved(w0, w1, w2, w3, BLOCK)
-        density = tl.load(own)
-        keep = (words >> 8).to(tl.float32) * 5.960464477539063e-08 < density  # 2^-24
-        divisor = tl.zeros((BLOCK,), tl.float32) + tl.where(density == 0.0, 1.0, density)
-        change = tl.div_rn(tl.where(keep, change, 0.0), divisor)
-    else:
-        bits = _magnitude(change)
-        edge = tl.load(border + entry * 2)
-        equal = mask & (bits == edge)
-        count = equal.to(tl.int32)
-        place = tl.load(before + chunk * N + i) + tl.cumsum(count, 0) - count
-        keep = (bits > edge) | (equal & (place < tl.load(border + entry * 2 + 1)))
-        change = tl.where(keep, change, 0.0)
-    return change
+def _drawn(change, key, density, start, BLOCK: tl.constexpr):
+    """DARE: what is drawn of a chunk, divided by the density; 0 elsewhere."""
+    group = start // 4 + tl.arange(0, BLOCK // 4)
+    w0, w1, w2, w3 = random_words(tl.load(key), tl.load(key + 1), group)
+    words = interleaved(w0, w1, w2, w3, BLOCK)
+    keep = (words >> 8).to(tl.float32) * 5.960464477539063e-08 < density  # 2^-24
+    divisor = tl.zeros((BLOCK,), tl.float32) + tl.where(density == 0.0, 1.0, density)
+    return tl.div_rn(tl.where(keep, change, 0.0), divisor)
+
+
+@triton.jit
+def _largest(change, mask, border, before):
+    """TIES: what of a chunk is beyond the border, and so many equal to it as there is room for; 0 elsewhere."""
+    bits = _magnitude(change)
+    edge = tl.load(border)
+    equal = mask & (bits == edge)
+    count = equal.to(tl.int32)
+    place = before + tl.cumsum(count, 0) - count
+    keep = (bits > edge) | (equal & (place < tl.load(border + 1)))
+    return tl.where(keep, change, 0.0)
