@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import Field, dataclass, field, fields
 from math import isfinite
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from sdops.errors import UsageError
 from sdops.text import suggest
 
-GROUPS = ("model", "data", "train", "loss", "lora", "words", "prior", "output")
+GROUPS = ("model", "data", "train", "loss", "lora", "words", "prior", "hypernetwork", "inversion", "output")
 # Settings that may change between a run and its continuation.
 FREE = (
     "steps", "until", "batch", "save_every", "sample_every", "sample_prompts", "sample_steps", "validate_every",
@@ -41,6 +42,14 @@ def _key(
 _LORA = ("lora", "pivotal")
 _WORDS = ("ti", "pivotal", "dreamartist", "custom-diffusion")
 _FULL = ("lora", "pivotal", "dreambooth", "custom-diffusion")
+_NOISE = ("lora", "ti", "pivotal", "dreamartist", "custom-diffusion", "dreambooth", "hypernetwork")  # learn to denoise
+_MANY = (*_NOISE, "aesthetic")  # learn from many pictures
+_NETWORK = ("hypernetwork",)
+# Defaults of a method that are not those of the others.
+USUAL: Mapping[str, Mapping[str, Any]] = {
+    "null-text": {"steps": 500, "guidance": 7.5, "clip": 0.0},
+    "aesthetic": {"steps": 5, "validate_every": 5, "clip": 0.0},
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,10 @@ class Config:
         "model", "auto", "To compute in; auto: bf16 on a GPU that has it, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )  # fmt: skip
+    image_encoder: str = _key(
+        "model", "", "Folder of the CLIP whose image encoder looks at the pictures, e.g. of clip-vit-large-patch14",
+        only=("aesthetic",),
+    )  # fmt: skip
     device: str = _key("model", "auto", "auto, cpu, cuda, cuda:1, mps ...")
 
     images: str = _key("data", "", "Folder of pictures; captions lie beside them")
@@ -68,40 +81,52 @@ class Config:
     resolution: int = _key("data", 0, "Pixels of a square; other shapes have as many (0: as the model)", least=8)
     bucket_step: int = _key("data", 64, "Sides of the buckets are multiples of this", least=8)
     buckets: bool = _key("data", True, "Keep the shapes of pictures; else everything is cropped to squares")
-    repeats: int = _key("data", 1, "Every picture so many times in an epoch", least=1)
-    flip: bool = _key("data", False, "Also the mirror image of every picture; not for faces and letters")
-    masks: str = _key("data", "", "Folder of masks with the pictures' names, or `alpha`: white counts, black does not")
-    caption_dropout: float = _key("data", 0.0, "Share of samples that have no caption", least=0, most=1)
-    shuffle_tags: bool = _key("data", False, "Put the tags between commas in a random order each time")
-    keep_tags: int = _key("data", 0, "So many tags stay in front when the others are shuffled", least=0)
+    repeats: int = _key("data", 1, "Every picture so many times in an epoch", least=1, only=_NOISE)
+    flip: bool = _key("data", False, "Also the mirror image of every picture; not for faces and letters", only=_NOISE)
+    masks: str = _key(
+        "data", "", "Folder of masks with the pictures' names, or `alpha`: white counts, black does not", only=_NOISE
+    )
+    caption_dropout: float = _key("data", 0.0, "Share of samples that have no caption", least=0, most=1, only=_NOISE)
+    shuffle_tags: bool = _key("data", False, "Put the tags between commas in a random order each time", only=_NOISE)
+    keep_tags: int = _key("data", 0, "So many tags stay in front when the others are shuffled", least=0, only=_NOISE)
 
     steps: int = _key("train", 1000, "Steps of the optimizer", least=0)
-    batch: int = _key("train", 1, "Pictures at a time", least=1)
-    accumulate: int = _key("train", 1, "Batches per step", least=1)
+    batch: int = _key("train", 1, "Pictures at a time", least=1, only=_MANY)
+    accumulate: int = _key("train", 1, "Batches per step", least=1, only=_MANY)
     lr: float = _key("train", 0.0, "Learning rate (0: the method's)", least=0)
     text_lr: float = _key("train", 0.0, "Learning rate in the text encoders (0: as `lr`)", least=0, only=_FULL)
     schedule: str = _key(
-        "train", "constant", "How the rate falls", choices=("constant", "linear", "cosine", "restarts", "polynomial")
+        "train",
+        "constant",
+        "How the rate falls",
+        choices=("constant", "linear", "cosine", "restarts", "polynomial"),
+        only=_MANY,
     )
-    warmup: int = _key("train", 0, "Steps in which the rate rises from 0", least=0)
-    least_lr: float = _key("train", 0.0, "Share of the rate that is left at the end", least=0, most=1)
-    cycles: int = _key("train", 1, "Cycles of the schedule `restarts`", least=1)
-    weight_decay: float = _key("train", -1.0, "Of AdamW (-1: the method's)", least=-1)
+    warmup: int = _key("train", 0, "Steps in which the rate rises from 0", least=0, only=_MANY)
+    least_lr: float = _key("train", 0.0, "Share of the rate that is left at the end", least=0, most=1, only=_MANY)
+    cycles: int = _key("train", 1, "Cycles of the schedule `restarts`", least=1, only=_MANY)
+    weight_decay: float = _key("train", -1.0, "Of AdamW (-1: the method's)", least=-1, only=_MANY)
     beta1: float = _key("train", 0.9, "Of AdamW", least=0, most=1)
     beta2: float = _key("train", 0.999, "Of AdamW", least=0, most=1)
     adam_epsilon: float = _key("train", 1e-8, "Of AdamW", least=0)
     clip: float = _key("train", 1.0, "Largest norm of the gradient of everything (0: no limit)", least=0)
-    ema: float = _key("train", 0.0, "Save a moving average with this decay, e.g. 0.999 (0: none)", least=0, most=1)
+    ema: float = _key(
+        "train", 0.0, "Save a moving average with this decay, e.g. 0.999 (0: none)", least=0, most=1, only=_MANY
+    )
     checkpointing: bool = _key("train", False, "Compute activations again instead of keeping them: less memory, slower")
-    graph: bool = _key("train", True, "On CUDA: record a step once for each shape and replay it")
+    graph: bool = _key("train", True, "On CUDA: record a step once for each shape and replay it", only=_MANY)
     seed: int = _key("train", 0, "Of everything random", least=0)
     until: int = _key("train", 0, "Stop after this step, to go on later with --resume", least=0)
 
-    min_snr: float = _key("loss", 0.0, "Weigh steps by min(SNR, this) / SNR, usually 5 (0: all alike)", least=0)
-    debiased: bool = _key("loss", False, "Weigh steps by 1 / sqrt(SNR)")
-    noise_offset: float = _key("loss", 0.0, "Shift the noise of whole channels, usually 0.05 (0: not)", least=0)
-    least_step: int = _key("loss", 0, "Learn only from noise steps from this one on", least=0, most=999)
-    most_step: int = _key("loss", 999, "Learn only from noise steps up to this one", least=0, most=999)
+    min_snr: float = _key(
+        "loss", 0.0, "Weigh steps by min(SNR, this) / SNR, usually 5 (0: all alike)", least=0, only=_NOISE
+    )
+    debiased: bool = _key("loss", False, "Weigh steps by 1 / sqrt(SNR)", only=_NOISE)
+    noise_offset: float = _key(
+        "loss", 0.0, "Shift the noise of whole channels, usually 0.05 (0: not)", least=0, only=_NOISE
+    )
+    least_step: int = _key("loss", 0, "Learn only from noise steps from this one on", least=0, most=999, only=_NOISE)
+    most_step: int = _key("loss", 999, "Learn only from noise steps up to this one", least=0, most=999, only=_NOISE)
 
     family: str = _key("lora", "lora", "Family of the adapter", choices=("lora", "loha", "lokr"), only=_LORA)
     rank: int = _key("lora", 16, "Rank of every layer that `ranks` does not name", least=1, only=_LORA)
@@ -115,7 +140,7 @@ class Config:
     dora: bool = _key("lora", False, "Learn lengths and directions apart (DoRA)", only=_LORA)
     rslora: bool = _key("lora", False, "Scale by alpha / sqrt(rank)", only=_LORA)
     dropout: float = _key("lora", 0.0, "Share of a layer's inputs that the adapter does not see", least=0, most=1,
-                          only=_LORA)  # fmt: skip
+                          only=_LORA + _NETWORK)  # fmt: skip
     factor: int = _key("lora", 8, "LoKr: size of the small factor, at most", least=2, only=_LORA)
     block_lr: str = _key("lora", "1", "Rates by block: '1,IN04=0.5,M00=0'", only=_LORA)
 
@@ -128,24 +153,53 @@ class Config:
     words_until: float = _key("words", 0.5, "Share of the steps in which the vectors learn", least=0, most=1,
                               only=("pivotal",))  # fmt: skip
     negative_vectors: int = _key("words", 6, "Vectors of the negative word", least=1, only=("dreamartist",))
-    guidance: float = _key("words", 3.0, "Guidance that the pair learns with", least=0, only=("dreamartist",))
+    guidance: float = _key("words", 3.0, "Guidance to learn with", least=0, only=("dreamartist", "null-text"))
 
     class_images: str = _key("prior", "", "Folder of pictures of the class, to preserve it", only=_FULL)
     class_prompt: str = _key("prior", "", "Caption of all of them, e.g. 'a photo of a dog'", only=_FULL)
     prior_weight: float = _key("prior", 1.0, "Weight of their loss", least=0, only=_FULL)
 
+    widths: str = _key(
+        "hypernetwork", "", "Widths of attention's contexts that get networks, e.g. '768,320' (empty: all)",
+        only=_NETWORK,
+    )  # fmt: skip
+    layer_structure: str = _key("hypernetwork", "1, 2, 1", "Widths of the layers, as multiples", only=_NETWORK)
+    activation: str = _key(
+        "hypernetwork", "linear", "Between layers",
+        choices=("linear", "relu", "leakyrelu", "elu", "swish", "tanh", "sigmoid", "mish", "gelu", "silu", "softsign"),
+        only=_NETWORK,
+    )  # fmt: skip
+    activate_output: bool = _key("hypernetwork", False, "Also behind the last layer", only=_NETWORK)
+    layer_norm: bool = _key("hypernetwork", False, "A layer norm behind every layer", only=_NETWORK)
+    weight_init: str = _key(
+        "hypernetwork", "Normal", "How weights begin; Normal: with deviation 0.01",
+        choices=("Normal", "XavierUniform", "XavierNormal", "KaimingUniform", "KaimingNormal"), only=_NETWORK,
+    )  # fmt: skip
+
+    inner_steps: int = _key(
+        "inversion", 10, "Steps of the optimizer for every DDIM step; there are `steps` / this", least=1,
+        only=("null-text",),
+    )  # fmt: skip
+    enough: float = _key(
+        "inversion", 1e-5, "A DDIM step is done at this error, plus 2e-5 for each step before", least=0,
+        only=("null-text",),
+    )  # fmt: skip
+
     output: str = _key("output", "", "Where to write; default: named after the images, in this folder")
     name: str = _key("output", "", "Name in the metadata; default: the output's")
-    to: str = _key("output", "", "Dialect or layout; default: kohya for LoRAs, a1111 or encoders for words")
+    to: str = _key("output", "", "Dialect or layout; default: what most programs read")
     save_dtype: str = _key(
-        "output", "auto", "Of what is saved; auto: fp16, of words fp32", choices=("auto", "fp16", "bf16", "fp32")
+        "output",
+        "auto",
+        "Of what is saved; auto: fp16 of layers, fp32 of all else",
+        choices=("auto", "fp16", "bf16", "fp32"),
     )
     save_every: int = _key("output", 0, "Also save after every so many steps (0: only at the end)", least=0)
     validate_every: int = _key("output", 100, "Measure the loss with fixed noise that often (0: never)", least=0)
-    validation: int = _key("output", 8, "Pictures that it is measured on", least=1)
-    sample_every: int = _key("output", 0, "Paint the sample prompts that often (0: never)", least=0)
-    sample_prompts: tuple[str, ...] = _key("output", (), "Prompts to paint")
-    sample_steps: int = _key("output", 20, "DDIM steps of a sample", least=1)
+    validation: int = _key("output", 8, "Pictures that it is measured on", least=1, only=_MANY)
+    sample_every: int = _key("output", 0, "Paint the sample prompts that often (0: never)", least=0, only=_MANY)
+    sample_prompts: tuple[str, ...] = _key("output", (), "Prompts to paint", only=_MANY)
+    sample_steps: int = _key("output", 20, "DDIM steps of a sample", least=1, only=_MANY)
     resume: bool = _key("output", False, "Go on where the last run of this output stopped")
     force: bool = _key("output", False, "Replace an existing output")
 
@@ -160,8 +214,11 @@ class Config:
 
 
 def settings_of(method: str) -> list[Field[Any]]:
-    """The settings that a method has, in the order of the file."""
-    return [each for each in fields(Config) if not each.metadata["only"] or method in each.metadata["only"]]
+    """The settings that a method has, with its own defaults, in the order of the file."""
+    found = [copy(each) for each in fields(Config) if not each.metadata["only"] or method in each.metadata["only"]]
+    for each in found:
+        each.default = USUAL.get(method, {}).get(each.name, each.default)
+    return found
 
 
 def read(method: str, file: Path | None, given: Mapping[str, Any]) -> Config:
@@ -190,7 +247,7 @@ def read(method: str, file: Path | None, given: Mapping[str, Any]) -> Config:
         if name not in known:
             raise _no_such_key(method, name, "", known)
         values[name] = _checked(known[name], value, "")
-    return Config(**values)
+    return Config(**{**USUAL.get(method, {}), **values})
 
 
 def _entries(file: Path | None) -> Iterable[tuple[str, Any, str]]:
@@ -220,7 +277,7 @@ def _document(file: Path) -> dict[str, Any]:
         ) from error
 
 
-_PATHS = ("model", "images", "masks", "class_images", "output")
+_PATHS = ("model", "images", "masks", "class_images", "image_encoder", "output")
 
 
 def _placed(name: str, value: Any, file: Path) -> Any:
