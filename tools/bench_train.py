@@ -105,7 +105,7 @@ def ours(model: dict[str, Any], options: argparse.Namespace, dtype: Any) -> Any:
     net = unet(model, options.device, dtype).to(memory_format=torch.channels_last).eval()
     whole = Model("random", model["family"], net, None, [], "epsilon", abar, 512, device, dtype, lambda _: {})
     if options.checkpointing:
-        whole.save_memory()
+        whole.save_memory(dropout=False)
     method = trainer("lora")(whole, config)
     parameters = Parameters(method.parameters(), device, dtype)
     optimizer = Optimizer(parameters, clip=1.0, scaled=dtype == torch.float16)

@@ -22,7 +22,7 @@ from sdops.training.feeder import Batch
 from sdops.training.model import Model
 from sdops.training.parameters import Parameter
 from sdops.training.product import Product
-from sdops.training.tokens import Tokens
+from sdops.training.tokens import LENGTH, Tokens
 
 NEGATIVE = "-neg"
 _APART = 1e-3  # deviation of the noise that sets the negative vectors apart from each other at first
@@ -47,9 +47,12 @@ class Method(method.Method):
         size = model.encoders[0].words.size
         tokens = Tokens(self.words, size)
         text = " ".join(negative)
-        self._negative = {
-            encoder.name: torch.tensor(tokens.rows([text], encoder.pad), device=model.device)
-            for encoder in model.encoders
+        self._negative = {  # for texts of one chunk of 75 tokens, of two ...
+            chunks: {
+                encoder.name: torch.tensor(tokens.rows([text], encoder.pad, chunks, chunks), device=model.device)
+                for encoder in model.encoders
+            }
+            for chunks in range(1, config.chunks + 1)
         }
 
     def parameters(self) -> list[Parameter]:
@@ -69,7 +72,8 @@ class Method(method.Method):
         """The guided prediction."""
         number = len(noisy)
         positive, pooled = self.text(batch)
-        negative, other = self.model.text({name: ids.expand(number, -1) for name, ids in self._negative.items()})
+        ids_of = self._negative[positive.shape[1] // LENGTH]
+        negative, other = self.model.text({name: ids.expand(number, -1) for name, ids in ids_of.items()})
         both = self.model.predict(
             torch.cat([noisy, noisy]),
             torch.cat([batch.steps, batch.steps]),

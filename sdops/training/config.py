@@ -20,7 +20,7 @@ GROUPS = ("model", "data", "train", "loss", "lora", "words", "prior", "hypernetw
 # Settings that may change between a run and its continuation.
 FREE = (
     "steps", "until", "batch", "save_every", "sample_every", "sample_prompts", "sample_steps", "validate_every",
-    "device", "resume", "force", "graph", "checkpointing", "output", "name", "to", "save_dtype",
+    "device", "latents", "resume", "force", "graph", "checkpointing", "output", "name", "to", "save_dtype",
 )  # fmt: skip
 
 
@@ -86,6 +86,10 @@ class Config:
     masks: str = _key(
         "data", "", "Folder of masks with the pictures' names, or `alpha`: white counts, black does not", only=_NOISE
     )
+    most_tokens: int = _key(
+        "data", 225, "Tokens of a caption that are read, in chunks of 75 as the web UIs do; the rest is cut", least=75
+    )
+    latents: str = _key("data", "", "Folder to keep latents in for later runs (empty: they are kept in memory only)")
     caption_dropout: float = _key("data", 0.0, "Share of samples that have no caption", least=0, most=1, only=_NOISE)
     shuffle_tags: bool = _key("data", False, "Put the tags between commas in a random order each time", only=_NOISE)
     keep_tags: int = _key("data", 0, "So many tags stay in front when the others are shuffled", least=0, only=_NOISE)
@@ -207,6 +211,11 @@ class Config:
         """Plain values, for metadata and logs."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of 75 tokens that a caption may have."""
+        return -(-self.most_tokens // 75)
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a continuation must share."""

@@ -20,7 +20,7 @@ from sdops.training.batches import Plan, Sample, varied
 from sdops.training.config import Config
 from sdops.training.latents import Latent
 from sdops.training.model import Model
-from sdops.training.tokens import Tokens
+from sdops.training.tokens import LENGTH, Tokens
 
 _POSTERIOR, _NOISE, _STEP, _OFFSET, _DROPOUT = range(5)  # streams of random numbers
 _CACHED = 4096  # texts whose outputs are kept
@@ -39,8 +39,8 @@ class Batch:
         shares: [B], of a sample in the loss of the batch: 1 / B; times `prior_weight` for pictures of the class.
         mask: [B, 1, h, w] or None.
         sizes: [B, 6], what SDXL is told, else None.
-        ids: Encoder -> [B, 77]; empty where the text is cached.
-        context: [B, 77, width]; None where the text is encoded in the step.
+        ids: Encoder -> [B, 77 c] for c chunks of text; empty where the text is cached.
+        context: [B, 77 c, width]; None where the text is encoded in the step.
         pooled: [B, width] or None.
     """
 
@@ -64,8 +64,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
-        return self._with(moved)
+        found = self.tensors()
+        if device.type == "cuda":  # from other memory the copy would wait for all launched work
+            found = {name: value.pin_memory() for name, value in found.items()}
+        return self._with({name: value.to(device, non_blocking=True) for name, value in found.items()})
 
     def copied(self) -> Batch:
         """The same in memory of its own."""
@@ -148,7 +150,6 @@ class Feeder:
         steps = torch.stack([each["step"] for each in drawn])
         masks = [each["mask"] for each in drawn if "mask" in each]
         sizes = torch.stack([each["sizes"] for each in drawn]) if self.model.family == "sdxl" else None
-        ids = {encoder.name: torch.tensor(self.tokens.rows(texts, encoder.pad)) for encoder in self.model.encoders}
         batch = Batch(
             torch.stack([each["latents"] for each in drawn]),
             torch.stack([each["noise"] for each in drawn]),
@@ -158,10 +159,10 @@ class Feeder:
             torch.tensor(shares),
             self._masks(drawn) if masks else None,
             None if sizes is None else sizes.to(self.model.dtype),
-            ids if self.encodes else {},
+            self._ids(texts) if self.encodes else {},
         )
         if not self.encodes:
-            batch.context, batch.pooled = self._encoded(texts, ids)
+            batch.context, batch.pooled = self._encoded(texts)
         return batch.to(self.model.device)
 
     def _masks(self, drawn: list[dict[str, Tensor]]) -> Tensor:
@@ -201,18 +202,44 @@ class Feeder:
             keep=config.keep_tags,
         )
 
-    @torch.no_grad()
-    def _encoded(self, texts: list[str], ids: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The outputs of the text encoders, from the cache where they are known, on the CPU."""
-        for row, text in enumerate(texts):
-            if text not in self._cache:
-                if len(self._cache) >= _CACHED:
-                    self._cache.pop(next(iter(self._cache)))
-                self._cache[text] = self._outputs({name: rows[row : row + 1] for name, rows in ids.items()})
-        found = [self._cache[text] for text in texts]
-        pooled = [each for _, each in found if each is not None]
-        return torch.cat([context for context, _ in found]), torch.cat(pooled) if pooled else None
+    def encode_texts(self) -> bool:
+        """Encode every text of the run, so that no step has to; whether the encoders are not needed any more."""
+        config = self.config
+        empty = [""] if config.caption_dropout or config.chunks > 1 else []
+        texts = [*dict.fromkeys([*self.captions, *empty, *([config.class_prompt] if self.class_latents else [])])]
+        if self.encodes or config.shuffle_tags or len(texts) > _CACHED:
+            return False
+        for text in texts:
+            self._encoded([text])
+        return True
 
-    def _outputs(self, ids: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        context, pooled = self.model.text({name: rows.to(self.model.device) for name, rows in ids.items()})
-        return context.cpu(), None if pooled is None else pooled.cpu()
+    def _ids(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        chunks = self.config.chunks
+        return {
+            encoder.name: torch.tensor(self.tokens.rows(texts, encoder.pad, chunks)) for encoder in self.model.encoders
+        }
+
+    @torch.no_grad()
+    def _encoded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """The outputs of the text encoders, from the cache where they are known, on the CPU.
+
+        Beside longer texts, one of few chunks has empty chunks at its end.
+        """
+        found = [self._output(text) for text in texts]
+        longest = max(context.shape[1] for context, _ in found)
+        contexts = []
+        for context, _ in found:
+            missing = (longest - context.shape[1]) // LENGTH
+            contexts.append(torch.cat([context, *[self._output("")[0]] * missing], dim=1) if missing else context)
+        pooled = [each for _, each in found if each is not None]
+        return torch.cat(contexts), torch.cat(pooled) if pooled else None
+
+    def _output(self, text: str) -> tuple[Tensor, Tensor | None]:
+        """Of one text."""
+        if text not in self._cache:
+            if len(self._cache) >= _CACHED:
+                self._cache.pop(next(iter(self._cache)))
+            ids = {name: rows.to(self.model.device) for name, rows in self._ids([text]).items()}
+            context, pooled = self.model.text(ids)
+            self._cache[text] = context.cpu(), None if pooled is None else pooled.cpu()
+        return self._cache[text]

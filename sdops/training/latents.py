@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdops.errors import FormatError
 from sdops.training.batches import Box, Sample
+from sdops.training.latent_store import LatentStore, Posterior
 from sdops.training.model import Model
 from sdops.training.pictures import Picture, covered
 
@@ -37,29 +38,24 @@ def make(
     model: Model,
     pictures: list[Picture],
     samples: Iterable[Sample],
-    advance: Callable[[int], None] = lambda _: None,
+    store: LatentStore | None = None,
 ) -> dict[Sample, Latent]:
-    """The latents of all samples.
+    """The latents of all samples, some maybe from a store.
 
     Raises:
         FormatError: a VAE gives numbers that are not finite.
+        OutputError: the store cannot be written.
     """
-    found: dict[Sample, Latent] = {}
-    for sample in samples:
-        if sample not in found:
-            found[sample] = _one(model, pictures[sample.picture], sample)
-        advance(1)
-    return found
+    return {sample: _one(model, pictures[sample.picture], sample, store) for sample in dict.fromkeys(samples)}
 
 
-def _one(model: Model, picture: Picture, sample: Sample) -> Latent:
-    pixels, corner = pixels_of(picture.path, sample.box, mirrored=sample.mirrored)
-    mean, deviation = model.encode(pixels.unsqueeze(0))
-    if not bool(torch.isfinite(mean).all() and torch.isfinite(deviation).all()):
-        raise FormatError(
-            f"the VAE of `{model.name}` gives NaN for `{picture.path}`",
-            hint="the VAE is damaged: `sdops convert --vae` takes another one",
-        )
+def _one(model: Model, picture: Picture, sample: Sample, store: LatentStore | None) -> Latent:
+    found = store.load(picture.digest, sample) if store is not None else None
+    if found is None:
+        found = _encoded(model, picture, sample)
+        if store is not None:
+            store.keep(picture.digest, sample, found)
+    _, corner = covered(picture.size, sample.box)
     mask = None
     if picture.mask is not None:
         mask = mask_of(
@@ -67,11 +63,21 @@ def _one(model: Model, picture: Picture, sample: Sample) -> Latent:
         )
     width, height = sample.box
     sizes = (picture.size[1], picture.size[0], corner[1], corner[0], height, width)
-    return Latent(mean[0].cpu(), deviation[0].cpu(), mask, sizes)
+    return Latent(*found, mask, sizes)
 
 
-def pixels_of(path: Path, box: Box, *, mirrored: bool = False) -> tuple[Tensor, tuple[int, int]]:
-    """A picture [3, H, W] from -1 to 1, scaled to cover the box and cropped in the middle, and the crop's corner.
+def _encoded(model: Model, picture: Picture, sample: Sample) -> Posterior:
+    mean, deviation = model.encode(pixels_of(picture.path, sample.box, mirrored=sample.mirrored).unsqueeze(0))
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(deviation).all()):
+        raise FormatError(
+            f"the VAE of `{model.name}` gives NaN for `{picture.path}`",
+            hint="the VAE is damaged: `sdops convert --vae` takes another one",
+        )
+    return mean[0].cpu(), deviation[0].cpu()
+
+
+def pixels_of(path: Path, box: Box, *, mirrored: bool = False) -> Tensor:
+    """A picture [3, H, W] from -1 to 1, scaled to cover the box and cropped in the middle.
 
     What is transparent becomes white.
     """
@@ -81,9 +87,8 @@ def pixels_of(path: Path, box: Box, *, mirrored: bool = False) -> tuple[Tensor, 
             layer = turned.convert("RGBA")
             turned = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
         image = turned.convert("RGB")
-    image, corner = _fitted(image, box)
-    values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-    return values.flip(-1) if mirrored else values, corner
+    values = torch.from_numpy(np.array(_fitted(image, box))).permute(2, 0, 1).float() / 127.5 - 1
+    return values.flip(-1) if mirrored else values
 
 
 def mask_of(path: Path, box: Box, cell: int, *, alpha: bool, mirrored: bool) -> Tensor:
@@ -95,7 +100,7 @@ def mask_of(path: Path, box: Box, cell: int, *, alpha: bool, mirrored: bool) -> 
     with Image.open(path) as opened:
         turned = ImageOps.exif_transpose(opened)
         image = turned.convert("RGBA").getchannel("A") if alpha else turned.convert("L")
-    image, _ = _fitted(image, box)
+    image = _fitted(image, box)
     values = torch.from_numpy(np.array(image)).float().unsqueeze(0) / 255
     found = torch.nn.functional.avg_pool2d(values, cell)
     if not bool(found.max() > 0):
@@ -103,8 +108,8 @@ def mask_of(path: Path, box: Box, cell: int, *, alpha: bool, mirrored: bool) -> 
     return found.flip(-1) if mirrored else found
 
 
-def _fitted(image: Image.Image, box: Box) -> tuple[Image.Image, tuple[int, int]]:
+def _fitted(image: Image.Image, box: Box) -> Image.Image:
     size, corner = covered(image.size, box)
     if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS)
-    return image.crop((*corner, corner[0] + box[0], corner[1] + box[1])), corner
+    return image.crop((*corner, corner[0] + box[0], corner[1] + box[1]))

@@ -60,7 +60,7 @@ class Course:
     advance: Callable[[int], None] = lambda _: None
     start: int = 0
     losses: dict[int, float] = field(default_factory=dict)
-    _pending: list[tuple[int, float, Tensor, Tensor]] = field(default_factory=list)
+    _pending: list[tuple[int, float, Tensor]] = field(default_factory=list)
 
     def run(self) -> int:
         """Train; returns the number of steps done.
@@ -80,7 +80,8 @@ class Course:
             loss = take(step)
             done = step + 1
             now = time.monotonic()
-            self._pending.append((done, now - last, loss.detach().clone(), self.optimizer.norm.clone()))
+            told = torch.stack([loss, self.optimizer.norm, self.optimizer.stopped])
+            self._pending.append((done, now - last, told))
             last = now
             self.advance(1)
             self._between(done, end)
@@ -122,53 +123,38 @@ class Course:
     # ------------------------------------------------------------------------------------------------------- one step
 
     def _stepper(self) -> Callable[[int], Tensor]:
-        """Eager, or with recorded graphs where that is possible."""
+        """What takes a step and returns its loss, the mean over all processes; recorded where that is possible."""
         config, device = self.config, self.feeder.model.device
-        reason = graphs.why_not(
-            device,
-            accumulate=config.accumulate,
-            ranks=self.workers.size,
-            dropout=config.dropout,
-            checkpointing=config.checkpointing,
-        )
-        if not config.graph or reason:
-            if config.graph and device.type == "cuda":
-                self.note(f"no CUDA graph, so steps are launched one by one, which is slower: {reason}")
-            return self._eager
-        recorded = graphs.Graphs(self._whole, list(self.optimizer.state().values()))
+        whole, part = self._whole, self._part
+        reason = graphs.why_not(device, dropout=bool(config.dropout), checkpointing=config.checkpointing)
+        if config.graph and not reason:
+            whole = graphs.Graphs(whole, [*self.optimizer.everything(), self.parameters.gradient], self.note)
+            part = graphs.Graphs(part, [self.parameters.gradient], self.note)
+        elif config.graph and device.type == "cuda":
+            self.note(f"no CUDA graph, so steps are launched one by one, which is slower: {reason}")
+        if config.accumulate == 1 and self.workers.size == 1:
+            return lambda step: whole(self.feeder.batch(step))
+        return lambda step: self._joined(part, step)
 
-        def take(step: int) -> Tensor:
-            if self._graphs_failed:
-                return self._eager(step)
-            try:
-                return recorded(self.feeder.batch(step))
-            except RuntimeError as error:
-                self._graphs_failed = True
-                self.note(f"CUDA cannot record the step, so it is launched piece by piece, which is slower: {error}")
-                return self._eager(step)
+    def _whole(self, batch: Batch) -> Tensor:
+        """A step of one batch in one process."""
+        loss = self._part(batch)
+        self._optimize(loss)
+        return loss
 
-        return take
-
-    _graphs_failed = False
-
-    def _eager(self, step: int) -> Tensor:
-        """One step of the optimizer; returns its loss, the mean over all processes."""
+    def _joined(self, part: Callable[[Batch], Tensor], step: int) -> Tensor:
+        """A step of several batches, or in several processes."""
         number = self.config.accumulate
-        losses = [self._backward(self.feeder.batch(step * number + part), number) for part in range(number)]
+        losses = [part(self.feeder.batch(step * number + index)).clone() for index in range(number)]
         loss = self.workers.mean(torch.stack(losses).sum())
         self.workers.average(self.parameters.gradient)
         self._optimize(loss)
         return loss
 
-    def _whole(self, batch: Batch) -> Tensor:
-        loss = self._backward(batch, 1)
-        self._optimize(loss)
-        return loss
-
-    def _backward(self, batch: Batch, number: int) -> Tensor:
+    def _part(self, batch: Batch) -> Tensor:
         """Add up the gradient of one batch; returns its part of the loss."""
         self.method.use(self.parameters.current())
-        loss = (self.method.loss(batch) * batch.shares).sum() / number
+        loss = (self.method.loss(batch) * batch.shares).sum() / self.config.accumulate
         (loss * self.optimizer.scale).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -185,15 +171,18 @@ class Course:
         Raises:
             DivergedError: it was not finite.
         """
-        for done, seconds, loss, norm in self._pending:
-            value, length = float(loss), float(norm)
-            if not isfinite(value) or (bool(self.optimizer.stopped) and not isfinite(length)):
+        if not self._pending:
+            return
+        numbers = torch.stack([told for _, _, told in self._pending]).tolist()  # waits for the device, once
+        for (done, seconds, _), (loss, norm, stopped) in zip(self._pending, numbers, strict=True):
+            if stopped:
                 self._stop(done)
             if self.log is not None:
+                norm_told = norm if isfinite(norm) else None  # float16 looks for its scale
                 rate = self._rate(done - 1)
-                norm_told = length if isfinite(length) else None  # float16 looks for its scale
-                entry = {"step": done, "loss": value, "norm": norm_told, "rate": rate, "seconds": round(seconds, 6)}
-                self.log.write(entry)
+                self.log.write(
+                    {"step": done, "loss": loss, "norm": norm_told, "rate": rate, "seconds": round(seconds, 6)}
+                )
         self._pending.clear()
 
     def _stop(self, step: int) -> None:
@@ -211,18 +200,24 @@ class Course:
 
     @torch.no_grad()
     def measure(self) -> float:
-        """The loss with noise that never changes, not weighed: mean over the samples and eight noise steps."""
+        """The loss with noise that never changes, not weighed: mean over the samples and eight noise steps.
+
+        Or what the method measures in its place.
+        """
         self.method.use(self.parameters.current())
+        own = self.method.measure(self.parameters.views())
+        if own is not None:
+            return own
         groups: dict[tuple[int, int], list[Sample]] = {}
         for sample in self.validation:
             groups.setdefault(sample.box, []).append(sample)
-        total = 0.0
+        found: list[Tensor] = []
         for group in groups.values():
             for step in _VALIDATION_STEPS:
                 for start in range(0, len(group), self.config.batch):
                     part = group[start : start + self.config.batch]
-                    total += float(self.method.loss(self.feeder.fixed(part, step, start)).sum())
-        return total / (len(self.validation) * len(_VALIDATION_STEPS))
+                    found.append(self.method.loss(self.feeder.fixed(part, step, start)))
+        return float(torch.cat(found).cpu().double().mean())
 
     def _validate(self, done: int) -> None:
         if self.config.validate_every and self.log is not None:

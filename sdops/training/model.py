@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from sdops.training.tokens import LENGTH
 from sdops.training.words import Words
 
 
@@ -90,10 +93,15 @@ class Model:
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     def text(self, ids: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Tokens per encoder -> context [B, 77, width], pooled [B, width] of models that have it."""
-        outputs = [encoder(ids[encoder.name]) for encoder in self.encoders]
-        pooled = [found for _, found in outputs if found is not None]
-        return torch.cat([hidden for hidden, _ in outputs], dim=-1), pooled[-1] if pooled else None
+        """Tokens per encoder [B, 77 c] -> context [B, 77 c, width], pooled [B, width] of models that have it.
+
+        Each of c chunks is read on its own and the outputs are joined; pooled is the first one's (A1111, ComfyUI).
+        """
+        outputs = [encoder(ids[encoder.name].view(-1, LENGTH)) for encoder in self.encoders]
+        chunks = next(iter(ids.values())).shape[1] // LENGTH
+        context = torch.cat([hidden for hidden, _ in outputs], dim=-1)
+        pooled = [found[::chunks] for _, found in outputs if found is not None]
+        return context.reshape(-1, chunks * LENGTH, context.shape[-1]), pooled[-1] if pooled else None
 
     def predict(
         self, latents: Tensor, steps: Tensor, context: Tensor, pooled: Tensor | None, sizes: Tensor | None
@@ -103,7 +111,7 @@ class Model:
         Args:
             latents: [B, 4, h, w].
             steps: [B], integers.
-            context: [B, 77, width].
+            context: [B, 77 c, width].
             pooled: [B, width], SDXL.
             sizes: [B, 6], SDXL: original height and width, top and left of the crop, height and width.
         """
@@ -130,10 +138,16 @@ class Model:
             module.requires_grad_(False)
             module.eval()
 
-    def save_memory(self) -> None:
-        """Compute activations again in the backward pass."""
-        self.unet.enable_gradient_checkpointing()
+    def save_memory(self, *, dropout: bool) -> None:
+        """Compute activations again in the backward pass.
+
+        Args:
+            dropout: Whether layers drop inputs, so that the state of the random numbers has to be kept for the second
+                time; a CUDA graph cannot look it up.
+        """
+        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
+        self.unet.enable_gradient_checkpointing(partial(checkpoint, **how))
         self.unet.train()
         for encoder in self.encoders:
-            encoder.module.gradient_checkpointing_enable({"use_reentrant": False})
+            encoder.module.gradient_checkpointing_enable(how)
             encoder.module.train()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from sdops.training.parameters import Parameters
 
@@ -51,9 +52,11 @@ class Optimizer:
         self._betas, self._epsilon = betas, epsilon
         self.first, self.second = torch.zeros_like(flat), torch.zeros_like(flat)  # moments
         number = torch.zeros((), device=flat.device)
-        self.steps, self.norm, self.stopped = number.clone(), number.clone(), number.clone()
+        self.norm, self.stopped = number.clone(), number.clone()
+        self.steps = torch.zeros(len(parameters.groups), device=flat.device)  # good ones, as AdamW counts them
         self.scale, self._good = number + (_FIRST_SCALE if scaled else 1.0), number.clone()
         self._rates = torch.zeros(len(parameters.groups), device=flat.device)
+        self._is_cuda = flat.device.type == "cuda"
         self.average = flat.clone() if decay else None
 
     def set_rates(self, factor: float, step: int) -> None:
@@ -61,12 +64,11 @@ class Optimizer:
 
         Args:
             factor: The schedule's, from 0 to 1.
-            step: From 0; groups that have learnt long enough stand still.
+            step: From 0; groups whose time is over, or has not come, stand still.
         """
-        rates = [
-            group.lr * factor if group.until is None or step < group.until else 0.0 for group in self._parameters.groups
-        ]
-        self._rates.copy_(torch.tensor(rates))
+        rates = [group.lr * factor if group.learns(step) else 0.0 for group in self._parameters.groups]
+        told = torch.tensor(rates, pin_memory=self._is_cuda)  # from other memory the copy would wait for the device
+        self._rates.copy_(told, non_blocking=True)
 
     def step(self, loss: Tensor) -> None:
         """Take one step; the gradient is zero afterwards.
@@ -76,15 +78,14 @@ class Optimizer:
         """
         with torch.no_grad():
             gradient = self._parameters.gradient
-            gradient.div_(self.scale)
-            self.norm.copy_(torch.linalg.vector_norm(gradient))
+            self.norm.copy_(torch.linalg.vector_norm(gradient) / self.scale)
             finite = torch.isfinite(self.norm)
+            divisor = self.scale.clone()
+            if self._clip:
+                divisor.div_((self._clip / (self.norm + 1e-6)).clamp(max=1.0))
             self._judge(finite, torch.isfinite(loss))
             good = (finite & (self.stopped == 0)).float()
-            if self._clip:
-                gradient.mul_((self._clip / (self.norm + 1e-6)).clamp(max=1.0))
-            torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-            self._adamw(gradient, good)
+            self._adamw(gradient, divisor, 1 - good)
             if self.average is not None:
                 self.average.lerp_(self._parameters.flat, good * (1 - self._decay))
             gradient.zero_()
@@ -99,22 +100,37 @@ class Optimizer:
             self._good.copy_(torch.where(self._good >= _GROWTH_STEPS, 0.0, self._good))
             self.scale.copy_(torch.where(finite, grown, self.scale / 2).clamp(1.0, 2.0**24))
 
-    def _adamw(self, gradient: Tensor, good: Tensor) -> None:
-        """Loshchilov and Hutter 2019, arXiv:1711.05101; `good` is 1, or 0 to leave everything as it is."""
-        beta1, beta2 = self._betas
-        self.steps.add_(good)
-        count = self.steps.clamp(min=1.0)
-        self.first.lerp_(gradient, good * (1 - beta1))
-        self.second.lerp_(gradient.square(), good * (1 - beta2))
-        correction1, correction2 = 1 - beta1**count, 1 - beta2**count
-        change = self.first / correction1 / ((self.second / correction2).sqrt() + self._epsilon)
+    def _adamw(self, gradient: Tensor, divisor: Tensor, bad: Tensor) -> None:
+        """Loshchilov and Hutter 2019, arXiv:1711.05101, by torch's fused kernel: one pass over each group.
+
+        Args:
+            gradient: Of the scaled loss.
+            divisor: What it is divided by: the scale, and what clipping takes.
+            bad: 1 leaves everything as it is.
+        """
         flat = self._parameters.flat
+        still = torch.maximum((self._rates == 0).float(), bad)  # a group without a rate keeps moments and count, too
         for number, group in enumerate(self._parameters.groups):
             stretch = slice(group.start, group.stop)
-            rate = self._rates[number] * good
-            if group.weight_decay:
-                flat[stretch].mul_(1 - rate * group.weight_decay)
-            flat[stretch].sub_(rate * change[stretch])
+            adamw(
+                [flat[stretch]],
+                [gradient[stretch]],
+                [self.first[stretch]],
+                [self.second[stretch]],
+                [],
+                [self.steps[number]],
+                fused=True,
+                capturable=True,
+                grad_scale=divisor,
+                found_inf=still[number],
+                lr=self._rates[number],
+                beta1=self._betas[0],
+                beta2=self._betas[1],
+                weight_decay=group.weight_decay,
+                eps=self._epsilon,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a continuation needs, by name."""
@@ -127,6 +143,10 @@ class Optimizer:
             "good": self._good,
         }
         return found | ({"average": self.average} if self.average is not None else {})
+
+    def everything(self) -> list[Tensor]:
+        """All that a step changes."""
+        return [*self.state().values(), self.norm, self.stopped]
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on where another run stopped."""

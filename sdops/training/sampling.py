@@ -12,6 +12,7 @@ from sdops.training.model import Model
 from sdops.training.tokens import Tokens
 
 GUIDANCE = 7.5
+_CHUNKS = 3  # of 75 tokens that a prompt may have
 
 
 def clean_of(prediction: str, predicted: Tensor, noisy: Tensor, abar: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,5 +76,6 @@ def paint(
 
 def _ids(model: Model, tokens: Tokens, texts: list[str]) -> Mapping[str, Tensor]:
     return {
-        encoder.name: torch.tensor(tokens.rows(texts, encoder.pad), device=model.device) for encoder in model.encoders
+        encoder.name: torch.tensor(tokens.rows(texts, encoder.pad, _CHUNKS), device=model.device)
+        for encoder in model.encoders
     }

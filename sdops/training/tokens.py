@@ -9,6 +9,7 @@ from sdops.pipelines.clip_words import clip_words
 
 START, END = 49406, 49407
 LENGTH = 77  # tokens that CLIP reads
+CHUNK = LENGTH - 2  # of them a text's own; begin and end are the others
 VOCABULARY = 49408
 
 
@@ -31,20 +32,43 @@ class Tokens:
 
     def of(self, text: str) -> list[int]:
         """The tokens of a text, without the marks of begin and end."""
-        parts = self._pattern.split(text) if self._pattern else [text]
-        found: list[int] = []
-        for part in parts:
-            found += self._ids[part] if part in self._ids else clip_words().numbers(part)
+        return [number for unit in self._units(text) for number in unit]
+
+    def rows(self, texts: Sequence[str], pad: int, chunks: int = 1, least: int = 1) -> list[list[int]]:
+        """What an encoder reads of texts: begin, 75 tokens, end, again and again; all rows are as long as the longest.
+
+        Longer texts are read in chunks of 75 tokens, as the web UIs do it; the vectors of a new word stay in one.
+
+        Args:
+            texts: Which.
+            pad: Token that fills up a chunk.
+            chunks: At most so many; the rest of a text is cut off.
+            least: At least so many; those that a text does not need are empty.
+        """
+        cut = [self._chunks(text)[:chunks] for text in texts]
+        number = max(least, *(len(each) for each in cut))
+        return [[token for chunk in self._filled(each, number, pad) for token in chunk] for each in cut]
+
+    def _filled(self, chunks: list[list[int]], number: int, pad: int) -> list[list[int]]:
+        whole = chunks + [[]] * (number - len(chunks))
+        return [[START, *chunk, END, *[pad] * (CHUNK - len(chunk))] for chunk in whole]
+
+    def _chunks(self, text: str) -> list[list[int]]:
+        """The tokens of a text, at most 75 together; one chunk even if there are none."""
+        found: list[list[int]] = [[]]
+        for unit in self._units(text):
+            if len(found[-1]) + len(unit) > CHUNK:
+                found.append([])
+            found[-1] += unit
         return found
 
-    def row(self, text: str, pad: int, length: int = LENGTH) -> list[int]:
-        """What an encoder reads: begin, the text as far as it fits, end, padding."""
-        ids = [START, *self.of(text)[: length - 2], END]
-        return ids + [pad] * (length - len(ids))
-
-    def rows(self, texts: Sequence[str], pad: int, length: int = LENGTH) -> list[list[int]]:
-        """Several texts."""
-        return [self.row(text, pad, length) for text in texts]
+    def _units(self, text: str) -> list[list[int]]:
+        """Tokens that are not torn apart: those of a new word together, others alone."""
+        parts = self._pattern.split(text) if self._pattern else [text]
+        found: list[list[int]] = []
+        for part in parts:
+            found += [self._ids[part]] if part in self._ids else [[number] for number in clip_words().numbers(part)]
+        return found
 
     def names(self, text: str) -> list[str]:
         """New words that a text has."""

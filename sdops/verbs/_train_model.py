@@ -237,7 +237,7 @@ def build(origin: Origin, config: Config) -> Model:
     )
     model.freeze()
     if config.checkpointing:
-        model.save_memory()
+        model.save_memory(dropout=bool(config.dropout))
     return model
 
 

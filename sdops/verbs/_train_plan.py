@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 
-from sdops.core.sink import check_space, check_target
-from sdops.dialects import dialect
+from sdops.core.sink import check_parent, check_space, check_target
 from sdops.errors import OutputError, UsageError
 from sdops.report import Report, Section
 from sdops.text import count, size
-from sdops.trainers._kinds import kind_of, ranks_of
+from sdops.trainers import METHODS
 from sdops.trainers._named import words_of
 from sdops.training import pictures as look_at
 from sdops.training.batches import Plan, Sample
 from sdops.training.config import Config, settings_of
 from sdops.training.pictures import Folder, Picture
-from sdops.training.tokens import LENGTH, VOCABULARY, Tokens
-from sdops.verbs._embed_write import check_layout, container_of, ending_of
+from sdops.training.tokens import CHUNK, VOCABULARY, Tokens
 from sdops.verbs._train_model import Origin
+from sdops.verbs._train_output import place_of
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "auto": 4}
 # Bytes of activations per latent pixel in half precision: reported peaks (SD1.5 at 512, SDXL at 1024) less weights.
@@ -29,7 +27,6 @@ _KEPT = 0.25  # share of them that checkpointing keeps
 # Multiply-adds of a forward pass per latent pixel: 402 G at 64 x 64 (SD1), 2,980 G at 128 x 128 (SDXL).
 _WORK = {"sd1": 98e6, "sd2": 98e6, "sdxl": 182e6}
 _SHOWN = 5
-_WORDS_ALONE = ("ti", "dreamartist")  # methods that give embeddings; the others give files of changed layers
 
 
 @dataclass(slots=True)
@@ -97,7 +94,9 @@ def check(method: str, config: Config, origin: Origin, ranks: int = 1) -> Course
     resolution = config.resolution or origin.resolution
     plan = Plan(tuple(_samples(folder.pictures, config, resolution)), config.batch * ranks, config.seed)
     captions = [(picture.caption or "").replace("{}", " ".join(words)) for picture in folder.pictures]
-    output, to = _output(method, config, words, folder, len(origin.encoders))
+    METHODS[method].check(config, folder.pictures)
+    output, to = place_of(method, config, list(words), folder, len(origin.encoders))
+    shapes = {name: origin.shapes(place) for name, place in {"unet": "unet", **origin.encoders}.items()}
     course = Course(
         method,
         config,
@@ -109,7 +108,7 @@ def check(method: str, config: Config, origin: Origin, ranks: int = 1) -> Course
         words,
         output,
         to,
-        _numbers(method, config, origin, words),
+        METHODS[method].numbers(config, shapes),
     )
     _check_words(course)
     _check_output(course)
@@ -140,55 +139,6 @@ def _samples(pictures: Sequence[Picture], config: Config, resolution: int) -> li
         ways = [Sample(index, box), Sample(index, box, True)] if config.flip else [Sample(index, box)]
         found += ways * config.repeats
     return found
-
-
-def _output(method: str, config: Config, words: dict[str, int], folder: Folder, encoders: int) -> tuple[Path, str]:
-    """Where the result goes, and how it is spelled: as most programs read it."""
-    if method not in _WORDS_ALONE:
-        to = config.to or "kohya"
-        dialect(to)
-        return Path(config.output or f"{folder.path.resolve().name}.{method}.safetensors"), to
-    given = Path(config.output) if config.output else None
-    to = check_layout(config.to) if config.to else ""
-    if not to and encoders > 1:
-        to = "encoders"
-    elif not to:
-        to = "kohya" if given is not None and given.suffix == ".safetensors" else "a1111"
-    container = container_of(to, given)
-    return given or Path(f"{next(iter(words))}{ending_of(to, container)}"), to
-
-
-def _numbers(method: str, config: Config, origin: Origin, words: dict[str, int]) -> int:
-    """How many numbers learn."""
-    vectors = sum(words.values()) + (config.negative_vectors * len(words) if method == "dreamartist" else 0)
-    total = sum(vectors * _width(origin, place) for place in origin.encoders.values())
-    if method in ("lora", "pivotal"):
-        total += _numbers_of_layers(config, origin)
-    if method == "custom-diffusion":
-        keys = (".attn2.to_k.weight", ".attn2.to_v.weight")
-        total += sum(prod(shape) for key, shape in origin.shapes("unet").items() if key.endswith(keys))
-    if method == "dreambooth":
-        total += origin.numbers("unet")
-    return total
-
-
-def _width(origin: Origin, place: str) -> int:
-    shapes = origin.shapes(place)
-    return next(shape[1] for key, shape in shapes.items() if key.endswith("token_embedding.weight"))
-
-
-def _numbers_of_layers(config: Config, origin: Origin) -> int:
-    """Of plain LoRA; LoHa has twice as many, LoKr fewer."""
-    ranks, total = ranks_of(config), 0
-    for component, place in {"unet": "unet", **origin.encoders}.items():
-        for key, shape in origin.shapes(place).items():
-            name, _, end = key.rpartition(".")
-            kind = kind_of(component, name, ranks) if end == "weight" and len(shape) in (2, 4) else None
-            if kind is not None:
-                total += ranks[kind].rank * (shape[0] + prod(shape[1:]))
-    if not total:
-        raise UsageError(f"the model has no layers of {', '.join(ranks)}", hint="`attention`, `feedforward` ...")
-    return total * (2 if config.family == "loha" else 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -228,13 +178,29 @@ def _check_output(course: Course) -> None:
     state = course.parameters * 4 * (4 if config.ema else 3)
     output = course.parameters * _BYTES[config.save_dtype]
     check_space(course.output.resolve(), copies * output + state)
+    if config.latents:
+        _check_latents(course, Path(config.latents))
+
+
+def _check_latents(course: Course, folder: Path) -> None:
+    """Refuse a folder for latents that is none, or has no room."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"`{folder}` is no folder", hint="`--latents` names the folder to keep latents in")
+    target = check_parent(folder / "latents" if folder.is_dir() else folder)
+    cell = _cell(course.origin)
+    pixels = sum(sample.box[0] * sample.box[1] for sample in dict.fromkeys(course.plan.samples))
+    numbers = 2 * course.origin.shapes("unet")["conv_in.weight"][1] * pixels // cell**2  # means and deviations
+    check_space(target, 4 * numbers)
 
 
 def _warn(course: Course, resolution: int) -> None:
     tokens = Tokens(course.words, VOCABULARY)
-    long = [caption for caption in course.captions if len(tokens.of(caption)) > LENGTH - 2]
+    most = course.config.chunks * CHUNK
+    long = [caption for caption in course.captions if len(tokens.of(caption)) > most]
     if long:
-        course.warnings.append(f"{count(len(long), 'caption')} are longer than 75 tokens; what follows is not seen")
+        course.warnings.append(
+            f"{count(len(long), 'caption')} longer than {most} tokens; what follows is not seen (`--most-tokens`)"
+        )
     small = [p for p in course.folder.pictures if look_at.enlarged(p.size, resolution) > 1.05]
     if small:
         course.warnings.append(f"{count(len(small), 'picture')} are smaller than {resolution}^2 and are enlarged")
@@ -319,8 +285,12 @@ def work_of(course: Course) -> float:
 
 
 def _pixels(course: Course) -> float:
-    cell = 2 ** (len(course.origin.configs["vae"]["block_out_channels"]) - 1)
-    return float((course.config.resolution or course.origin.resolution) / cell) ** 2
+    return float((course.config.resolution or course.origin.resolution) / _cell(course.origin)) ** 2
+
+
+def _cell(origin: Origin) -> int:
+    """Pixels of a latent's side."""
+    return int(2 ** (len(origin.configs["vae"]["block_out_channels"]) - 1))
 
 
 def _relative(origin: Origin) -> float:

@@ -16,18 +16,18 @@ from sdops.trainers import trainer
 from sdops.training import latents, sampling, state
 from sdops.training.batches import Sample
 from sdops.training.feeder import Feeder
+from sdops.training.latent_store import LatentStore
 from sdops.training.log import Log, read
 from sdops.training.loop import Course as Loop
-from sdops.training.method import Method
+from sdops.training.method import Beginning, Method
 from sdops.training.model import Model
 from sdops.training.optimizer import Optimizer
 from sdops.training.parameters import Parameters
 from sdops.training.tokens import VOCABULARY, Tokens
 from sdops.training.workers import Workers, join
-from sdops.verbs._train_metadata import header
 from sdops.verbs._train_model import build, device_of
 from sdops.verbs._train_plan import Course
-from sdops.verbs._train_save import write_lora, write_words
+from sdops.verbs._train_save import write
 from sdops.verbs.train import Say
 
 _TELL_SECONDS = 5.0
@@ -103,6 +103,8 @@ class Running:
         course, config = self.course, self.course.config
         begin = time.monotonic()
         feeder = self._feeder()
+        pictures = [picture.path for picture in course.folder.pictures]
+        self.method.begin(Beginning(feeder, pictures, self.parameters.views(), self._start))
         is_first = self.workers.rank == 0
         log = None
         if is_first:
@@ -137,20 +139,19 @@ class Running:
         return done
 
     def _feeder(self) -> Feeder:
-        """Latents of all pictures; the VAE is not needed afterwards but to paint."""
+        """Latents of all pictures, outputs of all texts; what made them is not needed afterwards but to paint."""
         course, config = self.course, self.course.config
         distinct = list(dict.fromkeys(course.plan.samples))
         self.say(f"reading {len(distinct)} pictures into latents")
-        cached = latents.make(self.model, course.folder.pictures, distinct)
+        store = LatentStore(Path(config.latents), self.model) if config.latents else None
+        cached = latents.make(self.model, course.folder.pictures, distinct, store)
         of_class: dict[Sample, latents.Latent] = {}
         if course.class_folder is not None:
             boxes = list(dict.fromkeys(sample.box for sample in distinct))
             pictures = course.class_folder.pictures
             wanted = [Sample(index, box) for box in boxes for index in range(len(pictures))]
-            of_class = latents.make(self.model, pictures, wanted)
-        if not config.sample_every:
-            self.model.vae.to("meta")
-        return Feeder(
+            of_class = latents.make(self.model, pictures, wanted, store)
+        feeder = Feeder(
             self.model,
             config,
             course.plan,
@@ -162,6 +163,12 @@ class Running:
             self.workers.size,
             of_class,
         )
+        encoded = feeder.encode_texts()
+        if not (config.sample_every or self.method.decodes):  # samples need everything
+            self.model.vae.to("meta")
+            for encoder in self.model.encoders if encoded else ():
+                encoder.module.to("meta")
+        return feeder
 
     def _validation(self) -> list[Sample]:
         """The samples to measure on: spread over the folder, none mirrored."""
@@ -179,31 +186,8 @@ class Running:
         course, config = self.course, self.course.config
         values = {name: value.float().cpu() for name, value in self.parameters.views(self.optimizer.average).items()}
         product = self.method.product(values)
-        written: list[Path] = []
-        usual = "fp16" if product.layers else "fp32"
-        dtype = usual if config.save_dtype == "auto" else config.save_dtype
         force = config.force or config.resume or path != course.output
-        if product.layers:
-            written += write_lora(
-                product.layers,
-                course.origin.family,
-                path,
-                header(course, done, product),
-                to=course.to,
-                dtype=dtype,
-                force=force,
-                bundled=product.words,
-            )
-        elif product.words:
-            written += write_words(
-                product.words,
-                path,
-                to=course.to,
-                dtype=dtype,
-                force=force,
-                step=done,
-                checkpoint_name=course.origin.path.stem,
-            )
+        written = write(product, course, path, done, force=force)
         self.outputs += [each for each in written if each not in self.outputs]
 
     def _paint(self, done: int) -> None:
@@ -230,12 +214,15 @@ class Running:
         rows = [["steps", f"{done:,} in {duration(self.seconds)}"]]
         if losses:
             first, last = min(losses), max(losses)
-            rows.append(["loss with fixed noise", f"{losses[first]:.6f} before, {losses[last]:.6f} after step {last}"])
+            rows.append([self.method.measured, f"{losses[first]:.6f} before, {losses[last]:.6f} after step {last}"])
+        findings = self.method.findings(self.parameters.views())
+        rows += [[name.replace("_", " "), f"{value:.2f}"] for name, value in findings.items()]
         rows += [["wrote", str(path)] for path in self.outputs]
         rows.append(["log", f"{self.course.log}"])
         report.data |= {
             "steps_done": done,
             "seconds": round(self.seconds, 3),
+            **findings,
             "losses": {str(step): loss for step, loss in losses.items()},
             "outputs": [str(path) for path in self.outputs],
             "log": str(self.course.log),

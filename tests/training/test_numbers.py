@@ -151,5 +151,5 @@ def test_new_words_stand_for_their_vectors_and_nothing_else():
     assert tokens.of("a sks dog") == [320, 49408, 49409, 1929]
     assert tokens.of("sksneg, sks.") == [49410, 267, 49408, 49409, 269]
     assert tokens.of("asks") == Tokens({}, 49408).of("asks")
-    row = tokens.row("dog " * 100, pad=0)
+    [row] = tokens.rows(["dog " * 100], pad=0)
     assert (len(row), row[0], row[-1]) == (77, START, END)
