@@ -25,6 +25,7 @@ from sdops.custom_diffusion._types import Concepts, Edit, Word
 from sdops.embeddings._types import Vectors
 from sdops.errors import FormatError, MismatchError, SdopsError
 from sdops.formats import open_source, open_tree
+from sdops.hub import located
 from sdops.verbs._adapter_names import names_of
 from sdops.verbs._adapter_source import AdapterSource, Lazy, values_of
 from sdops.verbs._apply_places import Places
@@ -92,7 +93,7 @@ def open_concepts(path: FilePath, words: Sequence[FilePath] = ()) -> ConceptFile
         SdopsError: the file is missing or no model.
         FormatError: it holds no custom diffusion, or something else beside it.
     """
-    path = _in_folder(Path(path))
+    path = _in_folder(located(path))
     tree = open_tree(path)
     source: Source = tree[1] if tree else open_source(path)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdops.core.sink import check_inputs
+from sdops.hub import is_reference
 from sdops.hypernetworks import layout
 from sdops.report import Report, Section
 from sdops.text import size
@@ -42,9 +43,10 @@ def convert(
             is_own = opened.container == "safetensors"
             to = layout_for(path, network) if path is not None else (network.layout if is_own else "safetensors")
         to = check_layout(to)
-        path = Path(file).with_suffix(layout(to).ENDING) if path is None else path
+        if path is None:
+            path = (Path(opened.path.name) if is_reference(file) else opened.path).with_suffix(layout(to).ENDING)
         check_ending(to, path)
-        check_inputs(path, [Path(file)])
+        check_inputs(path, [opened.path])
         written = layout(to).write(network)
         if not dry_run:
             save(written, layout(to).CONTAINER, opened.source, path, force=force)

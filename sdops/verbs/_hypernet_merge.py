@@ -83,7 +83,7 @@ def merge(
         check_joinable(opened)
         to = check_layout(to) if to else layout_for(path, Network("", "a1111", {}))
         check_ending(to, path)
-        check_inputs(path, [Path(file) for file in files])
+        check_inputs(path, [file.path for file in opened])
         chains = [_chains(file) for file in opened]
         structure, joined = _joined(chains, weights)
         settings = _settings(opened, structure, name or path.stem)

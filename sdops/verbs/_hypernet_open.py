@@ -18,6 +18,7 @@ from sdops.core.spec import Spec
 from sdops.core.tree import Leaf, Saved
 from sdops.errors import FormatError, UsageError
 from sdops.formats import open_source, open_tree
+from sdops.hub import located
 from sdops.hypernetworks import ORDER, find, layout
 from sdops.hypernetworks._types import Chain, Network, Written
 from sdops.text import suggest
@@ -94,7 +95,7 @@ def open_network(path: FilePath) -> HypernetFile:
         SdopsError: the file is missing or no model.
         FormatError: it holds no hypernetwork, or a damaged one.
     """
-    path = Path(path)
+    path = located(path)
     tree = open_tree(path)
     source: Source = tree[1] if tree else open_source(path)
     saved = saved_of(path, tree[0] if tree else None, source)

@@ -11,6 +11,7 @@ from sdops.archs.detect import UNKNOWN, Component, Detection, component_of, dete
 from sdops.core.source import Source
 from sdops.errors import FormatError
 from sdops.formats import FileSource, open_source
+from sdops.hub import located
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, shorten, size
 from sdops.verbs._adapter_peek import is_adapter, open_adapter_file
@@ -78,7 +79,7 @@ def _without_model(path: Path) -> Report:
     Raises:
         FormatError: it is none of these.
     """
-    report = Report("inspect", {"file": str(path), "bytes": os.path.getsize(path), "architecture": UNKNOWN})
+    report = Report("inspect", {"file": str(path), "bytes": os.path.getsize(located(path)), "architecture": UNKNOWN})
     if not added(report, path):
         open_source(path)  # says what is wrong with it
     return report
