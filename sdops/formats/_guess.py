@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from shlex import quote
 
 from sdops.errors import FormatError
 from sdops.text import size
@@ -56,6 +55,8 @@ def _guess(path: Path, head: bytes) -> tuple[str, str]:
 def _pointer(head: bytes, path: Path = Path()) -> tuple[str, str] | None:
     if not head.startswith(b"version https://git-lfs"):
         return None
+    from shlex import quote
+
     digits = head.partition(b"\nsize ")[2].split(b"\n")[0].decode("ascii", "replace")
     wanted = f" to a file of {size(int(digits))}" if digits.isdecimal() and len(digits) < 20 else ""
     return f"a Git LFS pointer{wanted}, not the model itself", f"`cd {quote(os.fspath(path.parent))} && git lfs pull`"

@@ -21,7 +21,6 @@ from sdops.report import Progress, Report
 from sdops.verbs import _convert_extra
 from sdops.verbs._convert_draft import Draft, Entry, check_quantised, restore_header, single_file
 from sdops.verbs._convert_dtypes import wanted_dtypes
-from sdops.verbs._convert_folder import folder, same_folder
 from sdops.verbs._convert_layout import check_fit
 from sdops.verbs._convert_output import (
     assembled,
@@ -33,7 +32,6 @@ from sdops.verbs._convert_output import (
 )
 from sdops.verbs._convert_report import done, planned
 from sdops.verbs._convert_select import select, take
-from sdops.verbs._convert_source import Unfiled
 from sdops.verbs._convert_wish import ALL, DTYPES, Wish
 
 FilePath = str | os.PathLike[str]
@@ -147,6 +145,8 @@ class Conversion:
                 if each.source is not self.source and each.name in before:
                     check_fit(before[each.name], each, donor.name)
         if wish.to == "diffusers":
+            from sdops.verbs._convert_folder import folder, same_folder
+
             if self.is_folder:
                 return same_folder(self.source, self.detection, selection, wish, self.extra, self.origin.path)
             return folder(self.source, self.detection, selection, wish)
@@ -230,8 +230,8 @@ class Conversion:
         }
         told |= {name: value for name, value in settings.items() if value}
         first: dict[str, Any] = {"role": "a", "file": self.name}
-        if isinstance(self.origin, Unfiled) and self.origin.recipe:
-            first["recipe"] = self.origin.recipe
+        if made := getattr(self.origin, "recipe", None):  # of what was never written
+            first["recipe"] = made
         elif recipe := self.source.metadata.get("sdops"):
             first["made"] = recipe
         inputs = [first, *({"role": role, "file": donor.name} for role, donor in self.donors)]
@@ -269,4 +269,8 @@ def open_all(
 def _opened(file: FilePath | Source) -> FileSource:
     if isinstance(file, str | os.PathLike):
         return open_source(file)
-    return cast("FileSource", file if hasattr(file, "check_unchanged") else Unfiled(file))
+    if hasattr(file, "check_unchanged"):
+        return cast("FileSource", file)
+    from sdops.verbs._convert_source import Unfiled
+
+    return cast("FileSource", Unfiled(file))
