@@ -88,10 +88,16 @@ def _method(name: str, summary: str) -> click.Command:
     return click.command(name, cls=_Grouped, help=f"{summary}.", epilog=epilog)(function)
 
 
-_EXAMPLES = {"lora": " --rank 16 --steps 2000", "ti": " --tokens mystyle:4 --init painting"}
+_EXAMPLES = {
+    "lora": " --rank 16 --steps 2000",
+    "ti": " --tokens mystyle:4 --init painting",
+    "hypernetwork": " --activation relu --lr 5e-6",
+    "null-text": " --caption template --template 'a cat on a sofa'",
+    "aesthetic": " --image-encoder clip-vit-large-patch14",
+}
 
-for _name, _summary in METHODS.items():
-    command.add_command(_method(_name, _summary))
+for _name, _card in METHODS.items():
+    command.add_command(_method(_name, _card.help))
 
 
 @command.command(

@@ -11,7 +11,13 @@ Each file offers a class `Method`, made as `Method(model, config)`, with (`train
     trains_text                          whether weights of text encoders learn
     words                                new word -> number of vectors
 
-A method's file is called as its command, `_` for `-`; METHODS has its line for the help, so that no torch is loaded.
+    begin(beginning)                     look at what there is, before the first step
+    measure(views) -> float | None       what is measured in place of the loss with fixed noise, if anything
+    findings(views) -> dict              numbers about the result, for the report
+    decodes                              whether it paints pictures of its own
+
+A method's file is called as its command, `_` for `-`. METHODS has its card, so that nobody loads torch to know its
+help, what it saves, how many numbers learn, and what it refuses.
 """
 
 from __future__ import annotations
@@ -21,18 +27,34 @@ from typing import TYPE_CHECKING
 
 from sdops.errors import UsageError
 from sdops.text import suggest
+from sdops.trainers import _cards as cards
+from sdops.trainers._cards import LAYERS, NETWORK, TEXTS, VECTOR, WORDS, Card
 
 if TYPE_CHECKING:
     from sdops.training.method import Method
 
 METHODS = {
-    "lora": "Train a LoRA, LoHa or LoKr, with DoRA if wanted",
-    "ti": "Train new words (textual inversion)",
-    "pivotal": "Train new words, and a LoRA around them (pivotal tuning)",
-    "dreamartist": "Train a new word and its negative together (DreamArtist)",
-    "custom-diffusion": "Train keys and values of cross-attention and a new word (custom diffusion)",
-    "dreambooth": "Train the whole UNet, with pictures of the class to keep it (DreamBooth)",
-}
+    "lora": Card("Train a LoRA, LoHa or LoKr, with DoRA if wanted", LAYERS, cards.of_layers),
+    "ti": Card("Train new words (textual inversion)", WORDS, cards.of_words),
+    "pivotal": Card(
+        "Train new words, and a LoRA around them (pivotal tuning)", LAYERS, cards.of_layers_and_words
+    ),
+    "dreamartist": Card("Train a new word and its negative together (DreamArtist)", WORDS, cards.of_pairs),
+    "custom-diffusion": Card(
+        "Train keys and values of cross-attention and a new word (custom diffusion)", LAYERS, cards.of_keys_and_words
+    ),
+    "dreambooth": Card(
+        "Train the whole UNet, with pictures of the class to keep it (DreamBooth)", LAYERS, cards.of_model
+    ),
+    "hypernetwork": Card("Train small networks before keys and values (hypernetwork)", NETWORK, cards.of_networks),
+    "null-text": Card(
+        "Learn texts that lead back to one picture (null-text inversion)", TEXTS, cards.of_null_texts, cards.one_picture
+    ),
+    "aesthetic": Card(
+        "Pull the text encoder towards pictures (aesthetic gradients)", VECTOR, cards.of_first_encoder,
+        cards.with_image_encoder,
+    ),
+}  # fmt: skip
 
 
 def check_method(name: str) -> None:

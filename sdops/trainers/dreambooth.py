@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from sdops.trainers._cards import is_of_text
 from sdops.trainers._weights import Weights
 from sdops.training import method
 from sdops.training.config import Config
@@ -20,7 +21,6 @@ from sdops.training.parameters import Parameter
 from sdops.training.product import Product
 
 RATE = 2e-6
-_NOT = ("embeddings.",)  # the vocabulary stays: new words are `train ti`'s
 
 
 class Method(method.Method):
@@ -48,4 +48,4 @@ class Method(method.Method):
     def _wants(self, component: str, name: str) -> bool:
         if component == "unet":
             return True
-        return self.config.text_encoder and not any(part in name for part in _NOT)
+        return self.config.text_encoder and is_of_text(name)

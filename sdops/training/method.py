@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from sdops.training.config import Config
 from sdops.training.diffusion import loss_of, noised, target_of
-from sdops.training.feeder import Batch
+from sdops.training.feeder import Batch, Feeder
 from sdops.training.model import Model
 from sdops.training.parameters import Parameter
 from sdops.training.product import Product
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What there is before the first step.
+
+    Attributes:
+        feeder: Latents and captions.
+        pictures: Files.
+        views: What learns, as it begins or goes on.
+        done: Steps that were done before.
+    """
+
+    feeder: Feeder
+    pictures: Sequence[Path]
+    views: Mapping[str, Tensor]
+    done: int
 
 
 class Method:
@@ -19,6 +38,8 @@ class Method:
 
     encodes = False
     trains_text = False
+    decodes = False
+    measured = "loss with fixed noise"
 
     def __init__(self, model: Model, config: Config) -> None:
         self.model, self.config = model, config
@@ -38,6 +59,19 @@ class Method:
 
     def after_step(self, views: Mapping[str, Tensor]) -> None:
         """Nothing to do."""
+
+    def begin(self, beginning: Beginning) -> None:
+        """Nothing to look at."""
+
+    def measure(self, views: Mapping[str, Tensor]) -> float | None:
+        """None: the loss with fixed noise is measured."""
+        del views
+        return None
+
+    def findings(self, views: Mapping[str, Tensor]) -> dict[str, float]:
+        """Nothing but the losses."""
+        del views
+        return {}
 
     def loss(self, batch: Batch) -> Tensor:
         """Weighted mean of squares of the prediction's error, per sample [B]."""

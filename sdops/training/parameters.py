@@ -25,6 +25,7 @@ class Parameter:
         lr: Its learning rate at full rate.
         weight_decay: Of AdamW.
         until: Steps after which it stands still; None = it learns to the end.
+        since: Steps before which it stands still.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Parameter:
     lr: float
     weight_decay: float = 0.0
     until: int | None = None
+    since: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,11 @@ class Group:
     lr: float
     weight_decay: float
     until: int | None
+    since: int
+
+    def learns(self, step: int) -> bool:
+        """Whether it learns in a step, counted from 0."""
+        return step >= self.since and (self.until is None or step < self.until)
 
 
 class Parameters:
@@ -96,8 +103,8 @@ class Parameters:
 def _grouped(parts: Sequence[Parameter], sizes: Sequence[int]) -> Iterator[Group]:
     start = 0
     pairs = zip(parts, sizes, strict=True)
-    alike = groupby(pairs, key=lambda pair: (pair[0].lr, pair[0].weight_decay, pair[0].until))
-    for (lr, decay, until), members in alike:
+    alike = groupby(pairs, key=lambda pair: (pair[0].lr, pair[0].weight_decay, pair[0].until, pair[0].since))
+    for (lr, decay, until, since), members in alike:
         stop = start + sum(size for _, size in members)
-        yield Group(start, stop, lr, decay, until)
+        yield Group(start, stop, lr, decay, until, since)
         start = stop

@@ -92,6 +92,12 @@ def check(method: str, config: Config, origin: Origin, ranks: int = 1) -> Course
     folder = look_at.look(_folder(config.images), caption=config.caption, template=template, masks=config.masks)
     look_at.check(folder, config.masks)
     resolution = config.resolution or origin.resolution
+    if config.buckets and config.bucket_step > resolution:
+        raise UsageError(
+            f"sides of pictures are multiples of {config.bucket_step}, more than the resolution of {resolution}",
+            hint=f"e.g. `--bucket-step {max(resolution // 8, 8)}`",
+            key="bucket_step",
+        )
     plan = Plan(tuple(_samples(folder.pictures, config, resolution)), config.batch * ranks, config.seed)
     captions = [(picture.caption or "").replace("{}", " ".join(words)) for picture in folder.pictures]
     METHODS[method].check(config, folder.pictures)

@@ -258,5 +258,5 @@ class _Teller:
         speed = (self._done - self._start) / (now - self._begin)
         left = duration((self._steps - self._done) / speed)
         told: dict[int, Any] = self.loop.losses
-        loss = f", fixed-noise loss {told[max(told)]:.5f}" if told else ""
+        loss = f", {self.loop.method.measured} {told[max(told)]:.5f}" if told else ""
         self._say(f"step {self._done:,} of {self._steps:,}, {speed:.2f} steps/s, {left} left{loss}")

@@ -1,8 +1,8 @@
-"""What a training gives, written as files: LoRAs in any dialect, embeddings in any layout."""
+"""What a training gives, written as files: LoRAs in any dialect, embeddings and hypernetworks in any layout."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,50 +10,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdops import embeddings, hypernetworks
 from sdops.core.patch import Adapter, Patch, Target
 from sdops.core.spec import Spec
 from sdops.core.stream import TORCH_DTYPES
-from sdops.embeddings._types import Embedding, Vectors
+from sdops.core.tree import Leaf
+from sdops.embeddings._types import CLIP_IMAGE, NULL_TEXT, Embedding, Vectors, Written, encoder_of
+from sdops.hypernetworks import _types as hypernet_types
 from sdops.layouts.tables import aliases
 from sdops.report import silent
-from sdops.training.product import Layer
-from sdops.verbs._adapter_output import DTYPES, rounded, save
+from sdops.training.product import Chain, Layer, Network, Product, Texts
+from sdops.verbs import _embed_write, _hypernet_open
+from sdops.verbs._adapter_output import DTYPES, rounded
+from sdops.verbs._adapter_save import save
 from sdops.verbs._adapter_source import AdapterSource, Lazy
 from sdops.verbs._adapters import spelled
 from sdops.verbs._embed_convert import write as write_embeddings
+from sdops.verbs._train_metadata import header
+from sdops.verbs._train_plan import Course
 
 _TEXT = "text_model."
+_DENSE = "-text"  # behind the name of a vector's file: that of the layers that go with it
 
 
-def write_lora(
-    layers: Sequence[Layer],
-    family: str,
-    path: Path,
-    metadata: Mapping[str, str],
-    *,
-    to: str,
-    dtype: str,
-    force: bool,
-    bundled: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> list[Path]:
-    """Write a LoRA-like file, and what belongs beside it.
+def write(product: Product, course: Course, path: Path, steps: int, *, force: bool) -> list[Path]:
+    """Write whatever there is.
 
     Args:
-        layers: What was learnt.
-        family: Of the model.
-        path: Where to.
-        metadata: Of the header.
-        to: The dialect.
-        dtype: fp16, bf16 or fp32.
-        force: Replace an existing file.
-        bundled: New word -> encoder -> vectors that lie in the same file.
+        product: What the method gives.
+        course: The run.
+        path: The output, or that after some steps.
+        steps: That were done.
+        force: Replace existing files.
+
+    Returns:
+        The files.
 
     Raises:
         FormatError: a number is too large for the dtype.
-        MismatchError: the dialect cannot hold it.
+        MismatchError: the dialect or layout cannot hold it.
         OutputError: it cannot be written.
     """
-    made = spelled(adapter_of(layers, family, path.name, dtype, bundled or {}), to, metadata)
+    wish = course.config.save_dtype
+    dtype = DTYPES["fp32" if wish == "auto" else wish]
+    written: list[Path] = []
+    if product.vector is not None:
+        written += _write_embedding(_as_vector(product.vector, path), course.to, path, dtype, force=force)
+        path = path.with_name(f"{path.stem}{_DENSE}.safetensors")
+    if product.layers:
+        to = course.to if product.vector is None else "kohya"
+        layers = "fp16" if wish == "auto" else wish
+        metadata = header(course, steps, product)
+        made = adapter_of(product.layers, course.origin.family, path.name, layers, product.words)
+        written += _write_layers(spelled(made, to, metadata), path, force=force)
+    elif product.words:
+        trained = [_embedding(word, rows, steps, course.origin.path.stem) for word, rows in product.words.items()]
+        written += _write_words(trained, course.to, path, dtype, force=force)
+    if product.network is not None:
+        settings = {"step": steps, "name": course.config.name or path.stem, **product.network.settings}
+        settings |= {"sd_checkpoint": None, "sd_checkpoint_name": course.origin.path.stem, "optional_info": None}
+        written += _write_network(product.network, settings, course.to, path, dtype, force=force)
+    if product.texts is not None:
+        written += _write_texts(product.texts, course.to, path, dtype, force=force)
+    return written
+
+
+def _write_layers(made: Any, path: Path, *, force: bool) -> list[Path]:
     save(made, path, [], jobs=1, force=force, hash_inputs=None, progress=silent)
     return [path, *(path.parent / name for name in made.companions)]
 
@@ -101,40 +123,72 @@ def _bytes(values: Tensor) -> memoryview:
     return values.reshape(-1).view(torch.uint8).numpy().data
 
 
-def write_words(
-    words: Mapping[str, Mapping[str, Tensor]],
-    path: Path,
-    *,
-    to: str,
-    dtype: str,
-    force: bool,
-    step: int,
-    checkpoint_name: str,
-) -> list[Path]:
-    """Write new words in a layout of embeddings; several words that a layout cannot hold together give a file each.
-
-    Raises:
-        MismatchError: the layout cannot hold them.
-        OutputError: it cannot be written.
-    """
-    embeddings = [_embedding(word, encoders, step, checkpoint_name) for word, encoders in words.items()]
+def _write_words(trained: Sequence[Embedding], to: str, path: Path, dtype: str, *, force: bool) -> list[Path]:
+    """Several words that a layout cannot hold together give a file each, `OUTPUT-WORD.ending`."""
+    groups = [(path, list(trained))]
+    if len(trained) > 1 and not embeddings.layout(to).HOLDS_MANY:
+        stem, ending = path.stem, path.suffix
+        groups = [(path.with_name(f"{stem}-{_embed_write.file_name(one.name)}{ending}"), [one]) for one in trained]
     written: list[Path] = []
-    for output, group in files_of(embeddings, path, to):
-        report = write_embeddings(group, to, output, path.parent, [], DTYPES[dtype], force=force, dry_run=False)
+    for output, group in groups:
+        report = write_embeddings(group, to, output, path.parent, [], dtype, force=force, dry_run=False)
         written += [Path(name) for name in report.data["outputs"]]
     return written
-
-
-def files_of(embeddings: Sequence[Embedding], path: Path, to: str) -> list[tuple[Path, list[Embedding]]]:
-    """Which embeddings go into which file: all into one if the layout holds many, else `OUTPUT-WORD.ending` each."""
-    from sdops.embeddings import layout
-    from sdops.verbs._embed_write import file_name
-
-    if len(embeddings) == 1 or layout(to).HOLDS_MANY:
-        return [(path, list(embeddings))]
-    return [(path.with_name(f"{path.stem}-{file_name(one.name)}{path.suffix}"), [one]) for one in embeddings]
 
 
 def _embedding(word: str, encoders: Mapping[str, Tensor], step: int, checkpoint_name: str) -> Embedding:
     vectors: dict[str, Any] = {name: Vectors(rows.detach().cpu().float().numpy()) for name, rows in encoders.items()}
     return Embedding(word, vectors, placeholder=word, step=step, checkpoint_name=checkpoint_name)
+
+
+def _as_vector(vector: Tensor, path: Path) -> Embedding:
+    return Embedding(path.stem, {"clip_image": Vectors(vector.numpy())}, kind=CLIP_IMAGE)
+
+
+def _write_embedding(one: Embedding, to: str, path: Path, dtype: str, *, force: bool) -> list[Path]:
+    (file,) = embeddings.layout(to).write([one])
+    return _write_file(file, to, path, dtype, force=force)
+
+
+def _write_texts(found: Texts, to: str, path: Path, dtype: str, *, force: bool) -> list[Path]:
+    """Null texts; in safetensors with the noise and the prompt, without which they mean nothing."""
+    texts = found.texts.numpy()
+    one = Embedding(path.stem, {encoder_of(texts.shape[-1]): Vectors(texts)}, kind=NULL_TEXT)
+    (file,) = embeddings.layout(to).write([one])
+    if type(file.tree) is dict:
+        file = Written(file.tree | {"x_T": Vectors(found.latents.numpy())}, {**file.metadata, **found.facts})
+    return _write_file(file, to, path, dtype, force=force)
+
+
+def _write_file(file: Written, to: str, path: Path, dtype: str, *, force: bool) -> list[Path]:
+    _embed_write.save([file], [path], _embed_write.container_of(to, path), force=force, dtype=dtype)
+    return [path]
+
+
+def _write_network(
+    network: Network, settings: Mapping[str, Any], to: str, path: Path, dtype: str, *, force: bool
+) -> list[Path]:
+    """A hypernetwork; the layouts' shelf says how it is spelled."""
+    tensors: dict[str, Lazy] = {}
+    pairs = {}
+    for width, (keys, values) in network.pairs.items():
+        pairs[width] = (
+            _chain(keys, f"{width}.k", dtype, tensors),
+            _chain(values, f"{width}.v", dtype, tensors),
+        )
+    made = hypernet_types.Network(str(settings["name"]), "a1111", pairs, settings)
+    layout = hypernetworks.layout(to)
+    _hypernet_open.save(layout.write(made), layout.CONTAINER, AdapterSource(path.name, tensors, {}), path, force=force)
+    return [path]
+
+
+def _chain(parts: Chain, where: str, dtype: str, tensors: dict[str, Lazy]) -> hypernet_types.Chain:
+    """A chain of the shelf, whose tensors are put to `tensors`."""
+
+    def leaf(name: str) -> Leaf:
+        key = f"{where}.{name}"
+        tensors[key] = _in_memory(parts[name].to(TORCH_DTYPES[dtype]), dtype)
+        return Leaf(key, tensors[key].spec)
+
+    places: Iterable[int] = sorted({int(name.partition(".")[0]) for name in parts})
+    return tuple(hypernet_types.Layer(place, leaf(f"{place}.weight"), leaf(f"{place}.bias")) for place in places)

@@ -101,6 +101,21 @@ def dreambooth(config: FilePath | None = None, **given: Any) -> Report:
     return run("dreambooth", config, **given)
 
 
+def hypernetwork(config: FilePath | None = None, **given: Any) -> Report:
+    """Train small networks before keys and values; arguments as of `run`."""
+    return run("hypernetwork", config, **given)
+
+
+def null_text(config: FilePath | None = None, **given: Any) -> Report:
+    """Learn the texts that lead back to one picture; arguments as of `run`."""
+    return run("null-text", config, **given)
+
+
+def aesthetic(config: FilePath | None = None, **given: Any) -> Report:
+    """Pull the text encoder towards pictures, and keep their mean in CLIP; arguments as of `run`."""
+    return run("aesthetic", config, **given)
+
+
 def plot(*logs: FilePath, output: FilePath | None = None) -> Report:
     """Show the logs of runs as curves; with `output` as a page."""
     from sdops.verbs._train_plot import plot as draw
@@ -110,10 +125,13 @@ def plot(*logs: FilePath, output: FilePath | None = None) -> Report:
 
 __all__ = [
     "METHODS",
+    "aesthetic",
     "custom_diffusion",
     "dreamartist",
     "dreambooth",
+    "hypernetwork",
     "lora",
+    "null_text",
     "pivotal",
     "plot",
     "run",
