@@ -38,7 +38,7 @@ def write(embeddings: Sequence[Embedding]) -> list[Written]:
     if one.kind != CLIP_IMAGE:
         raise MismatchError(
             f"`{one.name}` ({one.kind}) is no CLIP image vector",
-            hint="`--kind clip-image` says that it is one",
+            hint="those are bare tensors of one row of 768; `sdops embed inspect` shows what this is",
             kind=one.kind,
         )
     return [Written({NAME: next(iter(one.vectors.values()))}, {"sdops.kind": CLIP_IMAGE})]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+from sdops.archs.detect import UNKNOWN
 from sdops.embeddings._types import AMBIGUOUS, CLIP_IMAGE, NULL_TEXT, OUT, TOKENS, Embedding, Vectors
 from sdops.report import HEAT, Report, Section
 from sdops.text import count
@@ -15,9 +16,12 @@ from sdops.verbs._embed_facts import USUAL_NORMS, Figures, checksum, direction_c
 from sdops.verbs._embed_open import EmbeddingFile, FilePath, open_embeddings
 from sdops.verbs._embed_vocabulary import Neighbour, Table, Vocabulary, read_vocabulary
 
-_FAMILIES = {
-    ("clip_l",): "sd1", ("clip_h",): "sd2", ("clip_g",): "sdxl", ("clip_l", "clip_g"): "sdxl",
-    ("clip_l", "clip_g", "t5xxl"): "sd3", ("clip_l", "t5xxl"): "flux1", ("t5xxl",): "T5",
+_FAMILIES = {  # files have the encoders in any order
+    frozenset(encoders.split()): name
+    for encoders, name in {
+        "clip_l": "sd1", "clip_h": "sd2", "clip_g": "sdxl", "clip_l clip_g": "sdxl", "clip_l clip_g t5xxl": "sd3",
+        "clip_l t5xxl": "flux1", "t5xxl": "T5",
+    }.items()
 }  # fmt: skip
 _SHOWN = 24  # vectors of an embedding that are listed without `-v`
 _MATRIX = 24  # embeddings in a matrix of similarities
@@ -69,8 +73,7 @@ def family(one: Embedding) -> str:
         return "CLIP ViT-L/14"
     if one.kind == AMBIGUOUS:
         return "sd1, or CLIP ViT-L/14"
-    names = tuple(dict.fromkeys(name.removesuffix(OUT) for name in one.vectors))
-    return _FAMILIES.get(names, "unknown")
+    return _FAMILIES.get(frozenset(name.removesuffix(OUT) for name in one.vectors), UNKNOWN)
 
 
 def _file(file: EmbeddingFile, vocabulary: Vocabulary | None, near: int) -> Report:
@@ -121,7 +124,9 @@ def _table_of(vocabulary: Vocabulary | None, encoder: str) -> Table | None:
 
 
 def _summary(file: EmbeddingFile, one: Embedding, data: dict[str, Any]) -> list[list[str]]:
-    parts = ", ".join(f"{name} {len(part)} x {part.width} {part.dtype}" for name, part in one.vectors.items())
+    parts = ", ".join(
+        f"{name} {' x '.join(map(str, part.values.shape))} {part.dtype}" for name, part in one.vectors.items()
+    )
     checkpoint = " ".join(filter(None, [one.checkpoint_name, one.checkpoint and f"[{one.checkpoint}]"]))
     rows = [
         ["family", data["family"]],
@@ -215,6 +220,8 @@ def _compare(embeddings: list[tuple[str, Embedding]], report: Report) -> None:
     report.data["relations"] = relations
     if pairs and len(names) <= _MATRIX:
         report.sections.append(_matrix(names, pairs))
+    elif pairs:
+        report.hints.append(f"{len(names)} embeddings are too many for a matrix of similarities here; `--json` has it")
     report.sections.append(Section("Relations", [[line] for line in relations]))
 
 

@@ -114,7 +114,10 @@ def test_words_need_a_model(tmp_path):
         embed.make("cat", output=tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("formula", ["0.7*painting + 0.3*ink - photo", "cat", "concat(0.5*cat - dog, music)"])
+EIGHT = "0.9*painting - photo + 0.7*house - 0.6*river + 0.5*cat - 0.4*dog + 0.3*ink + 0.2*music"
+
+
+@pytest.mark.parametrize("formula", ["0.7*painting + 0.3*ink - photo", "cat", "concat(0.5*cat - dog, music)", EIGHT])
 def test_explain_undoes_make(formula, model, tmp_path):
     before = made(formula, tmp_path, model)
     explained = embed.explain(tmp_path / "made.pt", model=model).data["embeddings"][0]["encoders"]["clip_l"]
@@ -165,6 +168,20 @@ def test_inspect_tells_what_is_odd(tmp_path):
     assert "0 and 2; 1 and 2 are each other's negative" in text
     assert "vector 4 is 2" in text
     assert "as long as a word's vector" in text
+
+
+@pytest.mark.parametrize(
+    ("writer", "family"),
+    [(files.a1111, "sd1"), (files.a1111_legacy, "sd2"), (files.sdxl, "sdxl"), (files.hcp, "sdxl"), (files.sd3, "sd3"),
+     (files.bare_t5, "T5"), (files.clip_image, "CLIP ViT-L/14")],
+)  # fmt: skip
+def test_inspect_names_the_family_however_a_file_is_ordered(writer, family, tmp_path):
+    facts = embed.inspect(writer(tmp_path)[0]).data["files"][0]
+    assert {one["family"] for one in facts["embeddings"]} == {family}
+
+
+def test_null_texts_are_shown_as_large_as_they_are(tmp_path):
+    assert "clip_l 3 x 77 x 768 F32" in str(embed.inspect(files.null_text_list(tmp_path)[0]))
 
 
 def test_inspect_finds_relations(tmp_path):
