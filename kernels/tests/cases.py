@@ -95,13 +95,65 @@ def count_magnitudes(target: str, **changed: Any) -> dict[str, Any]:
     return case | {"wide": 2, "matrix": False, "counts": True}  # adds to counters instead of storing
 
 
+def count_ties(target: str, **changed: Any) -> dict[str, Any]:
+    """`count_ties`: what is equal to the border."""
+    constants = {"N": 2, "CODE": F16, "ALIGNED": True, "BLOCK": 1024} | changed
+    signature = {"table": "*i64", "first": "*i32", "border": "*i32", "ties": "*i32"}
+    signature |= dict.fromkeys(("problems", "chunks", "share"), "i32")
+    case = _case("_sparse_merge_kernels", "count_ties", target, signature, constants)
+    return case | {"wide": 3, "matrix": False, "counts": True}
+
+
+def inner_products(target: str, dtype: int = F16, **changed: Any) -> dict[str, Any]:
+    """`add_products` of two models."""
+    constants = {"N": 2, "PAIRS": 3, "CODE": dtype, "ALIGNED": True, "BLOCK": 1024, "BLOCKS": 64} | changed
+    signature = {"table": "*i64", "first": "*i32", "sums": "*fp64", "problems": "i32"}
+    case = _case("_inner_products_kernels", "add_products", target, signature, constants)
+    return case | {"wide": 2 * (2 if dtype == F32 else 1), "matrix": False, "counts": True}
+
+
+def dora(target: str, **changed: Any) -> dict[str, Any]:
+    """`add_squares`: rows of a float16 weight with a plain LoRA unless changed."""
+    constants = {
+        "BASE": F16,
+        "FACTOR": F16,
+        "KINDS": 1,
+        "ALIGNED": True,
+        "WIDE": False,
+        "PRECISION": "ieee",
+        "AXIS": 0,
+        "BM": 32,
+        "BN": 64,
+        "BR": 16,
+    } | changed
+    signature = {"problems": "*i64", "segments": "*i64", "numbers": "*fp32", "scales": "*fp32", "first": "*i32"}
+    signature |= {"sums": "*fp32"} | dict.fromkeys(("count", "strips", "share"), "i32")
+    case = _case("_dora_kernels", "add_squares", target, signature, constants)
+    matrix = constants["FACTOR"] != F32 and bool(constants["KINDS"] & 3)
+    return case | {"wide": 2 if constants["ALIGNED"] else 0, "matrix": matrix, "counts": True}
+
+
 def lora_linear(target: str, dtype: str = "fp16", **changed: Any) -> dict[str, Any]:
-    """The fused forward pass."""
-    constants = {"BIAS": True, "ALIGNED": True, "WIDE": False, "R": 16, "BM": 128, "BN": 128, "BK": 64} | changed
-    names = ("x", "weight", "bias", "down", "up", "result", "inner")
+    """`product`, forward unless it is TURNED."""
+    constants = {"BIAS": True, "TURNED": False, "ALIGNED": True, "WIDE": False, "R": 16} | changed
+    constants |= {"BM": 128, "BN": 128, "BK": 64}
+    names = ("x", "weight", "bias", "first", "second", "result", "inner")
     signature = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("tokens", "outputs", "inputs", "rank"), "i32")
-    case = _case("_lora_linear_kernels", "forward", target, signature | {"scale": "fp32"}, constants)
-    return case | {"wide": 0, "matrix": True, "warps": 8, "stages": 3}
+    case = _case("_lora_linear_kernels", "product", target, signature | {"scale": "fp32"}, constants)
+    return case | {"wide": 8 if constants["ALIGNED"] else 0, "async": True, "matrix": dtype != "fp32", "warps": 8} | {
+        "stages": 3
+    }
+
+
+def lora_gradients(target: str, dtype: str = "fp16", **changed: Any) -> dict[str, Any]:
+    """`add_gradients`: sums over slabs of tokens."""
+    constants = {"ALIGNED": True, "WIDE": False, "R": 16, "BM": 64, "BN": 64} | changed
+    names = ("gradient", "x", "inner", "low")
+    signature = dict.fromkeys(names, f"*{dtype}") | {"partial": "*fp32"}
+    signature |= dict.fromkeys(("tokens", "outputs", "inputs", "rank", "across", "slab"), "i32")
+    case = _case("_lora_linear_kernels", "add_gradients", target, signature, constants)
+    wide = 4 if constants["ALIGNED"] else 0
+    return case | {"wide": wide, "async": True, "counts": True, "matrix": dtype != "fp32", "stages": 3}
 
 
 def _case(

@@ -6,6 +6,8 @@ Everything works without a GPU and without Triton too, by torch functions that g
 from . import reference
 from .bake import Bake, bake
 from .changes import Change, Dense, LoHa, LoKr, LoRA, gain_of
+from .dora import dora_gains
+from .inner_products import inner_products
 from .linear_merge import LinearMerge, Merged, linear_merge
 from .lora_linear import Choices, lora_linear
 from .low_rank import Factors, low_rank
@@ -24,7 +26,9 @@ __all__ = [
     "Merged",
     "SparseMerge",
     "bake",
+    "dora_gains",
     "gain_of",
+    "inner_products",
     "linear_merge",
     "lora_linear",
     "low_rank",

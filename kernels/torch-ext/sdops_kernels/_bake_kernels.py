@@ -78,22 +78,22 @@ def bake_tiles(
         top = (place // across) * BM
         left = (place % across) * BN
         inside = (m < rows - top)[:, None] & (n < columns - left)[None, :]
-        raw = _tile(row, 0, 2, top, left, m, n, inside, BASE, ALIGNED)  # under way while the change is made
+        raw = tile_of(row, 0, 2, top, left, m, n, inside, BASE, ALIGNED)  # under way while the change is made
         total = tl.zeros((BM, BN), tl.float32)
         for segment in range(tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)):
             entry = segments + segment * SEGMENT
             start = tl.load(entry + 8).to(tl.int32)
             height = tl.load(entry + 9).to(tl.int32)
             if (start < top + BM) & (start + height > top):
-                change = _change(
+                change = change_of(
                     entry, top - start, height, left, columns, m, n, FACTOR, KINDS, ALIGNED, WIDE, PRECISION, BM, BN, BR
                 )
                 change = change * tl.load(numbers + segment * 2)
                 if KINDS & 16:
-                    weight = _weight(raw, row, scales, top, rows, m, BASE)
+                    weight = weight_of(raw, row, scales, top, rows, m, BASE)
                     change = _directed(entry, weight, change, top - start, height, left, columns, m, n)
                 total += change * tl.load(numbers + segment * 2 + 1)
-        high, low = two_sum(_weight(raw, row, scales, top, rows, m, BASE), total)
+        high, low = two_sum(weight_of(raw, row, scales, top, rows, m, BASE), total)
         if OUT > 2:
             step = tl.load(row + 9).to(tl.int32)
             target = tl.load(row + 8) + (top + m) * step
@@ -113,7 +113,7 @@ def bake_tiles(
 
 
 @triton.jit
-def _tile(
+def tile_of(
     row, address: tl.constexpr, stride: tl.constexpr, top, left, m, n, inside, CODE: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """A tile of a matrix as it is stored."""
@@ -134,7 +134,7 @@ def _place(
 
 
 @triton.jit
-def _weight(raw, row, scales, top, rows, m, BASE: tl.constexpr):
+def weight_of(raw, row, scales, top, rows, m, BASE: tl.constexpr):
     """A tile of the weight as float32, fp8 times its scales."""
     weight = as_floats(raw, BASE)
     if BASE > 2:
@@ -162,7 +162,7 @@ def _store_tile(
 
 
 @triton.jit
-def _change(
+def change_of(
     entry,
     top,
     height,

@@ -30,7 +30,8 @@ def register(name: str, schema: str, function: Callable[..., Any], fake: Callabl
         fake: Shapes and dtypes of the results; None for operators that only write into their arguments.
     """
     qualified = add_op_namespace_prefix(name)
-    torch.library.define(qualified, schema, tags=(torch.Tag.needs_exact_strides,))
+    exact = getattr(torch.Tag, "needs_exact_strides", None)  # torch from 2.7 on
+    torch.library.define(qualified, schema, tags=() if exact is None else (exact,))
     torch.library.impl(qualified, ("CPU", "CUDA"), function)
     torch.library.register_fake(qualified, fake or _nothing)
 

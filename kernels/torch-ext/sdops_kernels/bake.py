@@ -202,10 +202,9 @@ class Bake:
                 made = matrices(weight.contiguous(), target, self.changes[place])
             assert made is not None  # noqa: S101 - contiguous tensors are matrices
             base, result, changes = made
-            factor = _common_dtype(changes)
-            whole = _is_aligned(base, result, changes, factor)
-            mask = sum(1 << kind for kind in {change.kind for change in changes})
-            mask |= 16 * any(change.gain is not None for change in changes)
+            factor = common_dtype(changes)
+            whole = are_aligned([base, result], changes)
+            mask = kinds_of(changes) | 16 * any(change.gain is not None for change in changes)
             high = min((change.rank for change in changes), default=0) >= 64
             kind = (CODES[base.dtype], CODES[result.dtype], CODES[factor], mask, whole, high)
             kinds.setdefault(kind, []).append((place, base, result, changes))
@@ -242,20 +241,16 @@ class Bake:
             keys.append(self.keys[place] if self.keys else (0, 0))
             first.append(first[-1] + -(-rows // tile[0]) * -(-columns // tile[1]))
             kept += [base, result]
-        highest = max((change.rank for *_, changes in found for change in changes), default=0)
-        nvidia = self.device.type == "cuda" and torch.version.hip is None
         options = {
             "BASE": base_code,
             "OUT": out_code,
             "FACTOR": factor_code,
             "KINDS": mask,
             "ALIGNED": whole,
-            "WIDE": self.device.type == "cpu",
-            "PRECISION": "tf32x3" if nvidia and highest > HIDDEN else "ieee",
             "RANDOM": self.keys is not None,
             "BM": tile[0],
             "BN": tile[1],
-            "BR": 64 if high else RANKS,
+            **product_options([change for *_, changes in found for change in changes], self.device, high=high),
         }
         read = torch.cat(scales) if scales else torch.ones(1, device=self.device)
         tensors = {
@@ -272,20 +267,34 @@ class Bake:
         return _Bucket(places, tensors, torch.tensor(slots, dtype=torch.long), first[-1], len(found), options, kept)
 
 
-def _common_dtype(changes: Sequence[Change]) -> torch.dtype:
+def kinds_of(changes: Sequence[Change]) -> int:
+    """Bit k: one of them is of kind k."""
+    return sum(1 << kind for kind in {change.kind for change in changes})
+
+
+def common_dtype(changes: Sequence[Change]) -> torch.dtype:
     """In which the factors are multiplied: float16 or bfloat16 if all are, else float32, which is exact for both."""
     dtypes = {tensor.dtype for change in changes for tensor in change.tensors()}
-    if any(isinstance(change, LoKr | Dense) for change in changes):
+    if any(isinstance(change, (LoKr, Dense)) for change in changes):
         return torch.float32
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16} else torch.float32
 
 
-def _is_aligned(base: Tensor, result: Tensor, changes: Sequence[Change], factor: torch.dtype) -> bool:
+def are_aligned(weights: Sequence[Tensor], changes: Sequence[Change]) -> bool:
     """Whether all rows begin at multiples of 16 bytes, whatever dtype."""
-    del factor
-    matrices_ = [base, result]
-    ok = all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 for x in matrices_)
+    ok = all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 for x in weights)
     return ok and all(tensor.data_ptr() % 16 == 0 for change in changes for tensor in change.rows())
+
+
+def product_options(changes: Sequence[Change], device: torch.device, *, high: bool) -> dict[str, Any]:
+    """How the kernels multiply factors; `high`: all ranks are at least 64."""
+    highest = max((change.rank for change in changes), default=0)
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return {
+        "WIDE": device.type == "cpu",
+        "PRECISION": "tf32x3" if nvidia and highest > HIDDEN else "ieee",
+        "BR": 64 if high else RANKS,
+    }
 
 
 def bake(

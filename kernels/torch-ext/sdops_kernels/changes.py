@@ -7,7 +7,7 @@ The strength t is the caller's: W + t change.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import ClassVar, TypeVar
 
@@ -17,16 +17,16 @@ from torch import Tensor
 __all__ = ["Change", "Dense", "LoHa", "LoKr", "LoRA", "gain_of", "matrices"]
 
 NO_GAIN = 2  # in place of an axis
+EPSILON = torch.finfo(torch.float32).eps  # beside norms
 
 Own = TypeVar("Own", bound="Change")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Change:
-    """What all kinds have.
+    """What all kinds have, beside their parts and a `scale`: alpha / rank.
 
     Attributes:
-        scale: Of the change: alpha / rank.
         first: The first row that changes.
         slot: Which of the strengths it has.
         strength: Set when it runs.
@@ -34,7 +34,6 @@ class Change:
         gain_axis: 0 = per row, 1 = per column.
     """
 
-    scale: float = 1.0
     first: int = 0
     slot: int = 0
     strength: float = 1.0
@@ -42,6 +41,12 @@ class Change:
     gain_axis: int = 0
 
     kind: ClassVar[int]
+
+    def _flatten(self, *names: str) -> None:
+        """Make matrices of parts; kernels of convolutions have many columns, vectors are one row."""
+        for name in names:
+            part = getattr(self, name)
+            object.__setattr__(self, name, part.flatten(1) if part.ndim > 1 else part[None])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -99,14 +104,15 @@ class Change:
 class LoRA(Change):
     """up [rows, rank] @ down [rank, columns]."""
 
-    up: Tensor = None  # type: ignore[assignment]
-    down: Tensor = None  # type: ignore[assignment]
+    up: Tensor
+    down: Tensor
+    scale: float = 1.0
     kind: ClassVar[int] = 0
 
-    def __init__(self, up: Tensor, down: Tensor, scale: float = 1.0, **rest: object) -> None:
-        _initialise(self, scale, rest, up=up.flatten(1), down=down.flatten(1))
+    def __post_init__(self) -> None:
+        self._flatten("up", "down")
         if self.up.shape[1] != self.down.shape[0]:
-            raise ValueError(f"up {list(up.shape)} and down {list(down.shape)} have different ranks")
+            raise ValueError(f"up {list(self.up.shape)} and down {list(self.down.shape)} have different ranks")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,17 +146,15 @@ class LoRA(Change):
 class LoHa(Change):
     """(w1_a @ w1_b) * (w2_a @ w2_b), elementwise: [rows, rank] @ [rank, columns] each."""
 
-    w1_a: Tensor = None  # type: ignore[assignment]
-    w1_b: Tensor = None  # type: ignore[assignment]
-    w2_a: Tensor = None  # type: ignore[assignment]
-    w2_b: Tensor = None  # type: ignore[assignment]
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    scale: float = 1.0
     kind: ClassVar[int] = 1
 
-    def __init__(
-        self, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, scale: float = 1.0, **rest: object
-    ) -> None:
-        parts = {"w1_a": w1_a, "w1_b": w1_b, "w2_a": w2_a, "w2_b": w2_b}
-        _initialise(self, scale, rest, **{name: part.flatten(1) for name, part in parts.items()})
+    def __post_init__(self) -> None:
+        self._flatten("w1_a", "w1_b", "w2_a", "w2_b")
         if not self.w1_a.shape[1] == self.w1_b.shape[0] == self.w2_a.shape[1] == self.w2_b.shape[0]:
             raise ValueError("the factors of a LoHa have different ranks")
 
@@ -193,12 +197,13 @@ class LoHa(Change):
 class LoKr(Change):
     """w1 [a, b] (x) w2 [c, d]: element (i c + u, j d + v) is w1[i, j] w2[u, v]."""
 
-    w1: Tensor = None  # type: ignore[assignment]
-    w2: Tensor = None  # type: ignore[assignment]
+    w1: Tensor
+    w2: Tensor
+    scale: float = 1.0
     kind: ClassVar[int] = 2
 
-    def __init__(self, w1: Tensor, w2: Tensor, scale: float = 1.0, **rest: object) -> None:
-        _initialise(self, scale, rest, w1=w1.flatten(1), w2=w2.flatten(1))
+    def __post_init__(self) -> None:
+        self._flatten("w1", "w2")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -225,11 +230,12 @@ class LoKr(Change):
 class Dense(Change):
     """Any change, as it is: [rows, columns]."""
 
-    change: Tensor = None  # type: ignore[assignment]
+    change: Tensor
+    scale: float = 1.0
     kind: ClassVar[int] = 3
 
-    def __init__(self, change: Tensor, scale: float = 1.0, **rest: object) -> None:
-        _initialise(self, scale, rest, change=change.flatten(1) if change.ndim > 1 else change[None])
+    def __post_init__(self) -> None:
+        self._flatten("change")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -255,21 +261,20 @@ class Dense(Change):
 
 def as_dense(change: Change) -> Dense:
     """Any change as a dense one."""
-    rest = {"first": change.first, "slot": change.slot, "gain": change.gain, "gain_axis": change.gain_axis}
-    return Dense(change.delta(), 1.0, strength=change.strength, **rest)
+    common = {each.name: getattr(change, each.name) for each in fields(Change)}
+    return Dense(change.delta(), **common)
 
 
 def replace_factors(change: Own, parts: dict[str, Tensor], rows: int | None = None) -> Own:
     """The change with other factors; with `rows`, of the transposed weight."""
-    gain, axis, first = change.gain, change.gain_axis, change.first
-    if rows is not None:
-        if gain is not None and axis == 0:
-            padded = torch.ones(rows, device=gain.device)
-            padded[first : first + len(gain)] = gain
-            gain = padded
-        axis, first = 1 - axis, 0
-    rest = {"first": first, "slot": change.slot, "strength": change.strength, "gain": gain, "gain_axis": axis}
-    return type(change)(**parts, scale=change.scale, **rest)  # type: ignore[arg-type]
+    if rows is None:
+        return replace(change, **parts)
+    gain = change.gain
+    if gain is not None and change.gain_axis == 0:
+        padded = torch.ones(rows, device=gain.device)
+        padded[change.first : change.first + len(gain)] = gain
+        gain = padded
+    return replace(change, **parts, first=0, gain=gain, gain_axis=1 - change.gain_axis)
 
 
 def matrices(weight: Tensor, out: Tensor, changes: Sequence[Change]) -> tuple[Tensor, Tensor, list[Change]] | None:
@@ -316,16 +321,9 @@ def gain_of(weight: Tensor, change: Change, magnitude: Tensor, axis: int = 0) ->
     directed = weight.float() + change.delta().reshape(weight.shape)
     kernel = prod(weight.shape[2:])
     others = [dim for dim in range(weight.ndim) if dim != axis]
-    norm: Tensor = torch.linalg.vector_norm(directed, dim=others) + torch.finfo(torch.float32).eps
+    norm: Tensor = torch.linalg.vector_norm(directed, dim=others) + EPSILON
     gain = magnitude.reshape(-1).float() / norm
     return gain if axis == 0 else gain.repeat_interleave(kernel)
-
-
-def _initialise(change: Change, scale: float, rest: dict[str, object], /, **parts: Tensor) -> None:
-    """Set the fields of a frozen change."""
-    names = {"scale": scale, "first": 0, "slot": 0, "strength": 1.0, "gain": None, "gain_axis": 0} | rest | parts
-    for name, value in names.items():
-        object.__setattr__(change, name, value)
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ._registration import register
 from ._tables import CODES, Device, address_table, default_backend, device_of, same_device
-from .exact import Coefficient, exact_sum, split_coefficient
+from .exact import Coefficient, split_coefficient
+from .reference import linear_merge as merge_by_torch
 
 __all__ = ["LinearMerge", "Merged", "linear_merge"]
 
@@ -132,7 +133,9 @@ class LinearMerge:
             return
         inputs = [self.inputs[problem][i] for i in used]
         try:
-            result, count = exact_sum(inputs, [self.coefficients[problem][i] for i in used], self.outs[problem].dtype)
+            result, count = merge_by_torch(
+                inputs, [self.coefficients[problem][i] for i in used], self.outs[problem].dtype
+            )
         except ValueError:
             raise ValueError(f"an input of tensor {problem} holds NaN or infinity") from None
         self.outs[problem].copy_(result)

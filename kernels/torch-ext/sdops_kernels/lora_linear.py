@@ -1,55 +1,70 @@
 """A linear layer with a LoRA, for training: y = x W^T + bias + s (x A^T) B^T, with gradients for x, A and B.
 
 Plain formulation: the scale is folded into S = s x A^T [M, r], which is saved; three products forward, five backward,
-all deterministic. Where a measurement on this GPU says so (`Choices.measure`), the forward pass is one kernel that
-makes x W^T and S in the same loop; without a measurement it is never used, so that it can only be faster.
+all deterministic. Where a measurement on this GPU says so (`Choices.measure`), kernels take over: one for y and S, and
+for the gradients one that makes dx and s dy B and one that makes dA and dB. Without a measurement they are never used,
+so that they can only be faster.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import reference
+from ._registration import operator, register
+from ._tables import default_backend
+
 __all__ = ["Choices", "lora_linear"]
 
 Shape = tuple[int, int, int, int]  # tokens M, inputs K, outputs N, rank
+PASSES = ("forward", "backward")
 TILE = (128, 128, 64)
+TILE_OF_GRADIENTS = (64, 64)  # tokens, columns
+SLABS, SLAB = 16, 256  # at most so many, of at least so many tokens: the shape alone decides, and so the bits
 REPEATS = 20
+FASTER = 0.97  # of the plain way's time
 
 
 class Choices:
-    """Which shapes the fused kernel is faster for, as measured on a GPU; nothing is measured behind one's back.
+    """Which shapes the kernels are faster for, as measured on a GPU; nothing is measured behind one's back.
 
     Attributes:
-        faster: GPU -> shapes, each with its dtype, where the fused forward pass won.
+        faster: GPU -> pass (forward, backward) -> [dtype, M, K, N, rank] of the layers where the kernels won.
     """
 
-    def __init__(self, faster: dict[str, list[list[Any]]] | None = None) -> None:
-        self.faster = faster or {}
+    def __init__(self, faster: Mapping[str, Mapping[str, list[list[Any]]]] | None = None) -> None:
+        self.faster = {name: {way: list(own.get(way, [])) for way in PASSES} for name, own in (faster or {}).items()}
 
-    def fused(self, x: Tensor, shape: Shape) -> bool:
-        """Whether to use the kernel."""
-        if not self.faster or not x.is_cuda:
-            return False
-        return [str(x.dtype), *shape] in self.faster.get(torch.cuda.get_device_name(x.device), [])
+    def fused(self, x: Tensor, shape: Shape) -> tuple[bool, bool]:
+        """Whether to use the kernels forward and backward."""
+        own = self.faster.get(_name(x.device))
+        if own is None:
+            return False, False
+        wanted = [str(x.dtype), *shape]
+        return wanted in own["forward"], wanted in own["backward"]
 
-    def measure(self, shapes: Iterable[Shape], dtype: torch.dtype = torch.bfloat16) -> None:
-        """Time both ways on the current GPU and remember where the kernel is at least 3 % faster."""
-        name = torch.cuda.get_device_name()
-        won = self.faster.setdefault(name, [])
+    def measure(self, shapes: Iterable[Shape], dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> None:
+        """Time both ways and remember where the kernels are at least 3 % faster."""
+        own = self.faster.setdefault(_name(torch.device(device)), {way: [] for way in PASSES})
         for shape in shapes:
             tokens, inputs, outputs, rank = shape
-            make = [torch.randn(size, device="cuda", dtype=dtype) for size in ((tokens, inputs), (outputs, inputs))]
-            make += [torch.randn(size, device="cuda", dtype=dtype) for size in ((rank, inputs), (outputs, rank))]
-            plain = _milliseconds(lambda make=make: _forward(make[0], make[1], None, make[2], make[3], 1.0))
-            fused = _milliseconds(lambda make=make: _forward_fused(make[0], make[1], None, make[2], make[3], 1.0))
-            if fused < 0.97 * plain:
-                won.append([str(dtype), *shape])
+            sizes = ((tokens, inputs), (outputs, inputs), (rank, inputs), (outputs, rank), (tokens, outputs))
+            x, weight, down, up, gradient = (torch.randn(size, device=device, dtype=dtype) for size in sizes)
+            forward = x, weight, None, down, up, 1.0
+            backward = gradient, x, weight, reference.lora_forward(*forward)[1], down, up, 1.0
+            for way, given in zip(PASSES, (forward, backward), strict=True):
+                plain, fused = getattr(reference, f"lora_{way}"), operator(f"lora_{way}")
+                times = [_milliseconds(lambda f=f, given=given: f(*given), device) for f in (plain, fused)]
+                wanted = [str(dtype), *shape]
+                own[way] = [each for each in own[way] if each != wanted]
+                if times[1] < FASTER * times[0]:
+                    own[way].append(wanted)
 
     def save(self, path: str | Path) -> None:
         """Write what was measured as JSON."""
@@ -80,20 +95,20 @@ def lora_linear(
         down: [r, K] (A).
         up: [N, r] (B).
         scale: alpha / r.
-        choices: Where the fused kernel is faster; None = plain everywhere.
+        choices: Where the kernels are faster; None = plain everywhere.
 
     Returns:
         [..., N], in the dtype of x.
     """
     flat = x.reshape(-1, x.shape[-1])
     shape = (len(flat), flat.shape[1], len(weight), len(down))
-    forward = _forward_fused if choices is not None and choices.fused(flat, shape) else _forward
-    result: Tensor = _LoraLinear.apply(flat, weight, bias, down, up, scale, forward)
+    fused = choices.fused(flat, shape) if choices is not None else (False, False)
+    result: Tensor = _LoraLinear.apply(flat, weight, bias, down, up, scale, *fused)
     return result.reshape(*x.shape[:-1], len(weight))
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The plain formulation; S is saved instead of x A^T and of anything of the size of y."""
+    """S is saved instead of x A^T and of anything of the size of y."""
 
     @staticmethod
     def forward(
@@ -104,52 +119,91 @@ class _LoraLinear(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         scale: float,
-        forward: Callable[..., tuple[Tensor, Tensor]],
+        fused_forward: bool,
+        fused_backward: bool,
     ) -> Tensor:
+        forward = operator("lora_forward") if fused_forward else reference.lora_forward
         result, inner = forward(x, weight, bias, down, up, scale)
         ctx.save_for_backward(x, weight, down, up, inner)
-        ctx.scale = scale
+        ctx.scale, ctx.fused = scale, fused_backward
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up, inner = ctx.saved_tensors
-        gradient = gradients[0]
-        low = torch.mm(gradient, up).mul_(ctx.scale)  # [M, r]
-        for_x = torch.addmm(torch.mm(gradient, weight), low, down) if ctx.needs_input_grad[0] else None
-        for_down = torch.mm(low.T, x) if ctx.needs_input_grad[3] else None
-        for_up = torch.mm(gradient.T, inner) if ctx.needs_input_grad[4] else None
-        return for_x, None, None, for_down, for_up, None, None
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4])
+        given = gradients[0], x, weight, inner, down, up, ctx.scale
+        if ctx.fused and all(wanted):
+            for_x, for_down, for_up = operator("lora_backward")(*given)
+        else:
+            for_x, for_down, for_up = reference.lora_backward(*given, wanted)
+        return for_x, None, None, for_down, for_up, None, None, None
 
 
-def _forward(
+def forward_by_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """y [M, N] and S [M, r]."""
-    inner = torch.mm(x, down.T).mul_(scale)
-    base = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
-    return torch.addmm(base, inner, up.T), inner
+    """y [M, N] and S [M, r] in one launch."""
+    return _product(x, weight, bias, down, up, scale, turned=False)
 
 
-def _forward_fused(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+def backward_by_kernel(
+    gradient: Tensor, x: Tensor, weight: Tensor, inner: Tensor, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for x, A and B: two launches and a sum."""
+    from ._lora_linear_kernels import add_gradients
+
+    gradient, x, inner = gradient.contiguous(), x.contiguous(), inner.contiguous()
+    for_x, low = _product(gradient, weight, None, up, down, scale, turned=True)
+    (tokens, inputs), (outputs, rank) = x.shape, up.shape
+    slabs = max(1, min(SLABS, tokens // SLAB))
+    slab = -(-tokens // slabs)
+    rows, columns = TILE_OF_GRADIENTS
+    across = -(-outputs // columns)
+    partial = torch.empty(slabs, outputs + inputs, rank, dtype=torch.float32, device=x.device)
+    add_gradients[(across + -(-inputs // columns), slabs)](
+        gradient,
+        x,
+        inner,
+        low,
+        partial,
+        tokens,
+        outputs,
+        inputs,
+        rank,
+        across,
+        slab,
+        ALIGNED=_are_aligned(inputs, outputs, gradient, x),
+        WIDE=x.device.type == "cpu",
+        R=_filled(rank),
+        BM=rows,
+        BN=columns,
+        num_warps=4,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
+    total = partial.sum(0).to(x.dtype)  # in the order of the slabs
+    return for_x, total[outputs:].T.contiguous(), total[:outputs].contiguous()
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, second: Tensor, scale: float, *, turned: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same in one launch."""
-    from ._lora_linear_kernels import forward
+    """x W^T + (scale x first^T) second^T, or `turned` x W + (scale x first) second, and what is in brackets."""
+    from ._lora_linear_kernels import product
 
-    x, weight, down, up = (each.contiguous() for each in (x, weight, down, up))
+    x, weight, first, second = (each.contiguous() for each in (x, weight, first, second))
     tokens, inputs = x.shape
-    outputs, rank = up.shape
+    outputs, rank = (weight.shape[1], first.shape[1]) if turned else (weight.shape[0], first.shape[0])
     result = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
     inner = torch.empty(tokens, rank, dtype=x.dtype, device=x.device)
-    size = max(16, 1 << (rank - 1).bit_length())
-    rows, columns, _ = TILE
-    forward[(-(-tokens // rows), -(-outputs // columns))](
+    rows, columns, depth = TILE
+    product[(-(-tokens // rows), -(-outputs // columns))](
         x,
         weight,
         bias if bias is not None else x,
-        down,
-        up,
+        first,
+        second,
         result,
         inner,
         tokens,
@@ -158,12 +212,13 @@ def _forward_fused(
         rank,
         float(scale),
         BIAS=bias is not None,
-        ALIGNED=inputs % 16 == 0 and outputs % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in (x, weight, down)),
+        TURNED=turned,
+        ALIGNED=_are_aligned(inputs, outputs, x, weight, first, second),
         WIDE=x.device.type == "cpu",
-        R=size,
-        BM=TILE[0],
-        BN=TILE[1],
-        BK=TILE[2],
+        R=_filled(rank),
+        BM=rows,
+        BN=columns,
+        BK=depth,
         num_warps=8,
         num_stages=3,
         enable_fp_fusion=True,
@@ -171,9 +226,22 @@ def _forward_fused(
     return result, inner
 
 
-def _milliseconds(work: Callable[[], Any]) -> float:
+def _filled(rank: int) -> int:
+    """A power of two that tensor cores take."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def _are_aligned(inputs: int, outputs: int, *tensors: Tensor) -> bool:
+    return inputs % 16 == 0 and outputs % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _milliseconds(work: Callable[[], Any], device: str) -> float:
     """Median of REPEATS runs, after as many to warm up, each after another buffer has filled the cache."""
-    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+    flush = torch.empty(64 << 20, dtype=torch.int32, device=device)
     times = []
     for turn in range(2 * REPEATS):
         flush.zero_()
@@ -185,3 +253,46 @@ def _milliseconds(work: Callable[[], Any]) -> float:
         if turn >= REPEATS:
             times.append(begin.elapsed_time(end))
     return sorted(times)[len(times) // 2]
+
+
+def _forward_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    by_kernel = default_backend(x.device) == "triton"
+    return (forward_by_kernel if by_kernel else reference.lora_forward)(x, weight, bias, down, up, scale)
+
+
+def _backward_op(
+    gradient: Tensor, x: Tensor, weight: Tensor, inner: Tensor, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor | None, ...]:
+    by_kernel = default_backend(x.device) == "triton"
+    return (backward_by_kernel if by_kernel else reference.lora_backward)(gradient, x, weight, inner, down, up, scale)
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    del bias, up, scale
+    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(down))
+
+
+def _backward_fake(
+    gradient: Tensor, x: Tensor, weight: Tensor, inner: Tensor, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    del gradient, weight, inner, scale
+    return x.new_empty(x.shape), x.new_empty(down.shape), x.new_empty(up.shape)
+
+
+register(
+    "lora_forward",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, float scale) -> (Tensor, Tensor)",
+    _forward_op,
+    _forward_fake,
+)
+register(
+    "lora_backward",
+    "(Tensor gradient, Tensor x, Tensor weight, Tensor inner, Tensor down, Tensor up, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward_op,
+    _backward_fake,
+)

@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .changes import Change
-from .exact import exact_sum, round_once, to_odd, two_sum
+from .changes import Change, gain_of
+from .exact import Coefficient, exact_sum, round_once, to_odd, two_sum
 
 __all__ = ["bake", "exact_sum", "fp8_scale", "random_words", "total_change"]
 
@@ -64,6 +64,58 @@ def bake(
     else:
         result, _ = round_once(to_odd(high, low), dtype)
     return result.reshape(weight.shape), new
+
+
+def dora_gains(
+    weights: Sequence[Tensor], changes: Sequence[Change], magnitudes: Sequence[Tensor], axes: Sequence[int]
+) -> list[Tensor]:
+    """magnitude / ||W + change||, layer by layer."""
+    return [gain_of(*each) for each in zip(weights, changes, magnitudes, axes, strict=True)]
+
+
+def inner_products(inputs: Sequence[Tensor]) -> Tensor:
+    """<x_i, x_j> of tensors of one shape, float64 [N, N]."""
+    flat = torch.stack([x.reshape(-1).double() for x in inputs])
+    return flat @ flat.T
+
+
+def linear_merge(
+    inputs: Sequence[Tensor], coefficients: Sequence[Coefficient], dtype: torch.dtype
+) -> tuple[Tensor, int]:
+    """See `exact.exact_sum`."""
+    return exact_sum(inputs, coefficients, dtype)
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """x W^T + bias + scale (x down^T) up^T, as it is written; autograd does the rest."""
+    return torch.nn.functional.linear(x, weight, bias) + (x @ down.T @ up.T) * scale
+
+
+def lora_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """y [M, N] and S = scale x down^T [M, r]: the plain formulation, three products."""
+    inner = torch.mm(x, down.T).mul_(scale)
+    base = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
+    return torch.addmm(base, inner, up.T), inner
+
+
+def lora_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    inner: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for x, down and up, where they are wanted: the plain formulation, five products."""
+    low = torch.mm(gradient, up).mul_(scale)  # [M, r]
+    for_x = torch.addmm(torch.mm(gradient, weight), low, down) if wanted[0] else None
+    for_down = torch.mm(low.T, x) if wanted[1] else None
+    for_up = torch.mm(gradient.T, inner) if wanted[2] else None
+    return for_x, for_down, for_up
 
 
 def total_change(values: Tensor, changes: Sequence[Change]) -> Tensor:
