@@ -15,6 +15,7 @@ Each file offers a class `Method`, made as `Method(model, config)`, with (`train
     measure(views) -> float | None       what is measured in place of the loss with fixed noise, if anything
     findings(views) -> dict              numbers about the result, for the report
     decodes                              whether it paints pictures of its own
+    repeats                              whether every step does the same work, so that a GPU can record and replay it
 
 A method's file is called as its command, `_` for `-`. METHODS has its card, so that nobody loads torch to know its
 help, what it saves, how many numbers learn, and what it refuses.

@@ -12,6 +12,7 @@ from sdops.training import method
 from sdops.training.blocks import rates_by_block
 from sdops.training.changes import Change
 from sdops.training.config import Config
+from sdops.training.kernels import lora_linear
 from sdops.training.model import Model
 from sdops.training.parameters import Parameter
 from sdops.training.product import Layer, Product
@@ -28,8 +29,10 @@ class Method(method.Method):
         self.trains_text = self.encodes = TEXT in ranks_of(config)
         self._block_rate = rates_by_block(model, config.block_lr)
         self._changes = in_order(changes(model, config), self._rate)
+        kernel = lora_linear(model.device)
         for change in self._changes:
-            change.install()
+            change.install(kernel)
+        model.cross_attention.learn(self._changes)
 
     def parameters(self) -> list[Parameter]:
         """The parts of all layers."""

@@ -35,6 +35,7 @@ class Method(method.Method):
     """A text per step of DDIM."""
 
     decodes = True
+    repeats = False
     measured = "error of the reconstruction"
     _settled: tuple[Tensor, Tensor] | None = None  # error and text of a step that is done
 
@@ -93,7 +94,7 @@ class Method(method.Method):
         text = self._parts[f"null{index:03d}"]
         if self._settled is None:
             error = (self._step(self._at, index, text, self._given) - self._path[index + 1]).square().mean().view(1)
-            if float(error) >= self.config.enough + index * _SLACK:
+            if float(error.detach()) >= self.config.enough + index * _SLACK:
                 return error
             self._settled = error.detach(), text.detach().float().clone()
         return self._settled[0] + 0 * text.sum()
@@ -123,7 +124,7 @@ class Method(method.Method):
         """PSNR (dB) of the painted picture against what the VAE makes of the original: with the texts, and without."""
         wanted = self.model.decode(self._picture)
         plain = [self._null[0]] * self._number
-        found = {"psnr": self._texts(views), "psnr_without": plain}
+        found = {"psnr": self._texts(views), "psnr_without_texts": plain}
         followed = {name: self._followed(texts, self._number) for name, texts in found.items()}
         return {name: _psnr(self.model.decode(latents), wanted) for name, latents in followed.items()}
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from sdops import adapters
 from sdops.core.noise import Noise
+from sdops.training.kernels import LoraLinear
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Change:
         layer: Its Linear or Conv2d; calls of it go through here once it is installed.
         form: How it is changed.
         parts: What a step computes with, set by the trainer.
+        made: An input x of this step and s x down^T, where that was made for many layers at once.
     """
 
     component: str
@@ -65,15 +67,22 @@ class Change:
     layer: Any
     form: Form
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    made: tuple[Tensor, Tensor] | None = None
 
-    def install(self) -> None:
-        """Let the layer compute with its change."""
+    def install(self, kernel: LoraLinear | None = None) -> None:
+        """Let the layer compute with its change; plain LoRAs on Linear layers by the kernel, if there is one."""
         self._plain = self.layer.forward
+        self._kernel = kernel if self.is_plain and isinstance(self.layer, nn.Linear) else None
         self.layer.forward = self._forward
 
     def remove(self) -> None:
         """Give the layer back as it was."""
         self.layer.forward = self._plain
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a LoRA that sees all of its input and nothing of the weight."""
+        return self.form.family == "lora" and not self.form.dora and not self.form.dropout
 
     @property
     def key(self) -> str:
@@ -92,6 +101,9 @@ class Change:
         return made
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        is_made = self.made is not None and self.made[0] is x
+        if self._kernel is not None and not is_made:
+            return self._kernel(x, self.layer, self.parts["down"], self.parts["up"], self.form.scale)
         y: Tensor = self._plain(x, *args, **kwargs)
         drops = self.form.dropout and torch.is_grad_enabled()  # not while the loss is only measured
         seen = functional.dropout(x, self.form.dropout) if drops else x
@@ -102,6 +114,8 @@ class Change:
     def _low_rank(self, x: Tensor) -> Tensor:
         down, up = self.parts["down"], self.parts["up"]
         if isinstance(self.layer, nn.Linear):
+            if self.made is not None and self.made[0] is x:
+                return functional.linear(self.made[1], up)
             return functional.linear(functional.linear(x, down) * self.form.scale, up)
         return functional.conv2d(self._through(x, down) * self.form.scale, up)
 

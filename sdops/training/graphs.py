@@ -81,10 +81,12 @@ class Graphs:
         return graph, inputs, loss
 
 
-def why_not(device: torch.device, *, dropout: bool, checkpointing: bool) -> str:
+def why_not(device: torch.device, *, repeats: bool, dropout: bool, checkpointing: bool) -> str:
     """Why a step cannot be recorded; nothing if it can."""
     if device.type != "cuda":
         return f"the device is {device.type}"
+    if not repeats:
+        return "the method's steps are not alike"
     if dropout and checkpointing:
         return "with dropout, checkpointing has to look up the state of the random numbers"
     return ""

@@ -126,7 +126,12 @@ class Course:
         """What takes a step and returns its loss, the mean over all processes; recorded where that is possible."""
         config, device = self.config, self.feeder.model.device
         whole, part = self._whole, self._part
-        reason = graphs.why_not(device, dropout=bool(config.dropout), checkpointing=config.checkpointing)
+        reason = graphs.why_not(
+            device,
+            repeats=self.method.repeats,
+            dropout=bool(config.dropout),
+            checkpointing=config.checkpointing,
+        )
         if config.graph and not reason:
             whole = graphs.Graphs(whole, [*self.optimizer.everything(), self.parameters.gradient], self.note)
             part = graphs.Graphs(part, [self.parameters.gradient], self.note)

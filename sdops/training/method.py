@@ -39,6 +39,7 @@ class Method:
     encodes = False
     trains_text = False
     decodes = False
+    repeats = True
     measured = "loss with fixed noise"
 
     def __init__(self, model: Model, config: Config) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sdops.training.cross_attention import CrossAttention
 from sdops.training.tokens import LENGTH
 from sdops.training.words import Words
 
@@ -68,6 +69,7 @@ class Model:
         device: Where everything is.
         dtype: That UNet and text encoders compute in; the VAE is float32.
         formula: A formula of words -> encoder -> rows [n, width], as `sdops embed make` reads it.
+        cross_attention: The UNet's layers that read the text, all at once.
     """
 
     name: str
@@ -81,6 +83,9 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     formula: Callable[[str], Mapping[str, Tensor]]
+
+    def __post_init__(self) -> None:
+        self.cross_attention = CrossAttention(self.unet)
 
     @property
     def scale(self) -> float:
@@ -115,6 +120,7 @@ class Model:
             pooled: [B, width], SDXL.
             sizes: [B, 6], SDXL: original height and width, top and left of the crop, height and width.
         """
+        self.cross_attention.begin(context)
         extra = {} if pooled is None else {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
         out = self.unet(latents.to(self.dtype), steps, encoder_hidden_states=context, return_dict=False, **extra)
         found: Tensor = out[0]

@@ -42,10 +42,11 @@ def losses(report):
 def test_the_shelf_says_its_contract_and_has_a_file_for_every_method():
     assert (sdops.trainers.__doc__ or "").startswith("SHELF: ")
     files = {path.stem for path in Path(sdops.trainers.__file__).parent.glob("[!_]*.py")}
-    assert files == {name.replace("-", "_") for name in METHODS} == {name.replace("-", "_") for name in GIVEN}
+    tested = {*GIVEN, "hypernetwork", "null-text", "aesthetic"}  # these in `test_personal`
+    assert files == {name.replace("-", "_") for name in METHODS} == {name.replace("-", "_") for name in tested}
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(GIVEN))
 def test_a_method_learns_and_saves_what_it_learnt(train, tmp_path, method):
     report = train(method, **QUICK, **GIVEN[method])
     before, after = report.data["losses"]["0"], report.data["losses"]["3"]
