@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdops.core import accel
+
 
 class LoraLinear:
     """y = x W^T + bias + s (x A^T) B^T; each shape is measured when it is seen first, which takes a second.
@@ -45,4 +47,4 @@ def lora_linear(device: torch.device) -> LoraLinear | None:
     """What computes LoRA layers there; None where there are no kernels: then torch does it."""
     if device.type != "cuda" or find_spec("sdops_kernels") is None or find_spec("triton") is None:
         return None
-    return LoraLinear(import_module("sdops_kernels"), (RuntimeError, import_module("triton.errors").TritonError))
+    return LoraLinear(accel.kernels(), (RuntimeError, import_module("triton.errors").TritonError))

@@ -17,7 +17,7 @@ from sdops.training.batches import Plan, Sample
 from sdops.training.config import Config, settings_of
 from sdops.training.pictures import Folder, Picture
 from sdops.training.tokens import CHUNK, VOCABULARY, Tokens
-from sdops.verbs._train_model import Origin
+from sdops.verbs._train_origin import Origin
 from sdops.verbs._train_output import place_of
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "auto": 4}

@@ -14,7 +14,8 @@ from sdops import settings
 from sdops.report import Report
 from sdops.trainers import METHODS
 from sdops.training.config import read
-from sdops.verbs._train_model import check_installed, open_origin
+from sdops.verbs._train_model import check_installed
+from sdops.verbs._train_origin import open_origin
 from sdops.verbs._train_plan import check, report_of
 
 FilePath = str | os.PathLike[str]

@@ -61,7 +61,8 @@ def test_only_the_words_change(tiny, train):
     """Nothing of the model is written to: not a row of the vocabulary, not a weight."""
     from sdops.trainers import trainer
     from sdops.training.config import read as settings
-    from sdops.verbs._train_model import build, open_origin
+    from sdops.verbs._train_model import build
+    from sdops.verbs._train_origin import open_origin
 
     config = settings("ti", None, {"model": str(tiny), "tokens": ("it:3",), "init": ("circle",)})
     model = build(open_origin(config), config)

@@ -10,15 +10,15 @@ import pytest
 
 from sdops.errors import FormatError, MismatchError, OutputError, SdopsError, UsageError
 from sdops.training.config import Config, read
-from sdops.verbs import _train_model
+from sdops.verbs import _train_run
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_built(monkeypatch):
-    def build(*_):
-        raise AssertionError("the model was built")
+def nothing_is_trained(monkeypatch):
+    def train(*_):
+        raise AssertionError("training began")
 
-    monkeypatch.setattr(_train_model, "build", build)
+    monkeypatch.setattr(_train_run, "train", train)
 
 
 def refused(train, tmp_path, error, match, hint="", **given):
