@@ -1,4 +1,4 @@
-"""`sdops custom inspect|apply|to-lora|merge`: custom diffusion."""
+"""`sdops custom inspect|convert|apply|to-lora|merge`: custom diffusion."""
 
 from __future__ import annotations
 
@@ -49,6 +49,28 @@ def inspect_command(console: Console, files: tuple[str, ...], **options: Any) ->
     from sdops.verbs.custom import inspect
 
     return console.show(inspect(*files, **options))
+
+
+@command.command(
+    "convert",
+    epilog="""\b
+    Examples:
+      sdops custom convert delta.bin --to diffusers -o concept/
+      sdops custom convert compressed_delta.bin --to webui
+    """,
+)
+@click.argument("file", metavar="FILE", type=FILE, help="Custom diffusion of any layout")
+@click.option("--to", required=True, help="Layout: adobe, compvis, diffusers (whole weights), compressed, webui")
+@click.option("-o", "--output", type=FILE, help="A file or a folder; default: beside the input")
+@click.option("-f", "--force", is_flag=True, help="Replace existing outputs")
+@click.option("-n", "--dry-run", is_flag=True, help="Say what would be written, write nothing")
+@_WORDS
+@general_options
+def convert_command(console: Console, file: str, **options: Any) -> int:
+    """Write custom diffusion in another layout, bit for bit, its words inside or beside it."""
+    from sdops.verbs.custom import convert
+
+    return console.show(convert(file, **options))
 
 
 @command.command(

@@ -3,8 +3,11 @@
 Each module offers
     sniff(saved) -> bool             is what the file holds laid out so? Told by structure, never by file name
     read(saved) -> Concepts          raises FormatError
-and, if sdops writes it, too,
-    write(layers, words, metadata) -> Written
+    holds(kinds) -> bool             whether it has room for edits of all these kinds
+    write(edits, words) -> Written   edits called as LAYERS says; words: name -> [n, width]
+    LAYERS: str                      the spelling of the U-Net whose names it has: `canonical` (LDM's) or `diffusers`
+    WORDS: str                       inside; table: all in one, called `embed`; else the layout of embeddings beside it
+    NAMES: dict[str, str]            container -> what its files are called, {} for the concept; the usual one first
 A layout opens no file, reads no value and computes nothing. Source of the method: Kumari et al., Multi-Concept
 Customization of Text-to-Image Diffusion, CVPR 2023.
 """

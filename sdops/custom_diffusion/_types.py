@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from sdops.core.spec import Spec
 from sdops.core.tree import Leaf
 
 Kind = Literal["whole", "delta", "factors"]
 # The parameters that the method trains; with `crossattn` all of them, without it keys and values.
 LAYER = re.compile(r"(?P<block>.+\.attn2)\.(?P<layer>to_k|to_v|to_q|to_out\.0)\.(?P<parameter>weight|bias)")
-PREFIXES = ("model.diffusion_model.", "unet.", "")
+LDM = "model.diffusion_model."
+PREFIXES = (LDM, "unet.", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,19 @@ class Concepts:
     unknown: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class Written:
+    """A file to be.
+
+    Attributes:
+        tree: Plain values with Leafs; safetensors hold those that lie in no other dict, and nothing else.
+        metadata: For safetensors.
+    """
+
+    tree: dict[str, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
 def without_prefix(name: str) -> str:
     """The name of a tensor within the U-Net."""
     return next(name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix))
@@ -108,3 +123,16 @@ def words_in(table: object) -> tuple[Word, ...]:
     if len(table.spec.shape) == 1:
         return (Word("<new1>", table),)
     return tuple(Word(f"<new{row + 1}>", table, row) for row in range(table.spec.shape[0]))
+
+
+def named(edits: Sequence[Edit], prefix: str = "") -> dict[str, Leaf]:
+    """Whole parameters under their names."""
+    return {f"{prefix}{edit.layer}.{edit.parameter}": edit.tensors[0] for edit in edits}
+
+
+def as_vectors(words: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """Words as `modifier_token` has them: those of one row [1, width] as a vector [width]."""
+    return {
+        name: Leaf(leaf.key, Spec(leaf.spec.dtype, leaf.spec.shape[1:])) if leaf.spec.shape[0] == 1 else leaf
+        for name, leaf in words.items()
+    }

@@ -5,10 +5,25 @@ What is added to the model's weight is u @ v. Around them a file is laid out as 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from sdops.core.tree import Leaf, Saved
-from sdops.custom_diffusion._types import LAYER, Concepts, Edit, whole, without_prefix, words_in, words_of
+from sdops.custom_diffusion._types import (
+    LAYER,
+    Concepts,
+    Edit,
+    Written,
+    as_vectors,
+    whole,
+    without_prefix,
+    words_in,
+    words_of,
+)
+
+LAYERS, WORDS = "diffusers", "inside"
+NAMES = {"torch": "compressed_{}.bin"}
 
 
 def _entries(saved: Saved) -> dict[Any, Any]:
@@ -50,3 +65,18 @@ def read(saved: Saved) -> Concepts:
             unknown.append(str(name))
     words = words_of(saved.entries().get("modifier_token")) or words_in(_entries(saved).get("embed"))
     return Concepts(tuple(edits), words, tuple(unknown))
+
+
+def holds(kinds: AbstractSet[str]) -> bool:
+    """Factors, and with them whole parameters that were not compressed."""
+    return "factors" in kinds and "delta" not in kinds
+
+
+def write(edits: Sequence[Edit], words: Mapping[str, Leaf]) -> Written:
+    """Pairs, laid out as `adobe` is."""
+    found = {f"{edit.layer}.{edit.parameter}": _written(edit) for edit in edits}
+    return Written({"unet": found, "modifier_token": as_vectors(words)})
+
+
+def _written(edit: Edit) -> Leaf | dict[str, Leaf]:
+    return dict(zip("uv", edit.tensors, strict=True)) if edit.kind == "factors" else edit.tensors[0]

@@ -5,9 +5,24 @@ The weights are whole. Words are called <new1>, <new2> ... by their rows.
 
 from __future__ import annotations
 
-from sdops.core.tree import Leaf, Saved
-from sdops.custom_diffusion._types import Concepts, is_all_attention, leaves, wholes, words_in
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
+from sdops.core.tree import Leaf, Saved
+from sdops.custom_diffusion._types import (
+    LDM,
+    Concepts,
+    Edit,
+    Written,
+    is_all_attention,
+    leaves,
+    named,
+    wholes,
+    words_in,
+)
+
+LAYERS, WORDS = "canonical", "table"
+NAMES = {"torch": "{}.ckpt"}
 EMBED = "embed"
 
 
@@ -28,3 +43,13 @@ def read(saved: Saved) -> Concepts:
     found = tensors(saved)
     edits, unknown = wholes({name: leaf for name, leaf in found.items() if name != EMBED})
     return Concepts(edits, words_in(found.get(EMBED)), unknown)
+
+
+def holds(kinds: AbstractSet[str]) -> bool:
+    """Whole parameters."""
+    return kinds == {"whole"}
+
+
+def write(edits: Sequence[Edit], words: Mapping[str, Leaf]) -> Written:
+    """The one dict, the table of words in it."""
+    return Written({"state_dict": named(edits, LDM) | dict(words)})

@@ -7,15 +7,17 @@ tensor of that name, factors are `parameter.US` [o, r] and `parameter.Vh` [r, i]
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from sdops.core.tree import Leaf, Saved
-from sdops.custom_diffusion._types import LAYER, Concepts, Edit, without_prefix
+from sdops.custom_diffusion._types import LAYER, LDM, Concepts, Edit, Written, without_prefix
 from sdops.errors import FormatError
 
+LAYERS, WORDS = "canonical", "a1111"
+NAMES = {"safetensors": "{}.delta.safetensors"}
 KEY = "json"
-PREFIX = "model.diffusion_model."
 VERSION = "0.2.0"
 
 
@@ -57,10 +59,18 @@ def read(saved: Saved) -> Concepts:
     return Concepts(tuple(edits), (), tuple(str(key) for key in tensors if key not in used))
 
 
-def write(factors: Mapping[str, tuple[Leaf, Leaf]]) -> tuple[dict[str, Leaf], dict[str, str]]:
-    """Names and header for factors of layers that are called as LDM calls them."""
-    tensors: dict[str, Leaf] = {}
-    for layer, (up, down) in factors.items():
-        tensors |= {f"{PREFIX}{layer}.weight.US": up, f"{PREFIX}{layer}.weight.Vh": down}
-    entries = {f"{PREFIX}{layer}.weight": "delta_factors" for layer in factors}
-    return tensors, {KEY: json.dumps({"meta": {"version": VERSION}, "entries": entries})}
+def holds(kinds: AbstractSet[str]) -> bool:
+    """Whatever is added."""
+    return "whole" not in kinds
+
+
+def write(edits: Sequence[Edit], words: Mapping[str, Leaf]) -> Written:
+    """Deltas and factors, with their entries in the header."""
+    del words  # they lie beside it
+    tensors, entries = dict[str, Leaf](), {}
+    for edit in edits:
+        name = f"{LDM}{edit.layer}.{edit.parameter}"
+        keys = (name,) if edit.kind == "delta" else (f"{name}.US", f"{name}.Vh")
+        tensors |= zip(keys, edit.tensors, strict=True)
+        entries[name] = "delta" if edit.kind == "delta" else "delta_factors"
+    return Written(tensors, {KEY: json.dumps({"meta": {"version": VERSION}, "entries": entries})})

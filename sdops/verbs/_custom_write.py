@@ -14,6 +14,7 @@ from sdops.core.precision import encode
 from sdops.core.source import read
 from sdops.core.spec import Spec
 from sdops.core.tree import Leaf
+from sdops.custom_diffusion._types import Edit
 from sdops.errors import MismatchError
 from sdops.report import Progress
 from sdops.verbs._adapter_source import AdapterSource, Lazy
@@ -36,7 +37,7 @@ def lora_source(
         tensors[key] = Lazy(Spec(kind, values.shape), bits.tobytes)
 
     for module, (up, down) in factors.items():
-        stem = "lora_unet_" + module.replace(".", "_")
+        stem = _stem(module)
         put(f"{stem}.lora_up.weight", up, dtype)
         put(f"{stem}.lora_down.weight", down, dtype)
         put(f"{stem}.alpha", np.array(float(len(down))), "F32")
@@ -63,7 +64,7 @@ def write_lora(
 ) -> int:
     """Write the LoRA in a dialect, or the web UI's factors; returns the size in bytes."""
     from sdops.custom_diffusion import layout
-    from sdops.verbs._adapter_output import save
+    from sdops.verbs._adapter_save import save
     from sdops.verbs._adapters import Spelled, open_adapter, spelled
 
     inputs = [*(_input(file, base) for file in files), base]
@@ -71,22 +72,24 @@ def write_lora(
     header = {"format": "pt", "modelspec.title": path.stem}
     header[RECIPE] = json.dumps({**recipe, "inputs": records}, ensure_ascii=False, separators=(",", ":"))
     if to == "webui":
-        stems = {module: "lora_unet_" + module.replace(".", "_") for module in factors}
-        leaves = {
-            module: tuple(_leaf(source, f"{stem}.lora_{side}.weight") for side in ("up", "down"))
-            for module, stem in stems.items()
-        }
-        named, more = layout("webui").write(leaves)
-        tensors = {key: Lazy(leaf.spec, partial(read, source, leaf.key)) for key, leaf in named.items()}
-        made = Spelled(AdapterSource(path.name, tensors, header | more), {}, ())
+        written = layout("webui").write([_edit(source, module) for module in factors], {})
+        tensors = {key: Lazy(leaf.spec, partial(read, source, leaf.key)) for key, leaf in written.tree.items()}
+        made = Spelled(AdapterSource(path.name, tensors, header | written.metadata), {}, ())
     else:
         header |= {"ss_network_module": "networks.lora"}
         made = spelled(open_adapter(source, architecture=files[0].family), to, header)
     return save(made, path, inputs, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
 
 
-def _leaf(source: AdapterSource, key: str) -> Leaf:
-    return Leaf(key, source.specs[key])
+def _edit(source: AdapterSource, module: str) -> Edit:
+    """A layer's factors."""
+    keys = (f"{_stem(module)}.lora_{side}.weight" for side in ("up", "down"))
+    return Edit(module, "weight", "factors", tuple(Leaf(key, source.specs[key]) for key in keys))
+
+
+def _stem(module: str) -> str:
+    """What kohya calls a layer."""
+    return "lora_unet_" + module.replace(".", "_")
 
 
 def _input(file: ConceptFile, base: Opened) -> Opened:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import sdops
 import sdops.custom_diffusion as shelf
-from sdops.errors import FormatError, MismatchError
+from sdops.core.source import read
+from sdops.errors import FormatError, MismatchError, OutputError, UsageError
 from sdops.verbs._custom_open import open_concepts
 from sdops.verbs._embed_open import open_embeddings
 from tests import tiny
@@ -41,6 +43,8 @@ def test_every_file_of_the_shelf_is_listed_and_has_a_file():
         assert module.__doc__
         assert callable(module.sniff)
         assert callable(module.read)
+        assert callable(module.write)
+        assert module.LAYERS in ("canonical", "diffusers")
 
 
 @WRITERS
@@ -75,6 +79,66 @@ def test_words_are_embeddings_too(writer, tmp_path):
     found = open_embeddings(writer(tmp_path))
     assert found.layout == "custom_diffusion"
     assert found.embeddings[0].label == "<new1>"
+
+
+TARGETS = {"whole": ("adobe", "compvis", "diffusers"), "factors": ("compressed", "webui"), "delta": ("webui",)}
+
+
+def bits(path: Path) -> tuple[dict[tuple[str, str], list[bytes]], list[bytes]]:
+    """Layer and parameter -> its tensors, and the words in order, to the bit."""
+    found = open_concepts(path)
+    edits = {
+        (found.target(edit).module, edit.parameter): [read(found.source, leaf.key) for leaf in edit.tensors]
+        for edit in found.concepts.edits
+    }
+    return edits, [parts["clip_l"].values.tobytes() for parts in found.words.values()]
+
+
+@WRITERS
+def test_every_layout_is_converted_to_all_that_hold_it_and_back(writer, tmp_path):
+    own, kind = files.WRITERS[writer]
+    path = writer(tmp_path)
+    before = bits(path)
+    for target in TARGETS[kind]:
+        (tmp_path / target).mkdir()
+        made = custom.convert(path, to=target, output=tmp_path / target).data["outputs"]
+        assert open_concepts(made[0]).layout == target
+        options = {}
+        if target == "webui" and len(before[1]) > 1:  # one file for each word, which no name ties to the weights
+            options["words"] = made[1:]
+        found = open_concepts(made[0], **options)
+        assert [parts["clip_l"].values.tobytes() for parts in found.words.values()] == before[1]
+        assert bits(Path(made[0]))[0] == before[0]
+        (tmp_path / target / "back").mkdir()
+        back = custom.convert(made[0], to=own, output=tmp_path / target / "back", **options).data["outputs"][0]
+        assert bits(Path(back))[0] == before[0]
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_diffusers_layout_is_what_its_script_writes(ending, tmp_path):
+    writer = files.diffusers_bin if ending == ".bin" else files.diffusers_safetensors
+    original = writer(tmp_path)
+    (tmp_path / "again").mkdir()
+    again = tmp_path / "again" / original.name
+    custom.convert(original, to="diffusers", output=again)
+    load = load_file if ending == ".safetensors" else partial(torch.load, weights_only=True)
+    first, second = load(original), load(again)
+    assert set(first) == set(second)
+    assert all(value == second[key] if value == {} else torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_what_a_layout_cannot_hold_is_refused_with_those_that_can(tmp_path):
+    with pytest.raises(MismatchError, match="holds factors, which `adobe` files cannot hold") as caught:
+        custom.convert(files.compressed(tmp_path), to="adobe", output=tmp_path / "x.bin")
+    assert "`--to webui` or `--to compressed`" in (caught.value.hint or "")
+    with pytest.raises(UsageError, match="there is no layout `adobee`"):
+        custom.convert(files.adobe(tmp_path), to="adobee")
+    with pytest.raises(UsageError, match=r"are never `\.pt` files"):
+        custom.convert(files.adobe(tmp_path), to="compvis", output=tmp_path / "x.pt")
+    with pytest.raises(OutputError, match="exists already"):
+        custom.convert(files.compvis(tmp_path), to="adobe", output=files.adobe(tmp_path))
+    report = custom.convert(files.adobe(tmp_path), to="diffusers", output=tmp_path / "x.bin", dry_run=True)
+    assert [Path(each).name for each in report.data["outputs"]] == ["x.bin", "<new1>.safetensors"]
 
 
 @WRITERS
