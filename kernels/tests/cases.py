@@ -134,26 +134,26 @@ def dora(target: str, **changed: Any) -> dict[str, Any]:
 
 
 def lora_linear(target: str, dtype: str = "fp16", **changed: Any) -> dict[str, Any]:
-    """`product`, forward unless it is TURNED."""
-    constants = {"BIAS": True, "TURNED": False, "ALIGNED": True, "WIDE": False, "R": 16} | changed
-    constants |= {"BM": 128, "BN": 128, "BK": 64}
+    """`product`, forward unless it is TURNED; sizes are divisible by 16, which the launcher tells the compiler."""
+    constants = {"BIAS": True, "TURNED": False, "WIDE": False, "R": 16, "BM": 128, "BN": 128, "BK": 64} | changed
     names = ("x", "weight", "bias", "first", "second", "result", "inner")
     signature = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("tokens", "outputs", "inputs", "rank"), "i32")
     case = _case("_lora_linear_kernels", "product", target, signature | {"scale": "fp32"}, constants)
-    return case | {"wide": 8 if constants["ALIGNED"] else 0, "async": True, "matrix": dtype != "fp32", "warps": 8} | {
-        "stages": 3
-    }
+    return _of_matrices(case, dtype) | {"warps": 8}
 
 
 def lora_gradients(target: str, dtype: str = "fp16", **changed: Any) -> dict[str, Any]:
     """`add_gradients`: sums over slabs of tokens."""
-    constants = {"ALIGNED": True, "WIDE": False, "R": 16, "BM": 64, "BN": 64} | changed
+    constants = {"WIDE": False, "R": 16, "BM": 64, "BN": 64} | changed
     names = ("gradient", "x", "inner", "low")
     signature = dict.fromkeys(names, f"*{dtype}") | {"partial": "*fp32"}
     signature |= dict.fromkeys(("tokens", "outputs", "inputs", "rank", "across", "slab"), "i32")
-    case = _case("_lora_linear_kernels", "add_gradients", target, signature, constants)
-    wide = 4 if constants["ALIGNED"] else 0
-    return case | {"wide": wide, "async": True, "counts": True, "matrix": dtype != "fp32", "stages": 3}
+    return _of_matrices(_case("_lora_linear_kernels", "add_gradients", target, signature, constants), dtype)
+
+
+def _of_matrices(case: dict[str, Any], dtype: str) -> dict[str, Any]:
+    divisible = [*case["divisible"], "outputs", "inputs", "rank"]
+    return case | {"divisible": divisible, "stages": 3, "wide": 4, "matrix": dtype != "fp32"}
 
 
 def _case(

@@ -183,8 +183,7 @@ def command(
         from sdops.verbs._merge_adapters import merge_adapters
 
         how: dict[str, Any] = {"jobs": jobs, "force": force, "dry_run": dry_run, "progress": console.progress}
-        if options.pop("device") != "cpu":
-            raise UsageError("a merge of LoRAs is made on the CPU", hint="leave out `--device`")
+        how["device"] = options.pop("device")
         wishes = request(options.pop("method"), options)
         return console.show(merge_adapters(models, **wishes, output=output, hash_inputs=not no_hash, **how))
     from sdops.verbs.merge import merge

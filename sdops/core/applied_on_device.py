@@ -1,28 +1,27 @@
 """LoRAs added on a GPU: the weights of a portion are sent, changed by the kernel `bake`, and fetched.
 
-As in core.on_device every thread of a run has a stream of its own, so that disk, copies and kernels overlap. Only
-tensors that are changed by low-rank terms alone go there; the CPU does all others.
+Only tensors that are changed by low-rank terms alone go there; the CPU does all others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdops.core import accel
 from sdops.core.adding import SAMPLE, refused
 from sdops.core.applied import Applied, Change, LowRank
 from sdops.core.casting import raw_dtype
 from sdops.core.noise import key_words
-from sdops.core.on_device import PORTION, SMALL, Room
 from sdops.core.plan import Input
 from sdops.core.run import piece_bytes
-from sdops.core.source import Source
+from sdops.core.source import Source, splits
 from sdops.core.stream import TORCH_DTYPES
+from sdops.core.transfer import Transfer
 
 
 class AppliedOnDevice(Applied):
@@ -31,6 +30,9 @@ class AppliedOnDevice(Applied):
     Args:
         source, changes, weights, sequential, seed: As for Applied.
         device: `cuda`, or `cpu` to test the way through it.
+
+    Attributes:
+        transfer: The way there and back.
     """
 
     def __init__(
@@ -44,12 +46,8 @@ class AppliedOnDevice(Applied):
         seed: int | None = None,
     ) -> None:
         super().__init__(source, changes, weights=weights, sequential=sequential, seed=seed)
-        self.device = torch.device(device)
+        self.transfer = Transfer(device)
         self._seed = seed
-        self._kernels = accel.kernels()
-        self._room = Room(self.device)
-        self.small = SMALL
-        self.portion = PORTION
 
     @property
     def forks(self) -> bool:
@@ -57,12 +55,13 @@ class AppliedOnDevice(Applied):
         return False
 
     def piece_bytes(self, key: str) -> int:
-        """Portions that are sent: whole rows, or the tensor if numbers are drawn for it."""
+        """Portions that are sent: whole rows, or the tensor if numbers are drawn for it or it is made at once."""
         if key not in self.changes or not self._is_sent(key):
             return super().piece_bytes(key)
         spec = self.specs[key]
         columns = prod(spec.shape[1:])
-        rows = spec.shape[0] if self._seed is not None else max(self.portion // columns, 1)
+        whole = self._seed is not None or not splits(self.weights, key)
+        rows = spec.shape[0] if whole else max(self.transfer.portion // columns, 1)
         return min(rows * columns * raw_dtype(spec.dtype).itemsize, spec.nbytes)
 
     def splits(self, key: str) -> bool:
@@ -84,16 +83,16 @@ class AppliedOnDevice(Applied):
         if start // size % columns or len(buffer) // size % columns or drawn_in_part:
             super().read_into(key, start, buffer)
             return
-        with self._room.stream():
-            weight = self._send(key, start // size, len(buffer) // size).reshape(-1, columns)
+        with self.transfer.stream():
+            read = partial(self._read_weight, key, start // size)
+            sent = self.transfer.send("in", TORCH_DTYPES[self.weights.specs[key].dtype], len(buffer) // size, read)
+            weight = sent.reshape(-1, columns)
             out = torch.empty_like(weight, dtype=TORCH_DTYPES[self.specs[key].dtype])
             changes = self._low_rank_of(key, start // size // columns, len(weight))
             keys = None if self._seed is None else [key_words(self._seed, key, 0, 0)]
-            self._kernels.Bake([weight], [out], [changes], keys=keys).run()
+            self.transfer.kernels.Bake([weight], [out], [changes], keys=keys).run()
             self._tell(key, weight, changes, out)
-            fetched = self._room.host("out", len(buffer))
-            fetched.copy_(out.view(-1).view(torch.uint8))
-            buffer[:] = fetched.numpy().data
+            self.transfer.fetch(out, buffer)
 
     def _is_sent(self, key: str) -> bool:
         change, own = self.changes[key], self.weights.specs[key]
@@ -103,18 +102,16 @@ class AppliedOnDevice(Applied):
             plain
             and dtypes <= TORCH_DTYPES.keys() - {"F64"}
             and change.spec.shape == own.shape
-            and own.numel >= self.small
+            and own.numel >= self.transfer.small
             and len(own.shape) > 1
         )
 
-    def _send(self, key: str, first: int, count: int) -> Tensor:
-        dtype = TORCH_DTYPES[self.weights.specs[key].dtype]
-        host = self._room.host("in", count * dtype.itemsize)
-        view = memoryview(host.numpy().data)
+    def _read_weight(self, key: str, first: int, view: memoryview) -> None:
+        """The model's elements from `first` on, in the portions in which it gives them."""
+        begin = first * raw_dtype(self.weights.specs[key].dtype).itemsize
         step = piece_bytes(self.weights, key)
-        for begin in range(0, len(view), step):
-            self.weights.read_into(key, first * dtype.itemsize + begin, view[begin : begin + step])
-        return host.view(dtype).to(self.device, non_blocking=True)
+        for place in range(0, len(view), step):
+            self.weights.read_into(key, begin + place, view[place : place + step])
 
     def _low_rank_of(self, key: str, top: int, rows: int) -> list[Any]:
         """What is added to some rows."""
@@ -122,8 +119,10 @@ class AppliedOnDevice(Applied):
         for start, up, down in self._loaded(key):
             begin, end = max(top, start), min(top + rows, start + len(up))
             if begin < end:
-                factors = [torch.from_numpy(part).to(self.device) for part in (up[begin - start : end - start], down)]
-                changes.append(self._kernels.LoRA(*factors, first=begin - top))
+                factors = [
+                    torch.from_numpy(part).to(self.transfer.device) for part in (up[begin - start : end - start], down)
+                ]
+                changes.append(self.transfer.kernels.LoRA(*factors, first=begin - top))
         return changes
 
     def _tell(self, key: str, weight: Tensor, changes: list[Any], out: Tensor) -> None:
@@ -137,9 +136,9 @@ class AppliedOnDevice(Applied):
             raw = weight.cpu().view(-1).view(torch.uint8).numpy().view(raw_dtype(spec.dtype))
             raise refused(Input(self.weights, key, 0), raw)
         step = out.numel() // SAMPLE | 1
-        places = torch.arange(0, out.numel(), step, device=self.device)
+        places = torch.arange(0, out.numel(), step, device=weight.device)
         rows, columns = places // weight.shape[1], places % weight.shape[1]
-        wanted = torch.zeros(len(places), device=self.device)
+        wanted = torch.zeros(len(places), device=weight.device)
         for change in changes:
             inside = (rows >= change.first) & (rows < change.first + change.shape[0])
             own = (rows - change.first).clamp(0, change.shape[0] - 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,14 +73,19 @@ class Combined:
 
     def _combination(self, step: Step) -> tuple[ExactSum, list[int]]:
         """The sum that the inner products lead to, and which inputs have a coefficient other than zero."""
-        gram = inner_products(step, self._pass_room)
-        coefficients = self.method.call(self.method.function, gram, knobs=step.knobs).tolist()
-        exact = [to_single(c) for c in coefficients]
-        if abs(sum(coefficients) - 1) < 1e-12:  # an average stays one after rounding: equal models give themselves
-            exact[0] = Fraction(1) - sum(exact[1:])
+        exact = exact_coefficients(self.method, inner_products(step, self._pass_room), step.knobs)
         used = [i for i, c in enumerate(exact) if c]
         dtypes = [step.inputs[i].spec.dtype for i in used]
         return ExactSum([exact[i] for i in used], dtypes, step.spec.dtype), used
+
+
+def exact_coefficients(method: Method, gram: NDArray[np.float64], knobs: Mapping[str, Any]) -> list[Fraction]:
+    """What a method makes of inner products (N, N), each rounded to float32."""
+    coefficients = method.call(method.function, gram, knobs=knobs).tolist()
+    exact = [to_single(c) for c in coefficients]
+    if abs(sum(coefficients) - 1) < 1e-12:  # an average stays one after rounding: equal models give themselves
+        exact[0] = Fraction(1) - sum(exact[1:])
+    return exact
 
 
 def inner_products(step: Step, room: Room) -> NDArray[np.float64]:

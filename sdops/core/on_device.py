@@ -1,35 +1,33 @@
-"""Merges on a GPU: disk, copies and kernels overlap, because every thread of a run has a stream of its own.
+"""Merges on a GPU. What is too small to pay for the way there is computed by the CPU.
 
-A thread reads a portion of the inputs into page-locked memory, sends it, computes and fetches the result; meanwhile the
-others do the same with other portions. What is too small to pay for that is computed by the CPU: linear merges have the
-same bits on both, so it does not matter who does which.
+Linear merges have the same bits on both, so it does not matter who does which.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdops.core import accel
+from sdops.core.gram import exact_coefficients
 from sdops.core.inputs import nonfinite, read_raw
 from sdops.core.linear import coefficients
 from sdops.core.merged import Merged
 from sdops.core.method import Method
 from sdops.core.noise import key_words
-from sdops.core.plan import Plan, Step
+from sdops.core.plan import Input, Plan, Step
 from sdops.core.precision import FORMATS, count_nonfinite
 from sdops.core.retained import SAMPLE
 from sdops.core.stream import TORCH_DTYPES
+from sdops.core.transfer import Transfer
 from sdops.errors import FormatError, UsageError
 
-PORTION = 1 << 24  # elements sent at once: 32 MB of halves
-SMALL = 1 << 18  # elements below which the CPU is done before a GPU has begun
-SPARSE = ("dare_linear", "dare_ties", "ties")  # beside the linear ones
+SPARSE = ("dare_linear", "dare_ties", "ties")  # beside the linear ones and those of inner products
 
 
 def check_method(method: str, execution: str) -> None:
@@ -38,10 +36,11 @@ def check_method(method: str, execution: str) -> None:
     Raises:
         UsageError: the method is one of them.
     """
-    if execution != "linear" and method not in SPARSE:
+    if execution not in ("linear", "gram") and method not in SPARSE:
         raise UsageError(
             f"`{method.replace('_', '-')}` has no kernel for the GPU",
-            hint=f"leave out `--device`; linear methods have one, and {', '.join(n.replace('_', '-') for n in SPARSE)}",
+            hint="leave out `--device`; kernels are there for linear methods, slerp and others of inner products, and "
+            + ", ".join(name.replace("_", "-") for name in SPARSE),
         )
 
 
@@ -51,16 +50,15 @@ class MergedOnDevice(Merged):
     Args:
         plan, method, seed, memory: As for Merged.
         device: `cuda`, or `cpu` to test the way through it.
+
+    Attributes:
+        transfer: The way there and back.
     """
 
     def __init__(self, plan: Plan, method: Method, *, device: str, seed: int = 0, memory: int = 1 << 30) -> None:
         super().__init__(plan, method, seed=seed, memory=memory)
         check_method(method.name, method.execution)
-        self.device = torch.device(device)
-        self._kernels = accel.kernels()
-        self._room = Room(self.device)
-        self.small = SMALL
-        self.portion = PORTION
+        self.transfer = Transfer(device)
 
     @property
     def forks(self) -> bool:
@@ -68,13 +66,13 @@ class MergedOnDevice(Merged):
         return False
 
     def piece_bytes(self, key: str) -> int:
-        """Portions that are sent; sparse methods need whole tensors."""
+        """Portions that are sent; all but linear methods need whole tensors."""
         step = self.plan.steps[key]
         if not self._is_sent(step):
             return super().piece_bytes(key)
         if self.method.execution != "linear":
             return step.spec.nbytes
-        return self.portion * (step.spec.nbytes // step.spec.numel)
+        return self.transfer.portion * (step.spec.nbytes // step.spec.numel)
 
     def splits(self, key: str) -> bool:
         """Whether threads may share the tensor."""
@@ -93,61 +91,70 @@ class MergedOnDevice(Merged):
         if not self._is_sent(step) or not whole:
             super().read_into(key, start, buffer)
             return
-        raw = FORMATS[step.spec.dtype].raw
-        size = np.dtype(raw).itemsize
-        with self._room.stream():
-            inputs = self._send(step, start // size, len(buffer) // size)
-            out = torch.empty(len(buffer) // size, dtype=TORCH_DTYPES[step.spec.dtype], device=self.device)
+        size = np.dtype(FORMATS[step.spec.dtype].raw).itemsize
+        first, count = start // size, len(buffer) // size
+        with self.transfer.stream():
+            inputs = [self._send(place, item, first, count) for place, item in enumerate(step.inputs)]
             try:
-                self._merge(key, step, inputs, out)
+                merge = self._merge_sparse if self.method.name in SPARSE else self._merge_exactly
+                self.transfer.fetch(merge(key, step, inputs, sample=start == 0 and self.retained.wants(key)), buffer)
             except ValueError:
-                self._explain(key, step, start // size, len(out))
+                self._explain(key, step, first, count)
                 raise
-            fetched = self._room.host("out", len(buffer))
-            fetched.copy_(out.view(torch.uint8))
-            buffer[:] = fetched.numpy().data
-        if start == 0 and self.retained.wants(key) and self.method.execution == "linear":
-            self._sample(step, np.frombuffer(buffer, raw)[:SAMPLE])
 
     def _is_sent(self, step: Step) -> bool:
         narrow = step.spec.dtype in TORCH_DTYPES and all(item.spec.dtype in TORCH_DTYPES for item in step.inputs)
         doubles = "F64" in (step.spec.dtype, *(item.spec.dtype for item in step.inputs))
         one = self.method.execution == "linear" or len({item.spec.dtype for item in step.inputs}) == 1
-        return step.action == "merge" and step.spec.numel >= self.small and narrow and not doubles and one
+        return step.action == "merge" and step.spec.numel >= self.transfer.small and narrow and not doubles and one
 
-    def _send(self, step: Step, first: int, count: int) -> list[Tensor]:
-        """Elements [first, first + count) of all inputs, on the device."""
-        sent = []
-        for place, item in enumerate(step.inputs):
-            dtype = TORCH_DTYPES[item.spec.dtype]
-            host = self._room.host(f"in{place}", count * dtype.itemsize)
-            item.source.read_into(item.key, first * dtype.itemsize, host.numpy().data)
-            sent.append(host.view(dtype).to(self.device, non_blocking=True))
-        return sent
+    def _send(self, place: int, item: Input, first: int, count: int) -> Tensor:
+        """Elements [first, first + count) of an input, on the device."""
+        dtype = TORCH_DTYPES[item.spec.dtype]
+        read = partial(item.source.read_into, item.key, first * dtype.itemsize)
+        return self.transfer.send(f"in{place}", dtype, count, read)
 
-    def _merge(self, key: str, step: Step, inputs: list[Tensor], out: Tensor) -> None:
-        """Raises ValueError if an input holds NaN or infinity."""
+    def _merge_exactly(self, key: str, step: Step, inputs: list[Tensor], *, sample: bool) -> Tensor:
+        """A sum, whose coefficients are known or made of inner products; ValueError for NaN and infinity."""
         if self.method.execution == "linear":
-            exact = coefficients(self.method.function, len(inputs), step.knobs)
-            merged = self._kernels.LinearMerge([[x] for x in inputs], [out], exact).run()
-            self._count(key, sum(merged.clamped.values()))
-            return
+            exact: Sequence[Fraction] = coefficients(self.method.function, len(inputs), step.knobs)
+        else:
+            gram = self.transfer.kernels.inner_products([[x] for x in inputs])[0].numpy()
+            if not np.isfinite(gram).all():
+                raise ValueError("an input holds NaN or infinity")
+            exact = exact_coefficients(self.method, gram, step.knobs)
+        out = torch.empty_like(inputs[0], dtype=TORCH_DTYPES[step.spec.dtype])
+        merged = self.transfer.kernels.LinearMerge([[x] for x in inputs], [out], exact).run()
+        self._count(key, sum(merged.clamped.values()))
+        if sample:
+            weights: Mapping[int, Fraction] = {place: weight for place, weight in enumerate(exact) if weight}
+            raws = [_bits(x, item.spec.dtype) for x, item in zip(inputs, step.inputs, strict=True)]
+            self.retained.sample_linear(step, raws, weights, _bits(out, step.spec.dtype))
+        return out
+
+    def _merge_sparse(self, key: str, step: Step, inputs: list[Tensor], *, sample: bool) -> Tensor:
+        """DARE or TIES in float32, rounded as the CPU does it; ValueError for NaN and infinity."""
         base, models = inputs[0], inputs[1:]
         knobs: dict[str, Any] = {"density": 0.2, "min_numel": 0} if self.method.name == "ties" else {"density": 0.5}
         knobs |= {"weights": (), "scale": 1.0, "normalize": self.method.name == "ties"} | dict(step.knobs)
-        density = 1.0 if out.numel() < knobs.get("min_numel", 0) else knobs["density"]
-        keys = [[key_words(self._seed, key, model, 0) for model in range(len(models))]]
-        self._kernels.SparseMerge(
+        wide = torch.empty_like(base, dtype=torch.float32)
+        self.transfer.kernels.SparseMerge(
             self.method.name,
             [base],
             [[x] for x in models],
-            [out],
-            density=density,
+            [wide],
+            density=1.0 if base.numel() < knobs.get("min_numel", 0) else knobs["density"],
             weights=knobs["weights"],
             scale=knobs["scale"],
             normalize=knobs["normalize"],
-            keys=keys,
+            keys=[[key_words(self._seed, key, model, 0) for model in range(len(models))]],
         ).run()
+        out = wide.to(TORCH_DTYPES[step.spec.dtype])
+        self._count(key, int(torch.isinf(out).sum()))
+        out.clamp_(-FORMATS[step.spec.dtype].largest, FORMATS[step.spec.dtype].largest)
+        if sample:
+            self.retained.sample(*(x[:SAMPLE].cpu().double().numpy() for x in (base, wide, out)))
+        return out
 
     def _explain(self, key: str, step: Step, first: int, count: int) -> None:
         """Raises FormatError for the input that holds NaN or infinity, or for the result that does."""
@@ -157,28 +164,8 @@ class MergedOnDevice(Merged):
                 raise nonfinite(item, nan, infinite)
         raise FormatError(f"`{self.method.name}` made values of `{key}` that are not finite", hint="change the knobs")
 
-    def _sample(self, step: Step, out: np.ndarray[Any, Any]) -> None:
-        exact = coefficients(self.method.function, len(step.inputs), step.knobs)
-        weights = {place: weight for place, weight in enumerate(exact) if weight}
-        raws: Sequence[Any] = [read_raw(item, 0, len(out)) for item in step.inputs]
-        self.retained.sample_linear(step, raws, weights, out)
 
-
-class Room(threading.local):
-    """A thread's stream and page-locked buffers."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        make: Any = torch.cuda.Stream
-        self._own = make(device) if device.type == "cuda" else None
-        self._buffers: dict[str, Tensor] = {}
-
-    def stream(self) -> Any:
-        """A context in which copies and kernels go to this thread's stream."""
-        return torch.cuda.stream(self._own)  # does nothing without one
-
-    def host(self, name: str, size: int) -> Tensor:
-        """The first bytes of a buffer, grown as needed."""
-        if name not in self._buffers or len(self._buffers[name]) < size:
-            self._buffers[name] = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        return self._buffers[name][:size]
+def _bits(values: Tensor, dtype: str) -> np.ndarray[Any, Any]:
+    """The first elements' bit patterns."""
+    leading = values[:SAMPLE].cpu()
+    return leading.view(torch.uint8).numpy().view(FORMATS[dtype].raw)

@@ -58,7 +58,8 @@ class Change:
     def factors(self) -> tuple[Tensor, Tensor]:
         """`up` and `down`, of rank 0 if there are none."""
         if self.up is None or self.down is None:
-            return torch.zeros(self.shape[0], 0), torch.zeros(0, prod(self.shape[1:]))
+            device = None if self.bias is None else self.bias.device
+            return torch.zeros(self.shape[0], 0, device=device), torch.zeros(0, prod(self.shape[1:]), device=device)
         return self.up, self.down
 
     @property
@@ -68,6 +69,11 @@ class Change:
             return self.dense.reshape(self.shape[0], -1)
         up, down = self.factors
         return up @ down
+
+    def to(self, device: str) -> Change:
+        """The same on a device."""
+        parts = {name: getattr(self, name) for name in ("up", "down", "dense", "bias")}
+        return replace(self, **{name: None if part is None else part.to(device) for name, part in parts.items()})
 
     def scaled(self, weight: float) -> Change:
         """The change at another strength; signs go to `up`."""

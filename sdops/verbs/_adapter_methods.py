@@ -83,7 +83,7 @@ def ties(values: Tensor, density: float) -> Tensor:
 def dare(values: Tensor, knobs: Knobs, name: str) -> Tensor:
     """Every number stays with probability `density`, divided by it, or becomes 0. Values [k, ...] -> sum [...]."""
     chance = torch.rand(values.shape, generator=generator(knobs.seed, name), dtype=values.dtype)
-    return (values * (chance < knobs.density)).sum(0) / max(knobs.density, 1e-12)
+    return (values * (chance < knobs.density).to(values.device)).sum(0) / max(knobs.density, 1e-12)
 
 
 def _largest(values: Tensor, density: float) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdops import __version__
+from sdops.core.accel import check_device
 from sdops.core.patch import Adapter
 from sdops.core.run import default_jobs
 from sdops.dialects import dialect
@@ -45,6 +46,7 @@ def merge_adapters(
     dtype: str = "keep",
     strip_training_metadata: bool = False,
     seed: int = 0,
+    device: str = "cpu",
     jobs: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -70,6 +72,7 @@ def merge_adapters(
         dtype: Of the factors: keep (as the first that changes a layer), fp32, fp16 or bf16.
         strip_training_metadata: Leave out tags, folders and settings of the training.
         seed: Of dare.
+        device: Where the algebra of the factors is done: cpu, or cuda.
         jobs: Threads; default: one per core.
         dry_run: Work everything out, write nothing.
         force: Replace an existing output.
@@ -84,6 +87,8 @@ def merge_adapters(
         OutputError: the output exists, is an input, or does not fit on the disk.
     """
     wish = checked(len(files), method, weights, blocks, rank, density, dtype, seed)
+    if device != "cpu":
+        check_device(device)
     if to is not None:
         dialect(to)
     adapters: list[Adapter] = []
@@ -97,6 +102,7 @@ def merge_adapters(
             to,
             base=base,
             strip=strip_training_metadata,
+            device=device,
             jobs=jobs or default_jobs(),
             dry_run=dry_run,
             force=force,
@@ -122,6 +128,7 @@ def _merge(
     *,
     base: str | os.PathLike[str] | None,
     strip: bool,
+    device: str,
     jobs: int,
     dry_run: bool,
     force: bool,
@@ -129,7 +136,8 @@ def _merge(
     progress: Progress,
 ) -> Report:
     from sdops.verbs._adapter_base import Base
-    from sdops.verbs._adapter_output import Pieces, check_output, opened, save
+    from sdops.verbs._adapter_output import Pieces
+    from sdops.verbs._adapter_save import check_output, opened, save
     from sdops.verbs._hashes import part_record
     from sdops.verbs._merge_adapters_work import Work
 
@@ -138,7 +146,7 @@ def _merge(
     weights = Base(base, first) if base is not None else None
     parts = [*inputs, *([weights.model] if weights else [])]
     check_output(path, parts, (), force=force)
-    work = Work(adapters, wish, to, weights)
+    work = Work(adapters, wish, to, weights, device)
     with Pieces(workplace(path), path.name) as pieces:
         with progress("merging", len(work.groups)) as advance:
             layers = []

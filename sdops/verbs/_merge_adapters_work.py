@@ -86,10 +86,13 @@ class Work:
         wish: What to do.
         to: The dialect of the result, which decides whether differences may be dense.
         base: The weights they are for, if there are any.
+        device: Where the algebra is done; changes are read and written by the CPU.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], wish: Wish, to: str, base: Base | None) -> None:
-        self.adapters, self.wish, self.base = adapters, wish, base
+    def __init__(
+        self, adapters: Sequence[Adapter], wish: Wish, to: str, base: Base | None, device: str = "cpu"
+    ) -> None:
+        self.adapters, self.wish, self.base, self.device = adapters, wish, base, device
         self.groups = groups(adapters)
         self._blocks = Blocks(adapters[0])
         self._blocks.components = list(dict.fromkeys(group.target.component for group in self.groups))
@@ -121,12 +124,13 @@ class Work:
             weight = self.weight(index, group.target)
             if weight:
                 read = [change_of(self.adapters[index], patch, self.base) for patch in patches]
-                changes.append(joined(group.target, read).scaled(weight))
+                changes.append(joined(group.target, read).scaled(weight).to(self.device))
         if not changes:
             return Change(group.target, (0,)), 0.0, 0.0
         check_shapes(group.target, changes)
         knobs: Knobs = Knobs(self.wish.density, self.wish.seed)
-        return self._cut(merged(self.wish.method, group.target, changes, knobs), group)
+        change, energy, lost = self._cut(merged(self.wish.method, group.target, changes, knobs), group)
+        return change.to("cpu"), energy, lost
 
     def _stays(self, group: Group) -> bool:
         """Whether nothing is done to a layer: one patch alone, at its own strength, in its own dtype."""

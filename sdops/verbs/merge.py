@@ -109,7 +109,6 @@ def merge(
     if device != "cpu":
         check_device(device)
     if are_adapters(models):
-        _refuse_device(device, "a merge of LoRAs")
         options: dict[str, Any] = {
             "base": base,
             "dtype": dtype,
@@ -123,6 +122,7 @@ def merge(
             models,
             request(method, options | knobs),
             output,
+            device=device,
             jobs=jobs,
             force=force,
             hash_inputs=hash_inputs,
@@ -143,17 +143,12 @@ def merge(
     if lora:
         from sdops.verbs.apply import on_merge
 
-        _refuse_device(device, "a merge with LoRAs on top")
-        wide = Merge(card, parts, parsed, replace(policy, dtype="F32"), seed=seed, memory=memory)
+        wide = Merge(card, parts, parsed, replace(policy, dtype="F32"), seed=seed, memory=memory, device=device)
         made = on_merge(merged, wide, lora)
+        made.use(device)
     if output is None:
         return made
     return made.save(output, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
-
-
-def _refuse_device(device: str, what: str) -> None:
-    if device != "cpu":
-        raise UsageError(f"{what} is made on the CPU", hint="leave out `--device`")
 
 
 def _merged_adapters(

@@ -24,7 +24,8 @@ __all__ = ["Choices", "lora_linear"]
 
 Shape = tuple[int, int, int, int]  # tokens M, inputs K, outputs N, rank
 PASSES = ("forward", "backward")
-TILE = (128, 128, 64)
+TILE, HIGH_RANK_TILE = (128, 128, 64), (64, 128, 64)  # tokens, columns, inputs at once; from rank 65 on
+HALVES = (torch.float16, torch.bfloat16)  # float32 has no tensor cores that are exact: cuBLAS does it
 TILE_OF_GRADIENTS = (64, 64)  # tokens, columns
 SLABS, SLAB = 16, 256  # at most so many, of at least so many tokens: the shape alone decides, and so the bits
 REPEATS = 20
@@ -173,7 +174,6 @@ def backward_by_kernel(
         rank,
         across,
         slab,
-        ALIGNED=_are_aligned(inputs, outputs, gradient, x),
         WIDE=x.device.type == "cpu",
         R=_filled(rank),
         BM=rows,
@@ -197,7 +197,7 @@ def _product(
     outputs, rank = (weight.shape[1], first.shape[1]) if turned else (weight.shape[0], first.shape[0])
     result = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
     inner = torch.empty(tokens, rank, dtype=x.dtype, device=x.device)
-    rows, columns, depth = TILE
+    rows, columns, depth = TILE if rank <= 64 else HIGH_RANK_TILE
     product[(-(-tokens // rows), -(-outputs // columns))](
         x,
         weight,
@@ -213,7 +213,6 @@ def _product(
         float(scale),
         BIAS=bias is not None,
         TURNED=turned,
-        ALIGNED=_are_aligned(inputs, outputs, x, weight, first, second),
         WIDE=x.device.type == "cpu",
         R=_filled(rank),
         BM=rows,
@@ -229,10 +228,6 @@ def _product(
 def _filled(rank: int) -> int:
     """A power of two that tensor cores take."""
     return max(16, 1 << (rank - 1).bit_length())
-
-
-def _are_aligned(inputs: int, outputs: int, *tensors: Tensor) -> bool:
-    return inputs % 16 == 0 and outputs % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 def _name(device: torch.device) -> str:
@@ -258,14 +253,14 @@ def _milliseconds(work: Callable[[], Any], device: str) -> float:
 def _forward_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    by_kernel = default_backend(x.device) == "triton"
+    by_kernel = x.dtype in HALVES and default_backend(x.device) == "triton"
     return (forward_by_kernel if by_kernel else reference.lora_forward)(x, weight, bias, down, up, scale)
 
 
 def _backward_op(
     gradient: Tensor, x: Tensor, weight: Tensor, inner: Tensor, down: Tensor, up: Tensor, scale: float
 ) -> tuple[Tensor | None, ...]:
-    by_kernel = default_backend(x.device) == "triton"
+    by_kernel = x.dtype in HALVES and default_backend(x.device) == "triton"
     return (backward_by_kernel if by_kernel else reference.lora_backward)(gradient, x, weight, inner, down, up, scale)
 
 
