@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from sdops import hub
 from sdops.commands._console import Console
 from sdops.commands._options import FILE, general_options, size_option
 from sdops.verbs._recipe_text import Recipe
@@ -15,7 +16,9 @@ from sdops.verbs._recipe_text import Recipe
 _SHORT_WITH_VALUE = "oj"
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    click.argument("recipe", metavar="RECIPE", help="A TOML file, or the name of a preset (`sdops presets`)"),
+    click.argument(
+        "recipe", metavar="RECIPE", help="A TOML file, here or on the Hub, or the name of a preset (`sdops presets`)"
+    ),
     click.option(
         "--set",
         "set_",
@@ -56,8 +59,8 @@ class BuildCommand(click.Command):
         name = self._recipe_in(args)
         if name is None:
             return super().make_context(info_name, args, parent, **extra)
-        if Path(name).is_dir():
-            return self._of_folder(Path(name)).make_context(info_name, args, parent, **extra)
+        if (folder := hub.located(name)).is_dir():
+            return self._of_folder(folder).make_context(info_name, args, parent, **extra)
         from sdops.verbs.build import find_recipe
 
         recipe = find_recipe(name)
@@ -126,10 +129,10 @@ def _settings(recipe: str, words: tuple[str, ...]) -> dict[str, object]:
     from sdops.verbs._recipe_sweep import read_settings
     from sdops.verbs.build import find_recipe
 
-    if not Path(recipe).is_dir():
+    if not (folder := hub.located(recipe)).is_dir():
         return read_settings(find_recipe(recipe), words)
     found: dict[str, object] = {}
-    for one in recipes_in(Path(recipe)):
+    for one in recipes_in(folder):
         known = [word for word in words if word.partition("=")[0].strip().replace("-", "_") in one.parameters]
         found |= read_settings(one, known)
     unknown = [word for word in words if word.partition("=")[0].strip().replace("-", "_") not in found]

@@ -150,7 +150,8 @@ def _only_model(what: Reference, found: Listing) -> str:
     indexes = [path for path in at_root if INDEX.fullmatch(path)]
     is_pipeline = PIPELINE in found.files
     options = (safe + indexes) or [path for path in at_root if path.endswith((".gguf", *PICKLES))]
-    if is_pipeline and not safe:
+    has_recipes = any(path.endswith(".toml") for path in at_root)
+    if (is_pipeline and not safe) or (has_recipes and not any(path.endswith(MODELS) for path in found.files)):
         return ""
     if len(options) == 1 and not is_pipeline:
         return options[0]

@@ -127,7 +127,8 @@ def _locate(one: Input, folders: Sequence[Path]) -> str:
             return str(path)
     looked = dict.fromkeys("this folder" if folder == Path() else f"`{folder}`" for folder in folders)
     raise SdopsError(
-        f"`inputs.{one.name}`: `{shorten(one.file)}` is neither in {' nor in '.join(looked)}",
+        f"`inputs.{one.name}`: `{shorten(one.file)}` is {'neither' if len(looked) > 1 else 'not'} in "
+        f"{' nor in '.join(looked)}",
         hint=f"`--{_option(one.name)} FILE` names it, `--root FOLDER` names a folder that holds it",
         path=f"inputs.{one.name}",
         file=one.file,

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from sdops import standin
 from sdops.card import find, method_name, names
 from sdops.errors import FormatError, UsageError
 from sdops.text import suggest
@@ -87,9 +88,9 @@ def from_mergekit(path: Path) -> tuple[Recipe, list[str]]:
 def _load(path: Path) -> Mapping[str, Any]:
     yaml = import_module("yaml")
     try:
-        data = path.read_bytes()[: MOST_BYTES + 1]
-        if len(data) > MOST_BYTES:
+        if path.stat().st_size > MOST_BYTES:
             raise yaml.YAMLError("it is too large")
+        data = standin.real(path).read_bytes()
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, yaml.SafeLoader)):
             raise yaml.YAMLError("aliases are not read")
         document = yaml.safe_load(data)

@@ -88,7 +88,7 @@ def in_words(step: CheckedStep) -> str:
     said = {key: value for key, value in step.arguments.items() if not _names(value, step.uses)}
     method = said.pop("method", None)
     words = [str(method)] if method else []
-    words += [f"{key} {shorten(_spelled(value), 60)}" for key, value in said.items()]
+    words += [key if value is True else f"{key} {shorten(_spelled(value), 60)}" for key, value in said.items()]
     return f"{step.step.verb} {names}" + (f": {', '.join(words)}" if words else "")
 
 
@@ -102,4 +102,6 @@ def _names(value: Any, uses: tuple[str, ...]) -> bool:
 def _spelled(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(_spelled, value))
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -27,7 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdops import standin
 from sdops.errors import SdopsError, UsageError
+from sdops.hub.reference import parse
 from sdops.text import suggest
 
 MOST_BYTES = 1_000_000
@@ -137,7 +139,8 @@ def read_recipe(path: Path) -> Recipe:
         UsageError: it is no recipe; the message has the line or the path.
     """
     try:
-        with path.open("rb") as file:
+        is_small = path.stat().st_size <= MOST_BYTES  # nothing large is downloaded to be refused
+        with (standin.real(path) if is_small else path).open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise SdopsError(
@@ -262,6 +265,11 @@ def _input(path: str, name: str, value: object) -> Input:
     digest = texts.get("sha256", "")
     if digest and not _SHA256.fullmatch(digest):
         raise wrong(f"{path}.sha256", "is no SHA-256", "64 digits; `sdops hash FILE` tells it")
+    if texts.get("file", "").startswith("hf://"):
+        try:
+            parse(texts["file"])
+        except UsageError as error:
+            raise wrong(f"{path}.file", error.message, error.hint) from None
     return Input(name, texts.get("file", ""), digest.lower(), texts.get("about", ""))
 
 

@@ -11,7 +11,7 @@ from sdops.core.hashing import digests
 from sdops.report import Progress, Report, Section
 from sdops.verbs._recipe_inputs import FilePath
 from sdops.verbs._recipe_text import Recipe
-from sdops.verbs.build import build
+from sdops.verbs.build import build, with_references
 
 
 def verify_rebuilt(
@@ -37,7 +37,7 @@ def verify_rebuilt(
     Raises:
         SdopsError: it cannot be built.
     """
-    recipe = replace(recipe, folder=file.absolute().parent)
+    recipe = with_references(replace(recipe, folder=file.absolute().parent), file)
     with tempfile.TemporaryDirectory(prefix=".sdops-", dir=".") as folder:
         built = Path(folder) / file.name
         build(recipe, inputs=inputs, output=built, root=root, jobs=jobs, progress=progress)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdops import hub
 from sdops.errors import OutputError, SdopsError, UsageError
 from sdops.report import Progress, Report, silent
 from sdops.text import suggest
@@ -50,7 +51,7 @@ def build(
     bytes are those that the same commands would give with a file after each step.
 
     Args:
-        recipe: A TOML file, the name of a preset, a Recipe, or a folder: all recipes in it are built.
+        recipe: A TOML file or a folder of them, here or on the Hub, the name of a preset, or a Recipe.
         set_: Parameter -> value, or a list of values, which makes a sweep. `--set` on the command line.
         inputs: Input -> file, for those that have to be given or shall be others. `--NAME FILE` on the command line.
         output: Where to write, of a sweep a folder; default: `NAME.safetensors` in this folder, with the parameters
@@ -80,7 +81,7 @@ def build(
     from sdops.verbs._recipe_build import Job, build_job, derived_name
 
     side_by_side: dict[str, Any] = {"workers": workers, "cluster": cluster}
-    if not isinstance(recipe, Recipe) and Path(recipe).is_dir():
+    if not isinstance(recipe, Recipe) and (folder := hub.located(recipe)).is_dir():
         from sdops.verbs._build_folder import build_folder
 
         how: dict[str, Any] = {
@@ -91,7 +92,7 @@ def build(
             "force": force,
         }
         how |= side_by_side | {"dry_run": dry_run, "hash_inputs": hash_inputs, "progress": progress}
-        return build_folder(recipe, set_=set_, inputs=inputs, output=output, **how)
+        return build_folder(folder, set_=set_, inputs=inputs, output=output, **how)
     text = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
     running: dict[str, Any] = {
         "jobs": jobs,
@@ -214,18 +215,44 @@ def find_recipe(name: FilePath) -> Recipe:
 
     path = recipe_file(name)
     found = read_recipe(path)
-    return replace(found, folder=None) if is_preset_file(path) else found
+    return replace(found, folder=None) if is_preset_file(path) else with_references(found, path)
+
+
+def with_references(recipe: Recipe, path: Path) -> Recipe:
+    """A recipe on the Hub with the files that lie beside it there by their references, wherever it is built.
+
+    Args:
+        recipe: Any.
+        path: The file that it was read from; of one that is not on the Hub nothing changes.
+    """
+    from sdops.verbs._hashes import reference_of
+
+    if not (own := reference_of([path])):
+        return recipe
+    beside = own.rpartition("/")[0]
+    inputs = {
+        name: replace(one, file=f"{beside}/{one.file}")
+        if one.file and not _leads_outside(one.file) and (path.parent / one.file).exists()
+        else one
+        for name, one in recipe.inputs.items()
+    }
+    return replace(recipe, inputs=inputs, folder=None)
+
+
+def _leads_outside(file: str) -> bool:
+    return file.startswith(("/", "hf:")) or ".." in Path(file).parts
 
 
 def recipe_file(name: FilePath) -> Path:
-    """Where a recipe lies: a file that there is, or the preset of that name.
+    """Where a recipe lies: a file that there is, also one on the Hub, or the preset of that name.
 
     Raises:
         SdopsError: there is neither; a similar preset is suggested.
+        HubError: it is not on the Hub, or cannot be had.
     """
     from sdops.presets import names, preset_file
 
-    path = Path(os.fspath(name))
+    path = hub.located(name)
     word = os.fspath(name).lower().replace("_", "-")
     if word in names() and not path.is_file():
         return preset_file(word)

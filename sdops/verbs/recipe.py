@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdops import hub, standin
 from sdops.errors import FormatError, OutputError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count
@@ -60,7 +60,7 @@ def show(recipe: FilePath) -> Report:
     from sdops.verbs.build import recipe_file
 
     find_recipe(recipe)
-    return _text_report("recipe show", recipe_file(recipe).read_text(encoding="utf-8"))
+    return _text_report("recipe show", standin.real(recipe_file(recipe)).read_text(encoding="utf-8"))
 
 
 def cp(recipe: FilePath, output: FilePath | None = None, *, force: bool = False) -> Report:
@@ -79,7 +79,7 @@ def cp(recipe: FilePath, output: FilePath | None = None, *, force: bool = False)
 
     text = find_recipe(recipe)
     path = Path(output) if output is not None else Path(f"{text.name}.toml")
-    _write(path, recipe_file(recipe).read_text(encoding="utf-8"), force=force)
+    _write(path, standin.real(recipe_file(recipe)).read_text(encoding="utf-8"), force=force)
     report = Report("recipe cp", {"recipe": text.name, "output": str(path)}, result=[str(path)])
     report.sections = [Section("", [("wrote", str(path))])]
     report.hints = [f"change it, then `sdops recipe check {path}` and `sdops build {path}`"]
@@ -96,7 +96,7 @@ def ls(folder: FilePath = ".") -> Report:
     from sdops.presets import names, preset_file
 
     rows, data = [], []
-    files = [*sorted(Path(folder).glob("*.toml")), *(preset_file(name) for name in names())]
+    files = [*sorted(hub.located(folder).glob("*.toml")), *(preset_file(name) for name in names())]
     for file in files:
         is_preset = file.parent == preset_file("x").parent
         try:
@@ -140,11 +140,11 @@ def from_(
         UsageError: what it says makes no recipe.
         OutputError: the output exists.
     """
-    path = Path(os.fspath(file))
+    path = hub.located(file)
     recipe, warnings = read_any(path)
     text = to_toml(recipe, f"Made by `sdops recipe from {path.name}`.")
     report = _text_report("recipe from", text)
-    report.data |= {"file": str(path), "steps": len(recipe.steps), "inputs": list(recipe.inputs)}
+    report.data |= {"file": str(file), "steps": len(recipe.steps), "inputs": list(recipe.inputs)}
     report.warnings = [*warnings, *check_recipe(recipe).warnings]
     if output is not None:
         _write(Path(output), text, force=force)

@@ -16,14 +16,21 @@ from tests.hub.server import Blob, Fault
 WRITER = {"HF_TOKEN": "hf_writer"}
 
 
+_made: dict[str, bytes] = {}  # the merge is made once: what it is made of has the same commits in every test
+
+
 @pytest.fixture
 def merged(hub, sdops, tmp_path, model, tuned):
     """A merge of two models of the Hub."""
     hub.add("ann/a", {"a.safetensors": model})
     hub.add("bob/b", {"b.safetensors": tuned})
-    assert sdops("merge", "hf://ann/a", "hf://bob/b", "-o", "mix.safetensors").code == 0
+    path = tmp_path / "mix.safetensors"
+    if not _made:
+        assert sdops("merge", "hf://ann/a", "hf://bob/b", "-o", "mix.safetensors").code == 0
+        _made["mix"] = path.read_bytes()
+    path.write_bytes(_made["mix"])
     hub.forget()
-    return tmp_path / "mix.safetensors"
+    return path
 
 
 def at(hub, repo: str, branch: str = "main") -> dict[str, Blob]:

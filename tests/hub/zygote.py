@@ -1,6 +1,7 @@
-"""Runs the command line once per line of stdin, each in a process of its own that has imported all but the client.
+"""Runs the command line once per line of stdin, each in a process of its own that has imported everything.
 
-huggingface_hub reads its environment when it is imported, so every run imports it afresh; what it needs is there.
+huggingface_hub reads its environment when it is imported: it is imported here if the environment names a Hub, else by
+every run.
 """
 
 from __future__ import annotations
@@ -8,23 +9,32 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import import_module
 
-import click  # noqa: F401
-import fsspec  # noqa: F401
-import numpy as np  # noqa: F401
-import yaml  # noqa: F401
+VERBS = ("apply", "build", "convert", "inspect", "merge", "pull", "push", "recipe")
+CLIENT = ("huggingface_hub", "huggingface_hub.hf_api", "huggingface_hub.file_download", "huggingface_hub.utils")
 
-from sdops.commands import apply, convert, inspect, merge, pull, push  # noqa: F401
-from sdops.commands.main import main
-from sdops.verbs import inspect as inspecting  # noqa: F401
-from sdops.verbs import merge as merging  # noqa: F401
-from sdops.verbs import pull as pulling  # noqa: F401
-from sdops.verbs import push as pushing  # noqa: F401
-
+for name in ("click", "fsspec", "numpy", "yaml"):
+    import_module(name)
+for verb in VERBS:
+    import_module(f"sdops.commands.{verb}")
+    import_module(f"sdops.verbs.{verb}")
+for name in ("download", "mount", "upload"):
+    import_module(f"sdops.hub.{name}")
 try:
-    import httpx2  # noqa: F401
+    import_module("httpx2")
 except ImportError:
-    import httpx  # noqa: F401
+    import_module("httpx")
+if "HF_ENDPOINT" in os.environ:
+    for name in CLIENT:
+        import_module(name)
+
+from fixtures import make  # noqa: E402
+from sdops.archs.detect import detect  # noqa: E402
+from sdops.commands.main import main  # noqa: E402
+from sdops.core.spec import Spec  # noqa: E402
+
+detect({key: Spec(*spec) for key, spec in make.specs("sd15-ldm").items()})  # reads the tables of architectures
 
 for line in sys.stdin:
     wish = json.loads(line)
