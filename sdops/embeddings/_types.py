@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from sdops.core.tree import Leaf
 
-Floats = NDArray[np.floating[Any]]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.floating[Any]]
 
 # Width of a token's vector -> the text encoder it is for, named as in `archs/`.
 WIDTHS = {768: "clip_l", 1024: "clip_h", 1280: "clip_g", 4096: "t5xxl"}
@@ -126,7 +127,7 @@ def is_rows(item: Any, widths: Sequence[int] = ()) -> bool:
     """Whether something is a float tensor or array of one or more rows (of one of the widths)."""
     if type(item) is Leaf:
         shape, is_float = item.spec.shape, item.spec.is_float
-    elif isinstance(item, np.ndarray):
+    elif hasattr(item, "dtype"):  # an array, out of a picture
         shape, is_float = item.shape, item.dtype.kind == "f"
     else:
         return False

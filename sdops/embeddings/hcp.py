@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from sdops.embeddings._common import only, tokens
 from sdops.embeddings._string_to_param import TOKEN, parameters, text
 from sdops.embeddings._types import Contents, Embedding, Vectors, Written, width_of
@@ -51,6 +49,8 @@ def write(embeddings: Sequence[Embedding]) -> list[Written]:
             f"`hcp` files hold vectors for clip_l and clip_g, `{one.name}` has {', '.join(parts)}",
             hint="`--to a1111` or `--to encoders` holds them",
         )
+    import numpy as np
+
     both = np.concatenate([parts["clip_l"].values, parts["clip_g"].values], axis=1)
     tree = {
         "string_to_token": {"*": TOKEN},

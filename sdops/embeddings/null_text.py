@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from sdops.core.tree import Leaf
 from sdops.embeddings._common import only
 from sdops.embeddings._types import NULL_TEXT, Contents, Embedding, Vectors, Written, encoder_of
@@ -44,6 +42,8 @@ def sniff(contents: Contents) -> bool:
 
 def read(contents: Contents) -> list[Embedding]:
     """Called after the file; one row is one step."""
+    import numpy as np
+
     tree = contents.tree
     items = tree if type(tree) is list else [tree[NAME] if type(tree) is dict else tree]
     loaded = [contents.load(item) for item in items]

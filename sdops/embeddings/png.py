@@ -9,11 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from sdops.embeddings import a1111, encoders
-from sdops.embeddings._image import pixels, png, stored
-from sdops.embeddings._pixels import hidden, parsed, text_of
 from sdops.embeddings._types import Contents, Embedding, Written
 from sdops.errors import FormatError, MismatchError
 
@@ -33,6 +29,9 @@ def read(contents: Contents) -> list[Embedding]:
     Raises:
         FormatError: the picture holds no embedding, or a damaged one.
     """
+    from sdops.embeddings._image import pixels, stored  # numpy
+    from sdops.embeddings._pixels import hidden, parsed
+
     text = stored(contents.tree)
     tree = hidden(pixels(contents.tree)) if text is None else parsed(text)
     inner = Contents(tree, {}, contents.stem, contents.load)
@@ -52,6 +51,11 @@ def write(embeddings: Sequence[Embedding]) -> list[Written]:
     Raises:
         MismatchError: there are several embeddings, or it has vectors that no web UI looks for in a picture.
     """
+    import numpy as np
+
+    from sdops.embeddings._image import png
+    from sdops.embeddings._pixels import text_of
+
     return [Written(png(np.full((64, 64, 3), 0x80, np.uint8), text_of(dict_of(embeddings))))]
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from sdops.embeddings._common import single
 from sdops.embeddings._string_to_param import TOKEN, has_tensor_tokens, parameters
 from sdops.embeddings._types import Contents, Embedding, Vectors, Written, by_encoder
@@ -41,5 +39,7 @@ def write(embeddings: Sequence[Embedding]) -> list[Written]:
         MismatchError: one has vectors for several encoders.
     """
     named = {one.name if len(embeddings) > 1 else one.placeholder: single(one, "rinongal") for one in embeddings}
+    import numpy as np
+
     numbers = {token: Vectors(np.array(TOKEN, np.int64), "I64") for token in named}
     return [Written({"string_to_token": numbers, "string_to_param": named})]

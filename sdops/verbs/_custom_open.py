@@ -24,14 +24,13 @@ from sdops.custom_diffusion import find, layout
 from sdops.custom_diffusion._types import Concepts, Edit, Word
 from sdops.embeddings._types import Vectors
 from sdops.errors import FormatError, MismatchError, SdopsError
-from sdops.formats import open_source, open_tree
 from sdops.hub import located
 from sdops.verbs._adapter_names import names_of
 from sdops.verbs._adapter_source import AdapterSource, Lazy, values_of
 from sdops.verbs._apply_places import Places
 from sdops.verbs._embed_open import open_embeddings
-from sdops.verbs._hypernet_open import saved_of
 from sdops.verbs._inputs import Opened
+from sdops.verbs._personal_files import open_saved
 
 FilePath = str | os.PathLike[str]
 Doubles = NDArray[np.float64]
@@ -94,10 +93,8 @@ def open_concepts(path: FilePath, words: Sequence[FilePath] = ()) -> ConceptFile
         FormatError: it holds no custom diffusion, or something else beside it.
     """
     path = _in_folder(located(path))
-    tree = open_tree(path)
-    source: Source = tree[1] if tree else open_source(path)
+    saved, source, _ = open_saved(path)
     try:
-        saved = saved_of(path, tree[0] if tree else None, source)
         name = find(saved)
         if name is None:
             raise FormatError(

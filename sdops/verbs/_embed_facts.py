@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdops.embeddings._types import Embedding, Floats, Vectors
+from sdops.embeddings._types import Embedding, Vectors
 from sdops.text import count
+
+Floats = NDArray[np.floating[Any]]
 
 # The median norm of CLIP-L's words; what healthy embeddings have, too. Used where no model is given.
 USUAL_NORMS = {"clip_l": 0.39}

@@ -16,17 +16,14 @@ from sdops.core.tree import Leaf
 from sdops.embeddings import diffusers_sdxl, find, layout
 from sdops.embeddings._types import AMBIGUOUS, CLIP_IMAGE, KINDS, Contents, Embedding, Vectors
 from sdops.errors import FormatError, MismatchError, UsageError
-from sdops.formats import open_source, open_tree
-from sdops.formats._file import InputFile, read_head
+from sdops.formats._file import InputFile
 from sdops.hub import located
 from sdops.text import suggest
 from sdops.verbs._embed_added import named
+from sdops.verbs._personal_files import is_picture, open_saved
 
 FilePath = str | PathLike[str]
 
-_PICTURES: tuple[tuple[int, bytes], ...] = (
-    (0, b"\x89PNG"), (8, b"WEBP"), (0, b"\x00\x00\x00\x0cJXL "), (0, b"\xff\x0a"), (4, b"ftypavif"),
-)  # fmt: skip
 _PICTURE_LIMIT = 256 << 20
 _ENDINGS = (".safetensors", ".bin", ".pt")
 
@@ -118,15 +115,10 @@ def _open(path: Path) -> EmbeddingFile:
 
 def _contents(path: Path) -> tuple[Contents, str, Callable[[], None]]:
     """What a file holds, its container, and what closes it."""
-    head = read_head(path)
-    if any(head[start:].startswith(magic) for start, magic in _PICTURES):
+    if is_picture(path):
         return Contents(_picture(path), {}, path.stem, _no_tensor), "picture", lambda: None
-    if tree := open_tree(path):
-        root, source = tree
-        return Contents(root, source.metadata, path.stem, Loader(source)), "torch", source.close
-    source = open_source(path)
-    leaves = {key: Leaf(key, spec) for key, spec in source.specs.items()}
-    return Contents(leaves, source.metadata, path.stem, Loader(source)), "safetensors", source.close
+    saved, source, container = open_saved(path)
+    return Contents(saved.tree, saved.metadata, saved.stem, Loader(source)), container, source.close
 
 
 class Loader:

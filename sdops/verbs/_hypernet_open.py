@@ -15,14 +15,14 @@ from sdops.core.sink import FileSink, SafetensorsSink
 from sdops.core.sink_torch import TreeSink
 from sdops.core.source import Source, read
 from sdops.core.spec import Spec
-from sdops.core.tree import Leaf, Saved
+from sdops.core.tree import Leaf
 from sdops.errors import FormatError, UsageError
-from sdops.formats import open_source, open_tree
 from sdops.hub import located
 from sdops.hypernetworks import ORDER, find, layout
 from sdops.hypernetworks._types import Chain, Network, Written
 from sdops.text import suggest
 from sdops.verbs._adapter_source import values_of
+from sdops.verbs._personal_files import open_saved
 
 FilePath = str | os.PathLike[str]
 Doubles = NDArray[np.float64]
@@ -96,9 +96,7 @@ def open_network(path: FilePath) -> HypernetFile:
         FormatError: it holds no hypernetwork, or a damaged one.
     """
     path = located(path)
-    tree = open_tree(path)
-    source: Source = tree[1] if tree else open_source(path)
-    saved = saved_of(path, tree[0] if tree else None, source)
+    saved, source, container = open_saved(path)
     try:
         name = find(saved)
         if name is None:
@@ -109,13 +107,7 @@ def open_network(path: FilePath) -> HypernetFile:
     except BaseException:
         source.close()
         raise
-    return HypernetFile(path, source, network, "torch" if tree else "safetensors", _notes(network))
-
-
-def saved_of(path: Path, tree: Any, source: Source) -> Saved:
-    """What a file holds, for the shelves; `tree` is that of a torch file, None for all others."""
-    named = {key: Leaf(key, spec) for key, spec in source.specs.items()} if tree is None else tree
-    return Saved(named, source.metadata, path.stem)
+    return HypernetFile(path, source, network, container, _notes(network))
 
 
 def _notes(network: Network) -> list[str]:
