@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from sdops.commands._console import Console
 from sdops.commands._options import FILE, general_options
+from sdops.commands._personal import BESIDE, dtype_option, output_options, work_options
 
-_OUTPUT: tuple[Callable[[Any], Any], ...] = (
-    click.option("-o", "--output", type=FILE, help="Where to write; default: a derived name"),
-    click.option("-f", "--force", is_flag=True, help="Replace an existing output"),
-    click.option("-n", "--dry-run", is_flag=True, help="Check everything, write nothing"),
-    click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core"),
-    click.option("--no-hash", is_flag=True, help="Do not record the inputs' SHA-256"),
-)
 _WORDS = click.option(
     "--words", multiple=True, type=FILE, help="The embedding that belongs to it, if it lies elsewhere"
 )
-
-
-def _output_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_OUTPUT):
-        function = option(function)
-    return function
 
 
 @click.group(no_args_is_help=True)
@@ -61,9 +48,7 @@ def inspect_command(console: Console, files: tuple[str, ...], **options: Any) ->
 )
 @click.argument("file", metavar="FILE", type=FILE, help="Custom diffusion of any layout")
 @click.option("--to", required=True, help="Layout: adobe, compvis, diffusers (whole weights), compressed, webui")
-@click.option("-o", "--output", type=FILE, help="A file or a folder; default: beside the input")
-@click.option("-f", "--force", is_flag=True, help="Replace existing outputs")
-@click.option("-n", "--dry-run", is_flag=True, help="Say what would be written, write nothing")
+@output_options(BESIDE)
 @_WORDS
 @general_options
 def convert_command(console: Console, file: str, **options: Any) -> int:
@@ -82,10 +67,9 @@ def convert_command(console: Console, file: str, **options: Any) -> int:
 )
 @click.argument("model", type=FILE, help="The checkpoint, best the one that it was trained on")
 @click.argument("files", metavar="FILE[:STRENGTH]...", nargs=-1, required=True, type=FILE, help="Custom diffusion")
-@_output_options
-@click.option(
-    "--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", help="Of the tensors that change"
-)
+@output_options()
+@work_options
+@dtype_option("keep", "fp32", "fp16", "bf16", of="Of the tensors that change")
 @general_options
 def apply_command(console: Console, model: str, files: tuple[str, ...], no_hash: bool, **options: Any) -> int:
     """Put custom diffusion into a model's weights. New words stay in files of their own."""
@@ -105,11 +89,12 @@ def apply_command(console: Console, model: str, files: tuple[str, ...], no_hash:
 @click.argument("file", metavar="FILE", type=FILE, help="Custom diffusion of any layout")
 @click.option("--model", type=FILE, help="The checkpoint it was trained on; needed for whole weights alone")
 @_WORDS
-@_output_options
+@output_options()
+@work_options
 @click.option("--rank", type=click.IntRange(1), help="Highest rank of what is no factors yet; default: 32")
 @click.option("--energy", type=click.FloatRange(0, 1), help="Keep this share of the squared singular values instead")
 @click.option("--to", default="kohya", show_default=True, help="Dialect: kohya, comfy, diffusers ...")
-@click.option("--dtype", type=click.Choice(["keep", "fp16", "bf16", "fp32"]), default="keep", show_default=True)
+@dtype_option("keep", "fp16", "bf16", "fp32", of="Of what is computed")
 @general_options
 def to_lora_command(console: Console, file: str, no_hash: bool, **options: Any) -> int:
     """Write custom diffusion as a LoRA, its new words inside. Factors keep every bit."""
@@ -130,17 +115,16 @@ def to_lora_command(console: Console, file: str, no_hash: bool, **options: Any) 
 @click.option("--class", "classes", multiple=True, help="What each word is: cat, chair ...; one for each file or word")
 @_WORDS
 @click.option("--captions", "captions_file", type=FILE, help="Texts that shall change least, one a line")
-@_output_options
+@output_options("Where to write", required=True)
+@work_options
 @click.option("--to", default="kohya", show_default=True, help="Dialect of LoRA, or webui: custom-diffusion-webui's")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@dtype_option("fp32", "fp16", "bf16", default="fp32")
 @general_options
-def merge_command(console: Console, files: tuple[str, ...], output: str | None, no_hash: bool, **options: Any) -> int:
+def merge_command(console: Console, files: tuple[str, ...], no_hash: bool, **options: Any) -> int:
     """Merge concepts in closed form: their words work as in their own models, other texts change least.
 
     The result is a LoRA whose rank is the number of the words' tokens, with the words inside.
     """
     from sdops.verbs.custom import merge
 
-    if output is None:
-        raise click.UsageError("Missing option '-o' / '--output'.")
-    return console.show(merge(*files, output=output, **options, hash_inputs=not no_hash, progress=console.progress))
+    return console.show(merge(*files, **options, hash_inputs=not no_hash, progress=console.progress))

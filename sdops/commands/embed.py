@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from sdops.commands._console import Console
 from sdops.commands._options import FILE, general_options
+from sdops.commands._personal import BESIDE, dtype_option, numbers, output_options
 
 _KIND = click.option("--kind", help="What one row of 768 is: tokens, or clip-image (aesthetic)")
 _MODEL = click.option("--model", type=FILE, help="A checkpoint whose words the vectors are compared with")
-_OUTPUT: tuple[Callable[[Any], Any], ...] = (
-    click.option("-o", "--output", type=FILE, help="A file or a folder; default: beside the input"),
-    click.option("-f", "--force", is_flag=True, help="Replace an existing output"),
-    click.option("-n", "--dry-run", is_flag=True, help="Say what would be written, write nothing"),
-    click.option(
-        "--dtype",
-        type=click.Choice(["keep", "fp32", "fp16", "bf16"]),
-        default="keep",
-        show_default=True,
-        help="Round the values",
-    ),
-)
-
-
-def _output_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_OUTPUT):
-        function = option(function)
-    return function
+_DTYPE = dtype_option("keep", "fp32", "fp16", "bf16")
 
 
 @click.group(no_args_is_help=True)
@@ -75,7 +58,8 @@ def inspect_command(console: Console, files: tuple[str, ...], **options: Any) ->
     "file", metavar="FILE", type=FILE, help="An embedding, or a LoRA, checkpoint or picture with some inside"
 )
 @click.option("--to", required=True, help="Layout: a1111, diffusers, kohya, encoders, onetrainer, bundle, png ...")
-@_output_options
+@output_options(BESIDE)
+@_DTYPE
 @click.option("--only", metavar="NAME", help="Take just the embedding of this name or placeholder")
 @click.option("--encoder", help="Take just the vectors for this text encoder: clip_l, clip_g ...")
 @click.option("--name", help="Call the embedding so")
@@ -108,13 +92,14 @@ def convert_command(console: Console, file: str, **options: Any) -> int:
 @click.option("--model", type=FILE, help="A checkpoint that gives the words' vectors")
 @click.option("--to", help="Layout; default: a1111, or encoders for several text encoders")
 @click.option("--name", help="The embedding's own name; default: the output's")
-@_output_options
+@output_options("Where to write", required=True)
+@_DTYPE
 @general_options
-def make_command(console: Console, formula: str, output: str | None, **options: Any) -> int:
+def make_command(console: Console, formula: str, **options: Any) -> int:
     """Make an embedding by a formula of words and other embeddings."""
     from sdops.verbs.embed import make
 
-    return console.show(make(formula, output=_needed(output), **options))
+    return console.show(make(formula, **options))
 
 
 @command.command(
@@ -166,37 +151,19 @@ def explain_command(console: Console, file: str, **options: Any) -> int:
     show_default=True,
     help="join, average, sum, slerp; collect: separate embeddings in one file",
 )
-@click.option(
-    "--weights", callback=lambda *values: _numbers(values[2], float), help="One each: 0.7,0.3; slerp takes one"
-)
-@click.option(
-    "--rows", callback=lambda *values: _numbers(values[2], int), help="Keep these vectors, in this order: 2,0,1"
-)
+@click.option("--weights", callback=numbers(float, "0.7,0.3"), help="One each: 0.7,0.3; slerp takes one")
+@click.option("--rows", callback=numbers(int, "2,0,1"), help="Keep these vectors, in this order: 2,0,1")
 @click.option(
     "--prune", type=click.FloatRange(0, 1), help="Drop vectors whose cosine with an earlier one is above this"
 )
 @click.option("--to", help="Layout; default: a1111, or encoders for several text encoders")
 @click.option("--name", help="The embedding's own name; default: the output's")
 @_KIND
-@_output_options
+@output_options("Where to write", required=True)
+@_DTYPE
 @general_options
-def merge_command(console: Console, files: tuple[str, ...], output: str | None, **options: Any) -> int:
+def merge_command(console: Console, files: tuple[str, ...], **options: Any) -> int:
     """Join, average, add or interpolate embeddings; prune or reorder vectors; collect several in one file."""
     from sdops.verbs.embed import merge
 
-    return console.show(merge(*files, output=_needed(output), **options))
-
-
-def _needed(output: str | None) -> str:
-    if output is None:
-        raise click.UsageError("Missing option '-o' / '--output'.")
-    return output
-
-
-def _numbers(text: str | None, kind: Callable[[str], Any]) -> list[Any] | None:
-    if text is None:
-        return None
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"`{text}` is no list of numbers such as 2,0,1") from None
+    return console.show(merge(*files, **options))

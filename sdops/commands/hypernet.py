@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from sdops.commands._console import Console
 from sdops.commands._options import FILE, general_options
+from sdops.commands._personal import dtype_option, numbers, output_options, work_options
 
-_OUTPUT: tuple[Callable[[Any], Any], ...] = (
-    click.option("-o", "--output", type=FILE, help="Where to write; default: a derived name"),
-    click.option("-f", "--force", is_flag=True, help="Replace an existing output"),
-    click.option("-n", "--dry-run", is_flag=True, help="Check everything, write nothing"),
-)
 _NETWORKS = click.argument(
     "networks", metavar="FILE[:STRENGTH]...", nargs=-1, required=True, type=FILE, help="In the order in which they act"
 )
 _FIT = click.option("--fit", is_flag=True, help="Take the nearest linear map of networks that are not linear")
-_JOBS = click.option("-j", "--jobs", type=click.IntRange(1), help="Threads; default: one per core")
-_HASH = click.option("--no-hash", is_flag=True, help="Do not record the inputs' SHA-256")
-
-
-def _output_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_OUTPUT):
-        function = option(function)
-    return function
 
 
 @click.group(no_args_is_help=True)
@@ -58,7 +45,7 @@ def inspect_command(console: Console, files: tuple[str, ...], **options: Any) ->
 )
 @click.argument("file", metavar="FILE", type=FILE, help="A hypernetwork of any layout")
 @click.option("--to", help="Layout: a1111, novelai, safetensors")
-@_output_options
+@output_options("Where to write; default: beside the input")
 @general_options
 def convert_command(console: Console, file: str, **options: Any) -> int:
     """Write a hypernetwork in another layout, its numbers bit for bit."""
@@ -76,19 +63,17 @@ def convert_command(console: Console, file: str, **options: Any) -> int:
     """,
 )
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE, help="Hypernetworks of any layout")
-@click.option("--weights", callback=lambda *values: _numbers(values[2]), help="One each: 0.7,0.3; default: 1")
+@click.option("--weights", callback=numbers(float, "0.7,0.3"), help="One each: 0.7,0.3; default: 1")
 @click.option("--name", help="The network's own name; default: the output's")
 @click.option("--to", help="Layout: a1111, safetensors; default: as the output's ending says")
-@click.option("--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", show_default=True)
-@_output_options
+@dtype_option("keep", "fp32", "fp16", "bf16")
+@output_options("Where to write", required=True)
 @general_options
-def merge_command(console: Console, files: tuple[str, ...], output: str | None, **options: Any) -> int:
+def merge_command(console: Console, files: tuple[str, ...], **options: Any) -> int:
     """Make one hypernetwork that does exactly what the weighted sum of several does."""
     from sdops.verbs.hypernet import merge
 
-    if output is None:
-        raise click.UsageError("Missing option '-o' / '--output'.")
-    return console.show(merge(*files, output=output, **options))
+    return console.show(merge(*files, **options))
 
 
 @command.command(
@@ -101,13 +86,10 @@ def merge_command(console: Console, files: tuple[str, ...], output: str | None, 
 )
 @click.argument("model", type=FILE, help="A checkpoint of SD1, SD2 or SDXL, or its U-Net alone")
 @_NETWORKS
-@_output_options
+@output_options()
 @_FIT
-@click.option(
-    "--dtype", type=click.Choice(["keep", "fp32", "fp16", "bf16"]), default="keep", help="Of the tensors that change"
-)
-@_JOBS
-@_HASH
+@dtype_option("keep", "fp32", "fp16", "bf16", of="Of the tensors that change")
+@work_options
 @general_options
 def apply_command(console: Console, model: str, networks: tuple[str, ...], no_hash: bool, **options: Any) -> int:
     """Bake hypernetworks into a model: exact where they are linear, as AUTOMATIC1111 makes them by default."""
@@ -126,26 +108,16 @@ def apply_command(console: Console, model: str, networks: tuple[str, ...], no_ha
 )
 @_NETWORKS
 @click.option("--model", type=FILE, required=True, help="The checkpoint that the LoRA will be used with")
-@_output_options
+@output_options()
 @click.option("--rank", type=click.IntRange(1), help="Highest rank of a layer; default: whatever is exact")
 @click.option("--energy", type=click.FloatRange(0, 1), help="Keep this share of the squared singular values")
 @_FIT
 @click.option("--to", default="kohya", show_default=True, help="Dialect: kohya, comfy ...")
-@click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
-@_JOBS
-@_HASH
+@dtype_option("fp16", "bf16", "fp32", default="fp16")
+@work_options
 @general_options
 def to_lora_command(console: Console, networks: tuple[str, ...], no_hash: bool, **options: Any) -> int:
     """Write a LoRA that does what hypernetworks do: exact where they are linear, biases included."""
     from sdops.verbs.hypernet import to_lora
 
     return console.show(to_lora(*networks, **options, hash_inputs=not no_hash, progress=console.progress))
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"`{text}` is no list of numbers such as 0.7,0.3") from None
