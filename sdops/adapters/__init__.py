@@ -6,11 +6,13 @@ is `[o, i kh kw]`. A patch of some rows of a fused matrix has the shape of those
 
     family   required parts             optional parts
     lora     up down                    mid lora_alpha dora_scale magnitude up_bias reshape
+                                        sparse_indices sparse_values sparse_size
+    lora_embedding  a b                 lora_alpha
     loha     w1_a w1_b w2_a w2_b        t1 t2 lora_alpha dora_scale magnitude
     lokr     w1 (or w1_a w1_b)          t2 lora_alpha dora_scale magnitude
              w2 (or w2_a w2_b)
     glora    a1 a2 b1 b2                bm lora_alpha
-    ia3      weight on_input
+    ia3      weight on_input (or multiplier)
     oft      blocks (or vectors)        rescale constraint scaled
     boft     blocks                     rescale constraint
     full     one or more of             reshape
@@ -22,7 +24,8 @@ and boft, where `alpha` is the `constraint`; `dora_scale` = LyCORIS' DoRA vector
 `lora_magnitude_vector` (two parts, because `(1, N, 1, 1)` is the input axis in one and the output axis in the other);
 `up_bias` = `lora_B.bias`; norms' `w_norm`, `b_norm` = `diff`, `diff_b`; `set_weight` = `set`; `reshape_weight` =
 `reshape`; `oft_blocks` = `blocks`; `oft_R.weight` = `vectors`, `oft_R.scaled_oft` = `scaled`. DyLoRA and Control-LoRA
-files are plain `lora`.
+files are plain `lora`. `lora_embedding_A`, `lora_embedding_B` = `a`, `b`; `ia3_l` = `multiplier`; LyCORIS'
+`bias_indices`, `bias_values`, `bias_size` = `sparse_indices` ...
 
 Each file offers
 
@@ -61,6 +64,7 @@ Settings (what is not a tensor) are keywords, the same for all families; each us
                           families. For PEFT's DoRA semantics alone; the caller must then not scale again
     neumann_terms: int    oft: length of the Cayley-Neumann series, 0 for the exact Cayley transform; 5
     constraint_per_channel: bool   oft, boft: the constraint is multiplied by o (LyCORIS, kohya; not ComfyUI)
+    on_input: bool        ia3: `multiplier` is for the inputs; where this is not given, the shape tells
     rotates_input: bool   oft: convolutions are rotated as in PEFT, not as in OneTrainer
 """
 
@@ -78,7 +82,7 @@ from sdops.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILIES = ("lora", "loha", "lokr", "glora", "ia3", "oft", "boft", "full", "tlora")
+FAMILIES = ("lora", "lora_embedding", "loha", "lokr", "glora", "ia3", "oft", "boft", "full", "tlora")
 
 __all__ = ["FAMILIES", "Facts", "Family", "Parts", "Settings", "Shape", "Shapes", "family", "padded"]
 

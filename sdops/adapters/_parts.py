@@ -28,6 +28,7 @@ class Facts:
         rank: What alpha is divided by; None for families without.
         rows, columns: Of the changed weight as a matrix, o and i kh kw; None if the shapes leave it open.
         weight, bias: Whether the module's weight, its bias is changed.
+    bias_if_any: Whether its bias is changed if it has one.
     """
 
     rank: int | None
@@ -35,6 +36,7 @@ class Facts:
     columns: int | None
     weight: bool = True
     bias: bool = False
+    bias_if_any: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Settings:
     neumann_terms: int = 5
     constraint_per_channel: bool = True
     rotates_input: bool = False
+    on_input: bool | None = None
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""(IA)^3 (Liu et al. 2022, arXiv:2205.05638), as LyCORIS writes it: each channel of the weight is multiplied.
+"""(IA)^3 (Liu et al. 2022, arXiv:2205.05638): each channel of the weight is multiplied. Two forms:
 
-delta = W * weight,   along the input channels if on_input is 1, else along the output channels
-
-weight     [o] or [i], for convolutions [1, o, 1, 1] or [1, i, 1, 1]; 0 = no change
-on_input   0 or 1
+weight, on_input   LyCORIS: delta = W * weight, along the input channels if on_input is 1, else along the output
+                   channels; weight [o] or [i], for convolutions [1, o, 1, 1] or [1, i, 1, 1]; 0 = no change
+multiplier         PEFT's `ia3_l` = 1 + weight: [o, 1] or [1, i], and the bias is multiplied with the outputs. For
+                   convolutions both are [1, channels, 1, 1]; only `feedforward_modules` of PEFT's configuration
+                   tells the inputs (`on_input` of the settings)
 """
 
 from __future__ import annotations
@@ -18,35 +19,47 @@ from sdops.adapters._parts import (
     Shape,
     Shapes,
     check_names,
+    missing,
     needed,
     number,
     refused,
     unfit,
     working,
 )
+from sdops.errors import FormatError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-REQUIRED = ("weight", "on_input")
-OPTIONAL = ()
-NEEDS_WEIGHT = REQUIRED
+REQUIRED = ()
+OPTIONAL = ("weight", "on_input", "multiplier")
+NEEDS_WEIGHT = ("weight", "multiplier")
 
 
 def check(shapes: Shapes, shape: Shape | None) -> Facts:
     """Check the parts' shapes; which axis they are for is known only with the value of `on_input`.
 
     Raises:
-        FormatError: it is no vector.
+        FormatError: it is no vector, or there are two.
         MismatchError: it fits neither axis of the weight.
     """
     check_names(shapes, REQUIRED, OPTIONAL)
-    own = shapes["weight"]
+    if "multiplier" in shapes:
+        part, others = "multiplier", ("weight", "on_input")
+        for other in others:
+            if other in shapes:
+                raise refused(other, shapes[other], "it does not belong to `multiplier`")
+    else:
+        part = "weight"
+        for needed_part in ("weight", "on_input"):
+            if needed_part not in shapes:
+                raise missing(needed_part, shapes)
+    own = shapes[part]
     if prod(own) != max(own, default=1):
-        raise refused("weight", own, "it should be a vector")
+        raise refused(part, own, "it should be a vector")
     if shape is not None and prod(own) not in shape[:2]:
-        raise unfit("weight", own, shape)
-    return Facts(None, None, None)
+        raise unfit(part, own, shape)
+    return Facts(None, None, None, bias_if_any=part == "multiplier")
 
 
 def delta(parts: Parts, shape: Shape, weight: Tensor | None = None, **settings: Any) -> Tensor:
@@ -54,14 +67,50 @@ def delta(parts: Parts, shape: Shape, weight: Tensor | None = None, **settings: 
 
     Raises:
         SdopsError: there is no weight.
-        MismatchError: the vector is not as long as the axis that `on_input` names.
+        FormatError: nothing tells the axis.
+        MismatchError: the vector is not as long as its axis.
     """
     parts, weight = working(parts, weight)
     weight = needed(weight, shape, "(IA)^3")
-    vector = parts["weight"].reshape(-1)
-    axis = 1 if number(parts["on_input"]) else 0
+    chosen = Settings(**settings)
+    part, vector = _change(parts)
+    axis = 1 if is_on_input(parts, chosen) else 0
     if len(vector) != shape[axis]:
-        raise unfit("weight", tuple(parts["weight"].shape), shape)
-    return weight * (
-        Settings(**settings).strength * vector.reshape([-1 if dim == axis else 1 for dim in range(len(shape))])
-    )
+        raise unfit(part, tuple(parts[part].shape), shape)
+    return weight * (chosen.strength * vector.reshape([-1 if dim == axis else 1 for dim in range(len(shape))]))
+
+
+def bias_delta(parts: Parts, _shape: Shape, bias: Tensor | None = None, **settings: Any) -> Tensor | None:
+    """The change of the bias [o]: PEFT multiplies it with the outputs. None if it stays, or there is none."""
+    floats, bias = working(parts, bias)
+    chosen = Settings(**settings)
+    if bias is None or "multiplier" not in parts or is_on_input(parts, chosen):
+        return None
+    return bias * (chosen.strength * _change(floats)[1])
+
+
+def is_on_input(parts: Parts, settings: Settings) -> bool:
+    """Whether the channels are the inputs.
+
+    Raises:
+        FormatError: nothing tells.
+    """
+    if "on_input" in parts:
+        return bool(number(parts["on_input"]))
+    if settings.on_input is not None:
+        return settings.on_input
+    own = tuple(parts["multiplier"].shape)
+    if len(own) != 2 or own == (1, 1):
+        raise FormatError(
+            f"`multiplier` of shape {list(own)} may be for inputs or outputs, and nothing tells which",
+            hint="PEFT's `adapter_config.json` does, by `feedforward_modules`: put it beside the file",
+            part="multiplier",
+        )
+    return own[0] == 1
+
+
+def _change(parts: Parts) -> tuple[str, Tensor]:
+    """The part, and what the channels change by, as a vector."""
+    if "multiplier" in parts:
+        return "multiplier", parts["multiplier"].reshape(-1) - 1
+    return "weight", parts["weight"].reshape(-1)

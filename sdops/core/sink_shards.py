@@ -30,39 +30,27 @@ class TextSink(FileSink):
         return self._content
 
 
-class ShardedSink:
-    """Shards and their index in the making; see `Sink` for the attributes.
+class FilesSink:
+    """Several files in the making, which appear together; see `Sink` for the attributes.
 
     Args:
-        path: `FOLDER/NAME.safetensors`: what the model would be called as one file.
-        shards: Tensors of each shard, as `split` makes them.
-        metadata: For the header of every shard.
+        parts: The files; the last one gets its name last.
+        path: What `commit` returns.
         force: Replace existing files.
 
     Raises:
-        OutputError: one of the files exists or cannot be written, or all of them do not fit on the disk.
+        OutputError: all of them do not fit on the disk.
     """
 
-    def __init__(
-        self, path: Path, shards: Sequence[Mapping[str, Spec]], metadata: Mapping[str, str], *, force: bool
-    ) -> None:
-        total = len(shards)
-        names = [f"{path.stem}-{number:05d}-of-{total:05d}{path.suffix}" for number in range(1, total + 1)]
-        parts = [
-            SafetensorsSink(path.with_name(name), specs, metadata, force=force)
-            for name, specs in zip(names, shards, strict=True)
-        ]
+    def __init__(self, parts: Sequence[FileSink], path: Path, *, force: bool) -> None:
+        self._files = parts
         self._places = {key: part for part in parts for key in part.specs}
-        weight_map = {key: part.path.name for key, part in self._places.items()}
-        size = sum(spec.nbytes for specs in shards for spec in specs.values())
-        index = TextSink(path.with_name(f"{path.name}.index.json"), _index(weight_map, size), force=force)
-        self._files: list[FileSink] = [*parts, index]  # the index comes last: what it lists is there before it
         self._force = force
         self._stack = ExitStack()
-        self.path = index.path
+        self.path = path
         self.specs: Mapping[str, Spec] = {key: spec for part in parts for key, spec in part.specs.items()}
-        self.nbytes = sum(file.nbytes for file in self._files)
-        check_space(index.target, self.nbytes)
+        self.nbytes = sum(file.nbytes for file in parts)
+        check_space(parts[-1].target, self.nbytes)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -86,13 +74,12 @@ class ShardedSink:
             file.start_writeback()
 
     def commit(self, replace_metadata: Mapping[str, str] | None = None) -> Path:
-        """Make all files durable, then give them their names. Returns the path of the index.
+        """Make all files durable, then give them their names; metadata are replaced where a file has some.
 
         A failure takes back the names given so far, unless some of them may have been those of replaced files.
         """
-        for file in self._files[:-1]:
-            file.seal(replace_metadata)
-        self._files[-1].seal()
+        for file in self._files:
+            file.seal(replace_metadata if file.metadata else None)
         with ExitStack() as undo:
             for file in self._files:
                 file.publish()
@@ -100,6 +87,34 @@ class ShardedSink:
                     undo.callback(file.target.unlink, missing_ok=True)
             undo.pop_all()
         return self.path
+
+
+class ShardedSink(FilesSink):
+    """Shards and their index in the making.
+
+    Args:
+        path: `FOLDER/NAME.safetensors`: what the model would be called as one file; `commit` returns the index.
+        shards: Tensors of each shard, as `split` makes them.
+        metadata: For the header of every shard.
+        force: Replace existing files.
+
+    Raises:
+        OutputError: one of the files exists or cannot be written, or all of them do not fit on the disk.
+    """
+
+    def __init__(
+        self, path: Path, shards: Sequence[Mapping[str, Spec]], metadata: Mapping[str, str], *, force: bool
+    ) -> None:
+        total = len(shards)
+        names = [f"{path.stem}-{number:05d}-of-{total:05d}{path.suffix}" for number in range(1, total + 1)]
+        parts = [
+            SafetensorsSink(path.with_name(name), specs, metadata, force=force)
+            for name, specs in zip(names, shards, strict=True)
+        ]
+        weight_map = {key: part.path.name for part in parts for key in part.specs}
+        size = sum(spec.nbytes for specs in shards for spec in specs.values())
+        index = TextSink(path.with_name(f"{path.name}.index.json"), _index(weight_map, size), force=force)
+        super().__init__([*parts, index], index.path, force=force)  # the index last: what it lists is there before it
 
 
 def split(specs: Mapping[str, Spec], limit: int) -> list[dict[str, Spec]]:

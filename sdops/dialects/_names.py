@@ -25,12 +25,14 @@ class Names:
         text_encoders: The others, in the order in which programs number them.
         spellings: Component, layout -> dotted module name -> what it is. Text encoders have the canonical layout alone,
             and maybe others that are only read.
+        biased: Component -> canonical names of its modules that have a bias.
     """
 
     architecture: str
     denoiser: str
     text_encoders: tuple[str, ...]
     spellings: Mapping[tuple[str, str], Mapping[str, Target]]
+    biased: Mapping[str, frozenset[str]] = field(default_factory=dict)
     _places: dict[tuple[str, str], dict[str, list[tuple[str, Target]]]] = field(default_factory=dict, repr=False)
 
     def layouts(self, component: str) -> Iterator[str]:

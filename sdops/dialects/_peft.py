@@ -30,6 +30,8 @@ def settings_of(config: Mapping[str, Any], module: str) -> Settings:
     """
     check_start(config)
     found: dict[str, float | int | bool | str] = {}
+    if config.get("peft_type") == "IA3":
+        return {"on_input": _fits_any(config.get("feedforward_modules"), module)}
     alpha = config.get("lora_alpha", config.get("alpha"))
     alpha = _by_pattern(config.get("alpha_pattern"), module, alpha)
     if alpha is not None:
@@ -80,6 +82,21 @@ def from_header(metadata: Mapping[str, str]) -> Callable[[str], Settings]:
     return settings
 
 
+def multipliers(on_input: Mapping[str, bool]) -> str:
+    """`adapter_config.json` of (IA)^3 for modules of which the inputs, or else the outputs are multiplied."""
+    config = {
+        "base_model_name_or_path": None,
+        "fan_in_fan_out": False,
+        "feedforward_modules": sorted(module for module, is_input in on_input.items() if is_input),
+        "inference_mode": True,
+        "init_ia3_weights": True,
+        "peft_type": "IA3",
+        "target_modules": sorted(on_input),
+        "task_type": None,
+    }
+    return json.dumps(config, indent=2)
+
+
 def configuration(ranks: Mapping[str, int], alphas: Mapping[str, float], *, use_dora: bool, lora_bias: bool) -> str:
     """`adapter_config.json` for modules of these ranks and alphas."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -112,6 +129,20 @@ def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
         if _fits(str(pattern), module):
             return value
     return default
+
+
+def _fits_any(patterns: Any, module: str) -> bool:
+    """Whether a module is among those that a list of name ends, or one expression for whole names, tells."""
+    if isinstance(patterns, str):
+        return _matches(patterns, module)
+    return isinstance(patterns, list) and any(module.endswith(str(end)) for end in patterns)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.fullmatch(pattern, module) is not None
+    except re.error:
+        return False
 
 
 def _fits(pattern: str, module: str) -> bool:

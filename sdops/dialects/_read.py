@@ -16,14 +16,15 @@ Settings = Mapping[str, float | int | bool | str]
 
 _BUNDLE = re.compile(r"bundle_emb\.(?P<token>.+?)\.(?P<component>clip_l|clip_g|clip_h|t5xxl|string_to_param\.\*|.+)")
 
-_WITH_ALPHA = ("lora", "loha", "lokr", "glora", "oft", "boft", "tlora")
+_WITH_ALPHA = ("lora", "lora_embedding", "loha", "lokr", "glora", "oft", "boft", "tlora")
 # Family -> sets of parts of which each must be there in one of the ways given.
 _NEEDED: Mapping[str, tuple[tuple[frozenset[str], ...], ...]] = {
     "lora": ((frozenset({"up"}),), (frozenset({"down"}),)),
     "loha": tuple((frozenset({part}),) for part in ("w1_a", "w1_b", "w2_a", "w2_b")),
     "lokr": tuple((frozenset({w}), frozenset({f"{w}_a", f"{w}_b"})) for w in ("w1", "w2")),
     "glora": tuple((frozenset({part}),) for part in ("a1", "a2", "b1", "b2")),
-    "ia3": ((frozenset({"weight"}),), (frozenset({"on_input"}),)),
+    "lora_embedding": ((frozenset({"a"}),), (frozenset({"b"}),)),
+    "ia3": ((frozenset({"weight", "on_input"}), frozenset({"multiplier"})),),
     "oft": ((frozenset({"blocks"}), frozenset({"vectors"})),),
     "full": ((frozenset({"diff"}), frozenset({"diff_b"}), frozenset({"set"})),),
 }
@@ -96,6 +97,7 @@ def read_stems(
     _check_one_adapter(groups.values())
     owners: dict[tuple[Target, str], str] = {}
     for stem, keys in groups.items():
+        reading.problem = reading.problem or _with_magnitude(stem, keys.values())
         for family, names in _families(keys, specs, reading).items():
             before = owners.setdefault((stems[stem], family), stem)
             reading.problem = reading.problem or _incomplete(stem, family, names) or _twice(before, stem)
@@ -151,6 +153,19 @@ def _incomplete(stem: str, family: str, parts: Mapping[str, str]) -> FormatError
                 family=family,
             )
     return None
+
+
+def _with_magnitude(stem: str, parts: Iterable[Split]) -> FormatError | None:
+    """The error for rotations with DoRA's magnitudes, of which there is no one meaning."""
+    found = {(each.family, each.part) for each in parts}
+    if not ({("oft", "vectors"), ("oft", "blocks")} & found and (SHARED, "dora_scale") in found):
+        return None
+    return FormatError(
+        f"`{stem}` is OFT with DoRA (`dora_scale`), which no released program has: OneTrainer's pull request "
+        "1335 is open, and the copies of it disagree on whether `dora_scale` is the size of the rows or a factor of it",
+        hint="let the program that trained it write it into the model, and extract a LoRA: `sdops extract --base`",
+        stem=stem,
+    )
 
 
 def _twice(before: str, stem: str) -> FormatError | None:

@@ -32,7 +32,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A tensor to write: `value` in every element, or else zeros with blocks on them.
+    """A tensor to write: `value` in every element, or else zeros with blocks on them, and `offset` added to all.
 
     `matrix` is the rows and columns of the zeros; the result is then given the spec's shape.
     """
@@ -41,11 +41,12 @@ class Recipe:
     matrix: tuple[int, int] = (1, 1)
     blocks: tuple[Block, ...] = ()
     value: float | None = None
+    offset: float = 0.0
 
     @property
     def copied(self) -> str | None:
         """The tensor that this one has exactly the values of, in order; None if there is no such tensor."""
-        if len(self.blocks) != 1 or self.blocks[0].factor != 1.0:
+        if len(self.blocks) != 1 or self.blocks[0].factor != 1.0 or self.offset:
             return None
         block = self.blocks[0]
         everything = (block.rows, block.columns) == ((0, block.size[0]), (0, block.size[1]))
@@ -129,6 +130,12 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
     blocks = tuple(replace(block, factor=block.factor * factor) for block in recipe.blocks)
     dtype = recipe.spec.dtype if recipe.spec.dtype == "F64" else "F32"
     return replace(recipe, spec=Spec(dtype, recipe.spec.shape), blocks=blocks)
+
+
+def shifted(recipe: Recipe, offset: float) -> Recipe:
+    """Plus a number, in float32: what is 1 + x in one dialect is x in another."""
+    dtype = recipe.spec.dtype if recipe.spec.dtype == "F64" else "F32"
+    return replace(recipe, spec=Spec(dtype, recipe.spec.shape), offset=recipe.offset + offset)
 
 
 def placed(parts: Sequence[tuple[Recipe, tuple[int, int]]], shape: tuple[int, ...]) -> Recipe:

@@ -68,11 +68,16 @@ def draft(patch: Patch, specs: Mapping[str, Spec]) -> Draft:
 
 def scale(item: Draft, values: Values) -> float:
     """What a LoRA's `up @ down` is multiplied by: lora_alpha / r, or / sqrt(r) for rsLoRA; 1 without an alpha."""
-    rank = item.parts["down"].spec.shape[0]
+    rank = rank_of(item)
     alpha = alpha_of(item, values)
     if alpha is None:
         return 1.0
     return float(alpha / rank**0.5) if item.settings.get("use_rslora") else alpha / rank
+
+
+def rank_of(item: Draft) -> int:
+    """Of a LoRA, on a layer or on a table of embeddings."""
+    return item.parts["a" if item.family == "lora_embedding" else "down"].spec.shape[0]
 
 
 def alpha_of(item: Draft, values: Values) -> float | None:
@@ -269,7 +274,7 @@ def _row_parts(item: Draft) -> frozenset[str]:
     """
     rows = ROWS.get(item.family, {})
     found = frozenset(part for part in item.parts if part in rows)
-    odd = {part for part, recipe in item.parts.items() if part in ("t1", "t2", "reshape")}
+    odd = {part for part in item.parts if part in ("t1", "t2", "reshape") or part.startswith("sparse_")}
     if item.family == "lokr":
         odd.discard("t2")
     if "dora_scale" in item.parts and matrix(item.parts["dora_scale"].spec.shape)[1] != 1:

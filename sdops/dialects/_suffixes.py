@@ -56,6 +56,9 @@ _READ: dict[str, tuple[str, str]] = {
     ".b1.weight": ("glora", "b1"),
     ".b2.weight": ("glora", "b2"),
     ".bm.weight": ("glora", "bm"),
+    ".bias_indices": ("lora", "sparse_indices"),
+    ".bias_values": ("lora", "sparse_values"),
+    ".bias_size": ("lora", "sparse_size"),
     ".on_input": ("ia3", "on_input"),
     ".weight": ("ia3", "weight"),
     ".oft_blocks": ("oft", "blocks"),  # or boft: told by the number of dimensions
@@ -75,13 +78,16 @@ _READ: dict[str, tuple[str, str]] = {
 # A converter that people used glued the suffix to the stem with an underscore.
 _GLUED: dict[str, tuple[str, str]] = {"_lora_up.weight": ("lora", "up"), "_lora_down.weight": ("lora", "down")}
 _PEFT = re.compile(
-    r"\.lora_(?P<letter>A|B|magnitude_vector)(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.(?P<end>weight|bias))?$"
+    r"\.(?P<letter>lora_A|lora_B|lora_magnitude_vector|lora_embedding_A|lora_embedding_B|ia3_l)(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.(?P<end>weight|bias))?$"
 )
 _PEFT_PARTS = {
-    ("A", "weight"): ("lora", "down"),
-    ("B", "weight"): ("lora", "up"),
-    ("B", "bias"): ("lora", "up_bias"),
-    ("magnitude_vector", "weight"): (SHARED, "magnitude"),
+    ("lora_A", "weight"): ("lora", "down"),
+    ("lora_B", "weight"): ("lora", "up"),
+    ("lora_B", "bias"): ("lora", "up_bias"),
+    ("lora_magnitude_vector", "weight"): (SHARED, "magnitude"),
+    ("lora_embedding_A", "weight"): ("lora_embedding", "a"),
+    ("lora_embedding_B", "weight"): ("lora_embedding", "b"),
+    ("ia3_l", "weight"): ("ia3", "multiplier"),
 }
 _LONGEST_FIRST = sorted(_READ | _GLUED, key=lambda suffix: -len(suffix))
 _BY_END = {
@@ -135,6 +141,7 @@ LYCORIS: Mapping[tuple[str, str], str] = {
     **{(family, "lora_alpha"): ".alpha" for family in ("lora", "loha", "lokr", "glora")},
     **{(family, "dora_scale"): ".dora_scale" for family in ("lora", "loha", "lokr")},
     **{(family, "reshape"): ".reshape_weight" for family in ("lora", "full")},
+    **{("lora", f"sparse_{part}"): f".bias_{part}" for part in ("indices", "values", "size")},
     ("ia3", "weight"): ".weight",
     ("ia3", "on_input"): ".on_input",
     **{(family, "blocks"): ".oft_blocks" for family in ("oft", "boft")},

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from sdops.core.patch import Adapter, Patch, Target
 from sdops.dialects._names import Names
-from sdops.dialects._recipes import Recipe, Values, matrix, number, reshaped, scaled, whole
-from sdops.dialects._shares import ALL, Draft, draft, fitted, is_idle, overlap, scale
+from sdops.dialects._recipes import Recipe, Values, matrix, number, reshaped, scaled, shifted, whole
+from sdops.dialects._shares import ALL, Draft, draft, fitted, is_idle, overlap, rank_of, scale
 from sdops.dialects._spelling import Spelling
 from sdops.dialects._suffixes import LYCORIS
 from sdops.errors import MismatchError
@@ -50,7 +50,9 @@ def write(adapter: Adapter, spelling: Spelling, names: Names, values: Values) ->
             for module, place in names.places(target.component, layout, target.module)
             if (stem := spelling.stem(names, target.component, module)) is not None
         ]
+        has_bias = target.module in names.biased.get(target.component, ())
         drafts = [draft(patch, adapter.source.specs) for patch in patches]
+        drafts = [_with_multiplier(item, spelling, values, has_bias=has_bias) for item in drafts]
         if not all(_is_housed(item, places) for item in drafts):
             homeless.append(str(target))
             continue
@@ -123,14 +125,14 @@ def _suffix(item: Draft, part: str, recipe: Recipe, spelling: Spelling) -> str:
 
 def _with_alpha(item: Draft, spelling: Spelling, values: Values) -> Draft:
     """The alpha where the dialect keeps it."""
-    if item.family != "lora":
+    if item.family not in ("lora", "lora_embedding"):
         return _with_alpha_tensor(item) if item.family in ("loha", "lokr", "glora") else item
     if spelling.alphas == "tensor" and not item.settings.get("use_rslora"):
         return _with_bias(_with_alpha_tensor(item), spelling, values)
     factor = scale(item, values)
     parts = {part: recipe for part, recipe in item.parts.items() if part != "lora_alpha"}
     if spelling.alphas == "tensor":
-        parts["lora_alpha"] = number(factor * parts["down"].spec.shape[0])
+        parts["lora_alpha"] = number(factor * rank_of(item))
     else:
         parts |= {part: scaled(parts[part], factor) for part in ("up", "up_bias") if part in parts}
     settings = {key: value for key, value in item.settings.items() if key not in ("lora_alpha", "use_rslora")}
@@ -150,6 +152,37 @@ def _with_bias(item: Draft, spelling: Spelling, values: Values) -> Draft:
     parts = dict(item.parts)
     parts["diff_b"] = scaled(parts.pop("up_bias"), scale(item, values))
     return replace(item, parts=parts)
+
+
+def _with_multiplier(item: Draft, spelling: Spelling, values: Values, *, has_bias: bool) -> Draft:
+    """(IA)^3 as the dialect has it: PEFT multiplies by 1 + x, and the bias with the outputs; LyCORIS by x, alone.
+
+    Raises:
+        MismatchError: the outputs' bias would be treated in another way than in training.
+    """
+    ours = "multiplier" if ("ia3", "multiplier") in spelling.suffixes else "weight"
+    if item.family != "ia3" or ours in item.parts:
+        return item
+    (theirs,) = {"multiplier", "weight"} & item.parts.keys()
+    recipe = item.parts[theirs]
+    shape, count = recipe.spec.shape, recipe.spec.numel
+    on_input = multiplies_inputs(item, values)
+    if has_bias and not on_input:
+        raise cannot_hold(
+            spelling.name, [item.name], "its layer has a bias, which PEFT's (IA)^3 multiplies and LyCORIS' does not"
+        )
+    if ours == "weight":
+        flat = reshaped(shifted(recipe, -1.0), shape if len(shape) > 2 else (count,))
+        return replace(item, parts={"weight": flat, "on_input": number(float(on_input))}, settings={})
+    flat = reshaped(shifted(recipe, 1.0), shape if len(shape) > 2 else (1, count) if on_input else (count, 1))
+    return replace(item, parts={"multiplier": flat}, settings={"on_input": on_input})
+
+
+def multiplies_inputs(item: Draft, values: Values) -> bool:
+    """Whether the channels that an (IA)^3 multiplies are the layer's inputs."""
+    if "on_input" in item.parts:
+        return bool(item.parts["on_input"].number(values))
+    return bool(item.settings.get("on_input", item.parts["multiplier"].spec.shape[0] == 1))
 
 
 def _with_dora(item: Draft, spelling: Spelling) -> Draft:

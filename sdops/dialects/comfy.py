@@ -1,7 +1,7 @@
 """ComfyUI and ai-toolkit: `diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`, the checkpoint's own names.
 
 Text encoders are `text_encoders.clip_l.transformer.`. ComfyUI looks for a Tucker core only beside `lora_up` and
-`lora_down`.
+`lora_down`, and leaves out the single numbers that LyCORIS' extraction may keep beside them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from sdops.dialects._write import Written
 from sdops.dialects._write import write as write_common
 
 _KEYS = re.compile(r"diffusion_model\.|text_encoders\.")
-SUFFIXES = {**LYCORIS, ("lora", "up"): ".lora_B.weight", ("lora", "down"): ".lora_A.weight"}
+_READ = {part: suffix for part, suffix in LYCORIS.items() if not part[1].startswith("sparse_")}
+SUFFIXES = {**_READ, ("lora", "up"): ".lora_B.weight", ("lora", "down"): ".lora_A.weight"}
 
 
 def _prefixes(names: Names, component: str) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ class Change:
 
 def has_factors(patch: Patch) -> bool:
     """Whether a patch is low-rank by its family, and that without its base weight."""
-    is_product = patch.family in ("lora", "loha", "lokr")
+    is_product = patch.family in ("lora", "lora_embedding", "loha", "lokr") and "sparse_values" not in patch.parts
     return is_product and not adapters.family(patch.family).needs_weight(patch.parts)
 
 
@@ -113,8 +113,9 @@ def change_of(adapter: Adapter, patch: Patch, base: Base | None = None, most: in
     weight = bias = None
     if base is not None and family.needs_weight(parts):
         weight = base.tensor(target) if facts.weight else None
-        bias = base.tensor(target, "bias") if facts.bias else None
-    moved = family.bias_delta(parts, shape, bias, **patch.settings) if facts.bias else None
+        with_bias = facts.bias or (facts.bias_if_any and base.shape(target, "bias") is not None)
+        bias = base.tensor(target, "bias") if with_bias else None
+    moved = family.bias_delta(parts, shape, bias, **patch.settings) if facts.bias or bias is not None else None
     plain = replace(target, swapped=False)
     change = Change(plain, shape, bias=_turned(moved, target))
     if not facts.weight:

@@ -21,7 +21,7 @@ from sdops.errors import FormatError, MismatchError, SdopsError, UsageError
 from sdops.text import suggest
 from sdops.verbs._adapter_names import ARCHITECTURES, Architecture, names_of
 
-_TEXT_NAMES = r"text_model|text_encoder|lora_te|encoder[._]block"
+_TEXT_NAMES = r"text_model|text_encoder|lora_te|encoder[._]block|model\.(?:encoder\.layers|embeddings)\."
 _TEXT_WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280, "t5xxl": 4096, "umt5xxl": 4096}
 _FLUX_BEGINS = ("transformer.", "base_model.model.")
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")

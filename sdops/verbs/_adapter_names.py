@@ -89,10 +89,17 @@ def names_of(family: str, variant: str = "") -> Names:
         raise SdopsError(f"adapters for `{family}` are not known", hint=f"known are {known}", family=family)
     denoiser = next(table for table in tables() if table.family == family and table.kind == "model" and table.keys)
     spellings = dict(_spellings(family, denoiser, variant))
+    biased = {denoiser.name: _biased(denoiser, variant)}
     for name in architecture.text_encoders:
         table = next(t for t in tables() if t.family == "text_encoder" and t.name == name and t.layout == "hf")
         spellings |= _spellings("text_encoder", table, variant)
-    return Names(family, denoiser.name, architecture.text_encoders, spellings)
+        biased[name] = _biased(table, variant)
+    return Names(family, denoiser.name, architecture.text_encoders, spellings, biased)
+
+
+def _biased(table: Table, variant: str) -> frozenset[str]:
+    """The modules that have a bias."""
+    return frozenset(key.removesuffix(".bias") for key in _keys(table, variant) if key.endswith(".bias"))
 
 
 def _spellings(family: str, table: Table, variant: str) -> Mapping[tuple[str, str], Mapping[str, Target]]:

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from sdops.archs.detect import detect
 from sdops.core.patch import Adapter, Patch, Target
-from sdops.core.run import run
-from sdops.core.sink import check_inputs
 from sdops.core.source import Source, read
 from sdops.core.spec import Spec
 from sdops.core.stream import TORCH_DTYPES
 from sdops.errors import FormatError
-from sdops.report import Progress
-from sdops.verbs._adapter_path import check_place
-from sdops.verbs._adapter_sink import adapter_sink
 from sdops.verbs._adapter_source import AdapterSource, Lazy
-from sdops.verbs._adapters import Spelled
 from sdops.verbs._extract_store import Place, Store
-from sdops.verbs._hashes import Hashes
-from sdops.verbs._inputs import Opened
-from sdops.verbs._provenance import RECIPE, with_hashes, without_hashes
 
 DTYPES = {"keep": "", "fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 
@@ -137,59 +126,3 @@ def dtype_of(adapter: Adapter, patch: Patch, wish: str) -> str:
         return DTYPES[wish]
     largest = max((adapter.source.specs[key] for key in patch.parts.values()), key=lambda spec: prod(spec.shape))
     return largest.dtype if largest.dtype in ("F16", "BF16", "F32") else "F32" if largest.dtype == "F64" else "F16"
-
-
-def opened(adapter: Adapter) -> Opened:
-    """An adapter as an input of a run: hashed, and watched for changes."""
-    return Opened(adapter.source, adapter.source, detect(adapter.source.specs))
-
-
-def check_output(path: Path, inputs: Sequence[Opened], companions: Iterable[str], *, force: bool) -> None:
-    """Everything that is known to go wrong before the work.
-
-    Raises:
-        OutputError: the output, or a file that belongs beside it, exists or cannot be written.
-    """
-    check_inputs(path, [file for part in inputs for file in part.files])
-    check_place(path, tuple(companions), force=force)
-
-
-def save(
-    made: Spelled,
-    path: Path,
-    inputs: Sequence[Opened],
-    *,
-    jobs: int,
-    force: bool,
-    hash_inputs: bool | None,
-    progress: Progress,
-) -> int:
-    """Write an adapter and what belongs beside it; returns the size in bytes.
-
-    Args:
-        made: The adapter.
-        path: The file.
-        inputs: What it is made of.
-        jobs: Threads.
-        force: Replace an existing file.
-        hash_inputs: Whether the inputs' hashes are put into the recipe in the header; None: there is no recipe of this
-            run, the header is written as it is.
-        progress: Called as `progress(label, total_bytes)`.
-
-    Raises:
-        OutputError, FormatError, ChangedError: as in all verbs that write.
-    """
-    header: dict[str, Any] = dict(made.source.metadata)
-    if hash_inputs is False:
-        header[RECIPE] = without_hashes(header[RECIPE])
-    with adapter_sink(path, made.source.specs, header, made.companions, force=force) as sink:
-        with Hashes(inputs, enabled=bool(hash_inputs)) as hashes:
-            with progress("writing", sink.nbytes) as advance:
-                run(made.source, sink, jobs=jobs, progress=advance)
-            digests = hashes.wait(progress)
-        for part in inputs:
-            part.check_unchanged()
-        if hash_inputs:
-            header[RECIPE] = with_hashes(header[RECIPE], digests)
-        sink.commit({RECIPE: header[RECIPE]} if hash_inputs else None)
-    return os.path.getsize(path)

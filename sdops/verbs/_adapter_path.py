@@ -10,6 +10,7 @@ from sdops.errors import OutputError, UsageError
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 _SUFFIX = ".safetensors"
+_TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def adapter_path(default: str, output: str | os.PathLike[str] | None, to: str) -> Path:
@@ -21,10 +22,16 @@ def adapter_path(default: str, output: str | os.PathLike[str] | None, to: str) -
         to: The dialect.
 
     Raises:
-        UsageError: PEFT would not find a file of this name.
+        UsageError: PEFT would not find a file of this name, or the name's ending promises another container.
     """
     if to != "peft":
-        return Path(default if output is None else output)
+        path = Path(default if output is None else output)
+        if path.suffix in _TORCH and (path.suffix, to) != (".pt", "cloneofsimo"):
+            raise UsageError(
+                f"`{path}` would be a torch file, and LoRAs of the dialect `{to}` are safetensors",
+                hint=f"`-o {path.with_suffix(_SUFFIX)}`; only `--to cloneofsimo` has torch files, `.pt`",
+            )
+        return path
     path = Path(default.removesuffix(_SUFFIX) if output is None else output)
     if path.name == PEFT_WEIGHTS:
         return path

@@ -1,5 +1,4 @@
-"""A safetensors file of an adapter in the making, which says what its tensors hash to, as kohya's trainer does; and the
-files that belong beside it."""
+"""The files of an adapter in the making. Safetensors say what their tensors hash to, as kohya's trainer does."""
 
 from __future__ import annotations
 
@@ -9,9 +8,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from sdops.core import files
-from sdops.core.sink import SafetensorsSink
+from sdops.core.sink import SafetensorsSink, Sink
 from sdops.core.sink_shards import TextSink
 from sdops.core.spec import Spec
+from sdops.verbs._adapter_lists import SUFFIX as LIST
+from sdops.verbs._adapter_lists import list_sink
 
 MODEL_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"  # verbs/hash.py tells what they are of
 MODELSPEC_HASH = "modelspec.hash_sha256"  # the first of these, after 0x
@@ -22,11 +23,11 @@ _LEGACY = slice(0x100000, 0x110000)
 @contextmanager
 def adapter_sink(
     path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str], companions: Mapping[str, str], *, force: bool
-) -> Iterator[AdapterSink]:
+) -> Iterator[Sink]:
     """An adapter's file and its companions; a folder that is missing is made, and goes if nothing comes of it.
 
     Args:
-        path: The file.
+        path: The file; of cloneofsimo's lists, which end in `.pt`, the first one.
         specs, metadata: Of the file.
         companions: Name of a file that belongs beside it -> its text.
         force: Replace what is there.
@@ -34,6 +35,10 @@ def adapter_sink(
     Raises:
         OutputError: one of them exists or cannot be written.
     """
+    if path.suffix == LIST:
+        with list_sink(path, specs, force=force) as lists:
+            yield lists
+        return
     is_new = not path.parent.exists()
     if is_new:
         path.parent.mkdir()

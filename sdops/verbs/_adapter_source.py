@@ -85,6 +85,7 @@ def made(recipe: Recipe, source: Source) -> bytes | bytearray:
     if recipe.value is not None:
         return _encoded(np.full(recipe.spec.numel, recipe.value), recipe.spec.dtype, "a number")
     moved = all(b.factor == 1.0 and source.specs[b.key].dtype == recipe.spec.dtype for b in recipe.blocks)
+    moved = moved and not recipe.offset
     return _moved(recipe, source) if moved else _computed(recipe, source)
 
 
@@ -104,7 +105,7 @@ def _computed(recipe: Recipe, source: Source) -> bytes:
     for block in recipe.blocks:
         part = values_of(source, block.key)[slice(*block.rows), slice(*block.columns)]
         _put(out, part * block.factor, block.at)
-    return _encoded(out.reshape(-1), recipe.spec.dtype, keys[0] if keys else "zeros")
+    return _encoded(out.reshape(-1) + recipe.offset, recipe.spec.dtype, keys[0] if keys else "zeros")
 
 
 def _put(out: NDArray[np.generic], part: NDArray[np.generic], at: tuple[int, int]) -> None:

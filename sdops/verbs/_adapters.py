@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SHOWN = 5
 # Families whose scale is alpha / r. An alpha of 0 means nothing to some programs and r to others.
-_SCALED = ("lora", "loha", "lokr", "glora")
+_SCALED = ("lora", "lora_embedding", "loha", "lokr", "glora")
 
 
 AdapterFile = str | os.PathLike[str] | Source  # a LoRA as verbs take it

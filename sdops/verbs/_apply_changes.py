@@ -109,7 +109,8 @@ class Changes:
     def _add(self, lora: Lora, patch: Patch, matched: Matched) -> None:
         facts = family(patch.family).check(_shapes(lora, patch), None)
         found = False
-        for parameter, changes in (("weight", facts.weight), ("bias", facts.bias)):
+        with_bias = facts.bias or (facts.bias_if_any and self._places.find(patch.target, "bias") is not None)
+        for parameter, changes in (("weight", facts.weight), ("bias", with_bias)):
             if changes:
                 found |= self._add_parameter(lora, patch, facts, parameter, matched)
         if found:

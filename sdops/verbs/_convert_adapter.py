@@ -19,6 +19,7 @@ from sdops.dialects import dialect
 from sdops.errors import UsageError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, duration, size
+from sdops.verbs._adapter_lists import written
 from sdops.verbs._adapter_metadata import carried, stripped, with_recipe
 from sdops.verbs._adapter_path import adapter_path, shown, workplace
 from sdops.verbs._adapters import AdapterFile, Spelled, name_of, open_adapter, spelled
@@ -147,7 +148,8 @@ def _changed(
 ) -> Report:
     """To another family."""
     from sdops.verbs._adapter_base import Base
-    from sdops.verbs._adapter_output import Pieces, opened
+    from sdops.verbs._adapter_output import Pieces
+    from sdops.verbs._adapter_save import opened
     from sdops.verbs._convert_family import converted
     from sdops.verbs._hashes import part_record
 
@@ -181,7 +183,7 @@ def _write(
     progress: Progress,
 ) -> int:
     """Save unless it is only a trial; returns the size."""
-    from sdops.verbs._adapter_output import check_output, opened, save
+    from sdops.verbs._adapter_save import check_output, opened, save
 
     parts = [opened(each) if isinstance(each, Adapter) else each.model for each in inputs]
     check_output(path, parts, made.companions, force=force)
@@ -204,9 +206,11 @@ def _report(
     from sdops.verbs._convert_family_report import add_layers
 
     place = shown(path)
-    report = Report("convert", result=[str(place)])
+    names = [str(place), *map(str, written(path, made.source.specs)[1:])]
+    report = Report("convert", result=names)
     report.data = {
         "output": str(place),
+        "files": names,
         "bytes": nbytes,
         "dry_run": dry_run,
         "from": adapter.dialect,
@@ -217,7 +221,7 @@ def _report(
     }
     verb, took = ("would write", "") if dry_run else ("wrote", f" in {duration(seconds)}")
     rows = [
-        (verb, f"{place}, {size(nbytes)}{took}"),
+        (verb, f"{', '.join(names)}, {size(nbytes)}{took}"),
         ("dialect", adapter.dialect if adapter.dialect == to else f"{adapter.dialect} -> {to}"),
         ("model", adapter.architecture),
         ("layers", f"{len(adapter.patches):,}"),

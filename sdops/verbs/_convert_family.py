@@ -92,7 +92,7 @@ def _as_lora(
     adapter: Adapter, wishes: Mapping[str, float], base: Base | None, patch: Patch
 ) -> tuple[Layer, Change | None]:
     """A patch as LoRA; None as the change if it is kept."""
-    is_plain = patch.family == "lora" and not {"mid", "dora_scale", "magnitude"} & patch.parts.keys()
+    is_plain = patch.family == "lora" and not {"mid", "dora_scale", "magnitude", "sparse_values"} & patch.parts.keys()
     own = _rank(adapter, patch)
     if is_plain:
         return Layer(patch, own or 0, is_kept=True), None

@@ -106,7 +106,7 @@ def to_lora(
     found = reached(attentions(base), opened, base)
     targets = targets_of(base, [each.block for each in found])
     path = Path(f"{opened[0][0].path.stem}.lora.safetensors" if output is None else output)
-    from sdops.verbs._adapter_output import check_output
+    from sdops.verbs._adapter_save import check_output
 
     parts = [*(_opened(file) for file, _ in opened), base]
     check_output(path, parts, (), force=force)
@@ -260,7 +260,8 @@ def write_lora(
     """Write a LoRA for a model of which `work` makes the pieces; returns what it made, and the size in bytes."""
     import json
 
-    from sdops.verbs._adapter_output import Pieces, save
+    from sdops.verbs._adapter_output import Pieces
+    from sdops.verbs._adapter_save import save
     from sdops.verbs._adapters import spelled
 
     with Pieces(path.resolve().parent, model.name) as pieces:

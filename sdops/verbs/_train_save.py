@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdops import embeddings, hypernetworks
+from sdops import custom_diffusion, embeddings, hypernetworks
 from sdops.core.patch import Adapter, Patch, Target
 from sdops.core.spec import Spec
 from sdops.core.stream import TORCH_DTYPES
 from sdops.core.tree import Leaf
+from sdops.custom_diffusion._types import Edit
 from sdops.embeddings._types import CLIP_IMAGE, NULL_TEXT, Embedding, Vectors, Written, encoder_of
 from sdops.hypernetworks import _types as hypernet_types
 from sdops.layouts.tables import aliases
@@ -26,11 +28,11 @@ from sdops.verbs._adapter_save import save
 from sdops.verbs._adapter_source import AdapterSource, Lazy
 from sdops.verbs._adapters import spelled
 from sdops.verbs._embed_convert import write as write_embeddings
-from sdops.verbs._train_metadata import header
+from sdops.verbs._train_metadata import header, recipe_of
+from sdops.verbs._train_output import CONCEPTS, files_of
 from sdops.verbs._train_plan import Course
 
 _TEXT = "text_model."
-_DENSE = "-text"  # behind the name of a vector's file: that of the layers that go with it
 
 
 def write(product: Product, course: Course, path: Path, steps: int, *, force: bool) -> list[Path]:
@@ -51,31 +53,36 @@ def write(product: Product, course: Course, path: Path, steps: int, *, force: bo
         MismatchError: the dialect or layout cannot hold it.
         OutputError: it cannot be written.
     """
-    wish = course.config.save_dtype
+    wish, to = course.config.save_dtype, course.to
     dtype = DTYPES["fp32" if wish == "auto" else wish]
-    written: list[Path] = []
-    if product.vector is not None:
-        written += _write_embedding(_as_vector(product.vector, path), course.to, path, dtype, force=force)
-        path = path.with_name(f"{path.stem}{_DENSE}.safetensors")
-    if product.layers:
-        to = course.to if product.vector is None else "kohya"
-        layers = "fp16" if wish == "auto" else wish
-        metadata = header(course, steps, product)
-        made = adapter_of(product.layers, course.origin.family, path.name, layers, product.words)
-        written += _write_layers(spelled(made, to, metadata), path, force=force)
-    elif product.words:
-        trained = [_embedding(word, rows, steps, course.origin.path.stem) for word, rows in product.words.items()]
-        written += _write_words(trained, course.to, path, dtype, force=force)
+    files = files_of(course.method, path, to, list(course.words))
+    trained = [_embedding(word, rows, steps, course.origin.path.stem) for word, rows in product.words.items()]
     if product.network is not None:
         settings = {"step": steps, "name": course.config.name or path.stem, **product.network.settings}
         settings |= {"sd_checkpoint": None, "sd_checkpoint_name": course.origin.path.stem, "optional_info": None}
-        written += _write_network(product.network, settings, course.to, path, dtype, force=force)
+        return _write_network(product.network, settings, to, path, dtype, recipe_of(course, steps), force=force)
     if product.texts is not None:
-        written += _write_texts(product.texts, course.to, path, dtype, force=force)
-    return written
+        return _write_texts(product.texts, to, path, dtype, recipe_of(course, steps), force=force)
+    if product.vector is not None:
+        one = Embedding(path.stem, {"clip_image": Vectors(product.vector.numpy())}, kind=CLIP_IMAGE)
+        (file,) = embeddings.layout(to).write([one])
+        written = _write_file(file, to, path, dtype, recipe_of(course, steps), force=force)
+        return written + (_write_lora(product, course, files[1], "kohya", steps, force=force) if product.layers else [])
+    if not product.layers:
+        return _write_words(trained, to, files, dtype, force=force)
+    if to in CONCEPTS:
+        return _write_concept(product.layers, trained, course, files, steps, force=force)
+    return _write_lora(product, course, path, to, steps, force=force)
 
 
-def _write_layers(made: Any, path: Path, *, force: bool) -> list[Path]:
+def _write_lora(product: Product, course: Course, path: Path, to: str, steps: int, *, force: bool) -> list[Path]:
+    """A LoRA-like file, and what belongs beside it."""
+    dtype = _of_layers(course)
+    made = spelled(
+        adapter_of(product.layers, course.origin.family, path.name, dtype, product.words),
+        to,
+        header(course, steps, product),
+    )
     save(made, path, [], jobs=1, force=force, hash_inputs=None, progress=silent)
     return [path, *(path.parent / name for name in made.companions)]
 
@@ -123,15 +130,44 @@ def _bytes(values: Tensor) -> memoryview:
     return values.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write_words(trained: Sequence[Embedding], to: str, path: Path, dtype: str, *, force: bool) -> list[Path]:
-    """Several words that a layout cannot hold together give a file each, `OUTPUT-WORD.ending`."""
-    groups = [(path, list(trained))]
-    if len(trained) > 1 and not embeddings.layout(to).HOLDS_MANY:
-        stem, ending = path.stem, path.suffix
-        groups = [(path.with_name(f"{stem}-{_embed_write.file_name(one.name)}{ending}"), [one]) for one in trained]
+def _of_layers(course: Course) -> str:
+    wish = course.config.save_dtype
+    return "fp16" if wish == "auto" else wish
+
+
+def _write_concept(
+    layers: Sequence[Layer],
+    words: Sequence[Embedding],
+    course: Course,
+    files: Sequence[Path],
+    steps: int,
+    *,
+    force: bool,
+) -> list[Path]:
+    """Custom diffusion: what is added to keys and values, and the words in a file beside it."""
+    tensors: dict[str, Lazy] = {}
+    edits = []
+    for layer in layers:
+        target = target_of(layer, course.origin.family)
+        values = rounded(target, layer.parts["diff"], DTYPES[_of_layers(course)])
+        tensors[target.module] = _in_memory(values, DTYPES[_of_layers(course)])
+        edits.append(Edit(target.module, "weight", "delta", (Leaf(target.module, tensors[target.module].spec),)))
+    path, beside = files
+    written = custom_diffusion.layout(course.to).write(edits, {})
+    written = replace(written, metadata={**written.metadata, **recipe_of(course, steps)})
+    source = AdapterSource(path.name, tensors, {})
+    _hypernet_open.save(written, "safetensors", source, path, force=force)
+    return [path, *_write_words(words, "a1111" if len(words) == 1 else "rinongal", [beside], "F32", force=force)]
+
+
+def _write_words(
+    trained: Sequence[Embedding], to: str, files: Sequence[Path], dtype: str, *, force: bool
+) -> list[Path]:
+    """Words in a file each, or all in one."""
+    groups = [[one] for one in trained] if len(files) > 1 else [list(trained)]
     written: list[Path] = []
-    for output, group in groups:
-        report = write_embeddings(group, to, output, path.parent, [], dtype, force=force, dry_run=False)
+    for output, group in zip(files, groups, strict=True):
+        report = write_embeddings(group, to, output, output.parent, [], dtype, force=force, dry_run=False)
         written += [Path(name) for name in report.data["outputs"]]
     return written
 
@@ -141,44 +177,46 @@ def _embedding(word: str, encoders: Mapping[str, Tensor], step: int, checkpoint_
     return Embedding(word, vectors, placeholder=word, step=step, checkpoint_name=checkpoint_name)
 
 
-def _as_vector(vector: Tensor, path: Path) -> Embedding:
-    return Embedding(path.stem, {"clip_image": Vectors(vector.numpy())}, kind=CLIP_IMAGE)
-
-
-def _write_embedding(one: Embedding, to: str, path: Path, dtype: str, *, force: bool) -> list[Path]:
-    (file,) = embeddings.layout(to).write([one])
-    return _write_file(file, to, path, dtype, force=force)
-
-
-def _write_texts(found: Texts, to: str, path: Path, dtype: str, *, force: bool) -> list[Path]:
+def _write_texts(
+    found: Texts, to: str, path: Path, dtype: str, recipe: Mapping[str, str], *, force: bool
+) -> list[Path]:
     """Null texts; in safetensors with the noise and the prompt, without which they mean nothing."""
     texts = found.texts.numpy()
     one = Embedding(path.stem, {encoder_of(texts.shape[-1]): Vectors(texts)}, kind=NULL_TEXT)
     (file,) = embeddings.layout(to).write([one])
     if type(file.tree) is dict:
         file = Written(file.tree | {"x_T": Vectors(found.latents.numpy())}, {**file.metadata, **found.facts})
-    return _write_file(file, to, path, dtype, force=force)
+    return _write_file(file, to, path, dtype, recipe, force=force)
 
 
-def _write_file(file: Written, to: str, path: Path, dtype: str, *, force: bool) -> list[Path]:
+def _write_file(
+    file: Written, to: str, path: Path, dtype: str, recipe: Mapping[str, str], *, force: bool
+) -> list[Path]:
+    file = replace(file, metadata={**file.metadata, **recipe})
     _embed_write.save([file], [path], _embed_write.container_of(to, path), force=force, dtype=dtype)
     return [path]
 
 
 def _write_network(
-    network: Network, settings: Mapping[str, Any], to: str, path: Path, dtype: str, *, force: bool
+    network: Network,
+    settings: Mapping[str, Any],
+    to: str,
+    path: Path,
+    dtype: str,
+    recipe: Mapping[str, str],
+    *,
+    force: bool,
 ) -> list[Path]:
     """A hypernetwork; the layouts' shelf says how it is spelled."""
     tensors: dict[str, Lazy] = {}
-    pairs = {}
-    for width, (keys, values) in network.pairs.items():
-        pairs[width] = (
-            _chain(keys, f"{width}.k", dtype, tensors),
-            _chain(values, f"{width}.v", dtype, tensors),
-        )
-    made = hypernet_types.Network(str(settings["name"]), "a1111", pairs, settings)
+    pairs = {
+        width: (_chain(keys, f"{width}.k", dtype, tensors), _chain(values, f"{width}.v", dtype, tensors))
+        for width, (keys, values) in network.pairs.items()
+    }
     layout = hypernetworks.layout(to)
-    _hypernet_open.save(layout.write(made), layout.CONTAINER, AdapterSource(path.name, tensors, {}), path, force=force)
+    made = layout.write(hypernet_types.Network(str(settings["name"]), "a1111", pairs, settings))
+    made = replace(made, metadata={**made.metadata, **recipe})
+    _hypernet_open.save(made, layout.CONTAINER, AdapterSource(path.name, tensors, {}), path, force=force)
     return [path]
 
 

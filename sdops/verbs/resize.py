@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdops import __version__
+from sdops.core.accel import check_device
 from sdops.core.patch import Adapter, Patch
 from sdops.core.run import default_jobs
 from sdops.core.spec import DTYPE_BITS
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from sdops.core.patch import Target
     from sdops.core.ranks import Rule
+    from sdops.verbs._adapter_changes import Change
     from sdops.verbs._adapter_output import Pieces
 
 DTYPES = ("keep", "fp16", "bf16", "fp32")
@@ -88,6 +90,7 @@ def resize(
     strip_training_metadata: bool = False,
     allow_unknown: bool = False,
     architecture: str | None = None,
+    device: str = "cpu",
     jobs: int | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -118,6 +121,7 @@ def resize(
         strip_training_metadata: Leave out tags, folders and settings of the training.
         allow_unknown: Leave out tensors that are not understood.
         architecture: What it was made for (sd1, sdxl, flux1 ...), where the file does not tell.
+        device: cpu, or cuda: factors are decomposed on a GPU, many layers at once.
         jobs: Threads; default: one per core.
         dry_run: Check everything, write nothing.
         force: Replace an existing output.
@@ -147,6 +151,8 @@ def resize(
     )
     if dtype not in DTYPES:
         raise UsageError(f"`dtype` cannot be `{dtype}`", hint=f"choose one of {', '.join(DTYPES)}")
+    if device != "cpu":
+        check_device(device)
     if to is not None:
         dialect(to)
     adapter = open_adapter(lora, allow_unknown=allow_unknown, architecture=architecture)
@@ -159,6 +165,7 @@ def resize(
             to,
             dtype,
             strip=strip_training_metadata,
+            device=device,
             jobs=jobs or default_jobs(),
             dry_run=dry_run,
             force=force,
@@ -177,20 +184,22 @@ def _resized(
     dtype: str,
     *,
     strip: bool,
+    device: str,
     jobs: int,
     dry_run: bool,
     force: bool,
     hash_inputs: bool,
     progress: Progress,
 ) -> Report:
-    from sdops.verbs._adapter_output import Pieces, check_output, opened, save
+    from sdops.verbs._adapter_output import Pieces
+    from sdops.verbs._adapter_save import check_output, opened, save
     from sdops.verbs._hashes import part_record
 
     begin, part = time.monotonic(), opened(adapter)
     check_output(path, [part], (), force=force)
     with Pieces(workplace(path), adapter.source.name) as pieces:
         with progress("resizing", len(adapter.patches)) as advance:
-            layers = _work(adapter, pieces, wishes, dtype, jobs, advance)
+            layers = _work(adapter, pieces, wishes, dtype, device, jobs, advance)
         pieces.keep_extras(adapter)
         if not pieces.patches:
             raise MismatchError(
@@ -223,6 +232,7 @@ def _work(
     pieces: Pieces,
     wishes: dict[str, float],
     dtype: str,
+    device: str,
     jobs: int,
     advance: Callable[[int], None],
 ) -> list[Layer]:
@@ -236,10 +246,10 @@ def _work(
     with ThreadPoolExecutor(jobs) as pool:
         rules = [rule_for(_kind(adapter, patch), wishes) for patch in adapter.patches]
         if "budget" in wishes and (limit := _numbers_left(adapter, int(wishes["budget"]), dtype)) is not None:
-            ranks = _within_budget(adapter, rules, limit, pool)
+            ranks = _within_budget(adapter, rules, limit, device, pool)
             rules = [fixed(rank) for rank in ranks]
         most = [_most(_kind(adapter, patch), wishes) for patch in adapter.patches]
-        make = partial(_reduced, adapter, dtype)
+        make = partial(_reduced, adapter, dtype, _reader(adapter, most, device))
         for layer, product in pool.map(make, adapter.patches, rules, most):
             if product is not None:
                 pieces.add_factors(*product)
@@ -250,19 +260,35 @@ def _work(
     return layers
 
 
+def _reader(adapter: Adapter, most: Sequence[int | None], device: str) -> Callable[[Patch], Change]:
+    """What reads the change of a patch; on a GPU many are decomposed at once."""
+    from sdops.verbs._adapter_changes import change_of
+
+    if device != "cpu":
+        from sdops.verbs._resize_device import Decomposed
+
+        return Decomposed(adapter, most, device)
+    limits = {id(patch): limit for patch, limit in zip(adapter.patches, most, strict=True)}
+    return lambda patch: change_of(adapter, patch, most=limits[id(patch)])
+
+
 def _reduced(
-    adapter: Adapter, dtype: str, patch: Patch, rule: Rule, most: int | None
+    adapter: Adapter, dtype: str, read: Callable[[Patch], Change], patch: Patch, rule: Rule, most: int | None
 ) -> tuple[Layer, tuple[Target, tuple[int, ...], Tensor, Tensor, str] | None]:
     """A patch at the rank that a rule chooses; as it is where that takes no more room and loses nothing."""
-    from sdops.verbs._adapter_changes import change_of, distance, has_factors, reduced
+    from sdops.verbs._adapter_changes import distance, has_factors, reduced
     from sdops.verbs._adapter_output import dtype_of, rounded
 
     before = _rank(adapter, patch)
     if not has_factors(patch):
         return Layer(patch, before, None, 0.0, 0.0, is_product=False), None
-    change, stored = change_of(adapter, patch, most=most), dtype_of(adapter, patch, dtype)
+    change, stored = read(patch), dtype_of(adapter, patch, dtype)
     found = reduced(change, rule)
     energy, rank = found.spectrum.energy, found.rank
+    if energy == 0 and most is not None and most < (before or 0):  # what changes nothing still has a rank
+        up, down = (part.float() for part in change.factors)
+        layer = Layer(patch, before, most, 0.0, 0.0)
+        return layer, (change.target, change.shape, up[:, :most], down[:most], stored)
     lost = max(energy - float(found.spectrum.values[:rank].square().sum()), 0.0)  # orthogonal to what is kept
     numbers = rank * (change.shape[0] + prod(change.shape[1:]))
     if lost <= _ROUNDING * energy and (numbers >= _numbers(adapter, patch) or energy == 0):
@@ -310,16 +336,20 @@ def _numbers_left(adapter: Adapter, nbytes: int, dtype: str) -> int | None:
     return (nbytes - other) // width
 
 
-def _within_budget(adapter: Adapter, rules: Sequence[Rule], numbers: int, pool: ThreadPoolExecutor) -> list[int]:
+def _within_budget(
+    adapter: Adapter, rules: Sequence[Rule], numbers: int, device: str, pool: ThreadPoolExecutor
+) -> list[int]:
     """The rank of every patch, so that the squared error of the whole is least; 0 for those that are no product."""
     from sdops.core.ranks import Budget
-    from sdops.verbs._adapter_changes import change_of, has_factors, reduced
+    from sdops.verbs._adapter_changes import has_factors, reduced
+
+    read = _reader(adapter, [None] * len(adapter.patches), device)
 
     def look(item: tuple[Patch, Rule]) -> tuple[list[float], int]:
         patch, rule = item
         if not has_factors(patch):
             return [], 1
-        change = change_of(adapter, patch)
+        change = read(patch)
         found = reduced(change, rule)
         cost = change.shape[0] + prod(change.shape[1:])
         useful = min(found.rank, max(_numbers(adapter, patch) // cost, 1))  # no more than what the patch has now

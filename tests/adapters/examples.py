@@ -22,6 +22,7 @@ class Example:
     shapes: Mapping[str, Shape]
     numbers: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # parts whose numbers cannot be random
     exact: bool = True  # is the family's `factors` expected to answer?
 
     @property
@@ -34,6 +35,7 @@ class Example:
             part: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) / 2
             for part, shape in self.shapes.items()
         }
+        made |= {part: torch.tensor(value, dtype=torch.float32) for part, value in self.fixed.items()}
         return made | {part: torch.tensor(value) for part, value in self.numbers.items()}
 
     def weight(self, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -41,7 +43,8 @@ class Example:
         return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(dtype)
 
     def all_shapes(self) -> dict[str, Shape]:
-        return dict(self.shapes) | dict.fromkeys(self.numbers, ())
+        fixed = {part: tuple(torch.tensor(value).shape) for part, value in self.fixed.items()}
+        return dict(self.shapes) | dict.fromkeys(self.numbers, ()) | fixed
 
 
 LINEAR, CONV, POINT = (6, 8), (6, 4, 3, 3), (6, 8, 1, 1)
@@ -61,6 +64,16 @@ EXAMPLES = [
     Example("lora flat point", "lora", POINT, {"up": (6, 3), "down": (3, 8)}, ALPHA),
     Example("lora on linear", "lora", LINEAR, {"up": (6, 3, 1, 1), "down": (3, 8, 1, 1)}, ALPHA),
     Example("tucker", "lora", CONV, {"up": (6, 3, 1, 1), "mid": (3, 3, 3, 3), "down": (3, 4, 1, 1)}, ALPHA),
+    Example(
+        "lora sparse",
+        "lora",
+        LINEAR,
+        {"up": (6, 3), "down": (3, 8), "sparse_values": (3,)},
+        ALPHA,
+        fixed={"sparse_indices": [[0, 0, 5], [7, 1, 3]], "sparse_size": [6, 8]},
+        exact=False,
+    ),
+    Example("lora embedding", "lora_embedding", LINEAR, {"a": (3, 6), "b": (8, 3)}, ALPHA),
     Example("dora out", "lora", LINEAR, {"up": (6, 3), "down": (3, 8), "dora_scale": (6, 1)}, exact=False),
     Example("dora in", "lora", LINEAR, {"up": (6, 3), "down": (3, 8), "dora_scale": (1, 8)}, exact=False),
     Example("dora peft", "lora", LINEAR, {"up": (6, 3), "down": (3, 8), "magnitude": (6,)}, exact=False),
@@ -112,6 +125,9 @@ EXAMPLES = [
     Example("ia3 out", "ia3", LINEAR, {"weight": (6,)}, {"on_input": 0}, exact=False),
     Example("ia3 conv out", "ia3", CONV, {"weight": (1, 6, 1, 1)}, {"on_input": 0}, exact=False),
     Example("ia3 conv in", "ia3", CONV, {"weight": (1, 4, 1, 1)}, {"on_input": 1}, exact=False),
+    Example("ia3 peft in", "ia3", LINEAR, {"multiplier": (1, 8)}, exact=False),
+    Example("ia3 peft out", "ia3", LINEAR, {"multiplier": (6, 1)}, exact=False),
+    Example("ia3 peft conv", "ia3", CONV, {"multiplier": (1, 4, 1, 1)}, settings={"on_input": True}, exact=False),
     Example("oft", "oft", LINEAR, {"blocks": (2, 3, 3)}, exact=False),
     Example(
         "oft limited", "oft", CONV, {"blocks": (3, 2, 2), "rescale": (6, 1, 1, 1)}, {"constraint": 0.1}, exact=False

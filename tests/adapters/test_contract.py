@@ -64,14 +64,15 @@ def test_the_facts_fit_the_weight(example: Example) -> None:
         facts = example.code.check(example.all_shapes(), shape)
         assert facts.rows in (None, example.shape[0])
         assert facts.columns in (None, prod(example.shape[1:])) or not facts.weight
-        assert facts.bias == (example.code.bias_delta(example.parts(), example.shape, torch.zeros(6)) is not None)
+        moved = example.code.bias_delta(example.parts(), example.shape, torch.zeros(6), **example.settings)
+        assert (facts.bias, moved is not None) in ((False, False), (True, True), (False, facts.bias_if_any))
 
 
 @each
 def test_another_weight_is_a_mismatch(example: Example) -> None:
     rows, *rest = example.shape
     wrong = [(7 * rows + 1, 11, *rest[1:])]
-    if example.family in ("lora", "loha", "lokr", "glora"):
+    if example.family in ("lora", "lora_embedding", "loha", "lokr", "glora"):
         wrong += [(rows + 1, *rest), (rows, rest[0] + 1, *rest[1:])]
     for shape in wrong:
         with pytest.raises(MismatchError) as caught:

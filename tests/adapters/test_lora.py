@@ -195,3 +195,42 @@ def test_set_replaces_and_diff_adds() -> None:
 def test_full_parts_that_cannot_be(shapes: dict[str, tuple[int, ...]], message: str) -> None:
     with pytest.raises(FormatError, match=message):
         full.check(shapes, (5, 4))
+
+
+# --- what LyCORIS' extraction may keep beside the factors -----------------------------------------------------------
+
+
+def test_sparse_numbers_are_added_before_the_scale() -> None:
+    parts = {"up": random(5, 2), "down": random(2, 3, seed=1), "lora_alpha": torch.tensor(4.0)}
+    sparse = {
+        "sparse_indices": torch.tensor([[0, 4], [2, 1]], dtype=torch.int16),
+        "sparse_values": torch.tensor([0.5, -3.0], dtype=torch.float64),
+        "sparse_size": torch.tensor([5, 3], dtype=torch.int16),
+    }
+    more = lora.delta(parts | sparse, (5, 3)) - lora.delta(parts, (5, 3))
+    wanted = torch.zeros(5, 3, dtype=torch.float64)
+    wanted[0, 2], wanted[4, 1] = 1.0, -6.0
+    assert relative(more, wanted) < 1e-14
+
+
+def test_sparse_indices_above_int16_have_wrapped_around() -> None:
+    parts = {"up": random(1, 1), "down": random(1, 40_000, seed=1)}
+    sparse = {
+        "sparse_indices": torch.tensor([[0], [39_999 - 65_536]], dtype=torch.int16),
+        "sparse_values": torch.tensor([1.0], dtype=torch.float64),
+        "sparse_size": torch.tensor([1, 40_000 - 65_536], dtype=torch.int16),
+    }
+    more = lora.delta(parts | sparse, (1, 40_000)) - lora.delta(parts, (1, 40_000))
+    assert float(more[0, 39_999]) == pytest.approx(1.0)
+    assert int((more != 0).sum()) == 1
+
+
+@pytest.mark.parametrize("size", [[5, 4], [4, 3]])
+def test_sparse_numbers_for_another_matrix_are_refused(size: list[int]) -> None:
+    sparse = {
+        "sparse_indices": torch.tensor([[0], [2]]),
+        "sparse_values": torch.tensor([1.0]),
+        "sparse_size": torch.tensor(size),
+    }
+    with pytest.raises(FormatError, match="`sparse_size`"):
+        lora.delta({"up": random(5, 2), "down": random(2, 3)} | sparse, (5, 3))

@@ -209,3 +209,22 @@ def test_ia3_for_the_other_axis_is_a_mismatch() -> None:
         ia3.delta({"weight": random(4), "on_input": torch.tensor(0)}, (6, 4), random(6, 4))
     with pytest.raises(FormatError, match="`weight`"):
         ia3.check({"weight": (6, 4), "on_input": ()}, (6, 4))
+
+
+def test_ia3_of_peft_multiplies_by_one_more_and_the_bias_with_the_outputs() -> None:
+    weight, bias, rows = random(6, 4), random(6, seed=1), random(6, 1, seed=2)
+    assert relative(ia3.delta({"multiplier": rows}, (6, 4), weight), weight * rows - weight) < 1e-15
+    moved = ia3.bias_delta({"multiplier": rows}, (6, 4), bias)
+    assert moved is not None
+    assert relative(moved, bias * rows.flatten() - bias) < 1e-15
+    assert ia3.bias_delta({"multiplier": rows}, (6, 4), None) is None  # the layer has none
+    assert ia3.bias_delta({"multiplier": random(1, 4)}, (6, 4), bias) is None
+    assert ia3.bias_delta({"weight": random(6), "on_input": torch.tensor(0)}, (6, 4), bias) is None
+
+
+def test_ia3_of_a_convolution_in_peft_needs_the_configuration() -> None:
+    weight, vector = random(4, 4, 3, 3), random(1, 4, 1, 1, seed=1)
+    with pytest.raises(FormatError, match="inputs or outputs"):
+        ia3.delta({"multiplier": vector}, weight.shape, weight)
+    out = ia3.delta({"multiplier": vector}, weight.shape, weight, on_input=False)
+    assert relative(out, torch.einsum("oihw,o->oihw", weight, vector.flatten() - 1)) < 1e-15

@@ -13,7 +13,9 @@ import sdops
 from fixtures import loras
 from sdops.adapters import family as family_of
 from sdops.core.source import read
+from sdops.dialects import dialect
 from sdops.errors import FormatError, MismatchError, OutputError, UsageError
+from sdops.verbs._adapter_names import names_of
 from sdops.verbs._adapters import open_adapter, read_parts
 from tests.dialects.helpers import assert_same_deltas, bytes_of, deltas
 
@@ -180,3 +182,52 @@ def test_real_lokr_to_lora(tmp_path):
     report = sdops.convert(source, family="lora", rank=8, output=tmp_path / "l.safetensors")
     assert 0.3 < report.data["captured"] < 1
     assert open_adapter(tmp_path / "l.safetensors").source.metadata["ss_network_dim"] == "8"
+
+
+# ------------------------------------------------------------------------------------------------ cloneofsimo's lists
+
+
+def complete_sd1(folder: Path) -> Path:
+    """All layers that cloneofsimo counts, of rank 1, and two tokens."""
+    names = names_of("sd1")
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for stem in dialect("cloneofsimo").stems(names):
+        arrays[f"{stem}:up"] = rng.standard_normal((320 if stem == "unet:0" else 8, 1)).astype(np.float32)
+        arrays[f"{stem}:down"] = rng.standard_normal((1, 768)).astype(np.float32)
+    arrays |= {f"<s{number}>": rng.standard_normal(768).astype(np.float32) for number in (1, 2)}
+    return loras.save(folder / "all.safetensors", arrays)
+
+
+def test_lists_of_torch_are_written_and_read_again(tmp_path: Path) -> None:
+    file = complete_sd1(tmp_path)
+    report = sdops.convert(file, to="cloneofsimo", output=tmp_path / "x.pt")
+    assert report.result == [str(tmp_path / f"x{end}") for end in (".pt", ".text_encoder.pt", ".ti.pt")]
+    original = open_adapter(file)
+    for name, kind, count in (("x.pt", "unet", 144), ("x.text_encoder.pt", "text_encoder", 48)):
+        saved = torch.load(tmp_path / name, weights_only=True)
+        assert type(saved) is list
+        assert len(saved) == 2 * count
+        for number, part in ((0, "up"), (0, "down"), (count - 1, "down")):
+            wanted = read(original.source, f"{kind}:{number}:{part}")
+            assert saved[2 * number + (part == "down")].numpy().tobytes() == bytes(wanted)
+    tokens = torch.load(tmp_path / "x.ti.pt", weights_only=True)
+    assert {name: tuple(vector.shape) for name, vector in tokens.items()} == {"<s1>": (768,), "<s2>": (768,)}
+    assert {str(p.target) for name in ("x.pt", "x.text_encoder.pt") for p in open_adapter(tmp_path / name).patches} == {
+        str(patch.target) for patch in original.patches
+    }
+    with pytest.raises(OutputError, match="exists"):
+        sdops.convert(file, to="cloneofsimo", output=tmp_path / "x.pt")
+
+
+def test_a_list_that_cannot_be_written_leaves_none_behind(tmp_path: Path) -> None:
+    (tmp_path / "x.ti.pt").write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"x\.ti\.pt"):
+        sdops.convert(complete_sd1(tmp_path), to="cloneofsimo", output=tmp_path / "x.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.safetensors", "x.ti.pt"]
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.bin", "x.ckpt"])
+def test_names_that_promise_torch_files_are_refused_elsewhere(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="are safetensors"):
+        sdops.convert(complete_sd1(tmp_path), to="kohya", output=tmp_path / name)

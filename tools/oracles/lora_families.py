@@ -12,6 +12,8 @@ would save, computes the change from those with sdops, and compares it in float3
 
 The error is relative, ||sdops - program|| / ||program||. LyCORIS' merge of LoHa and LoKr multiplies by alpha / r twice,
 so that it is a reference for alpha = r only; the forward pass is right for any alpha, and is compared for another one.
+DyLoRA is compared at every number of ranks (LyCORIS divides alpha by blocks, so a block is a rank here); a file of
+T-LoRA has to be refused, because LyCORIS subtracts singular vectors of the base that the file does not hold.
 Exit code 1 if any error is above 1e-5.
 """
 
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 from lycoris.modules.boft import ButterflyOFTModule
 from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.dylora import DyLoraModule
 from lycoris.modules.full import FullModule
 from lycoris.modules.glora import GLoRAModule
 from lycoris.modules.ia3 import IA3Module
@@ -34,9 +37,11 @@ from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
+from lycoris.modules.tlora import TLoraModule
 from torch import Tensor, nn
 
 from sdops.adapters import family
+from sdops.errors import FormatError
 
 LIMIT = 1e-5
 
@@ -49,6 +54,12 @@ PARTS = {
     "lora_A.weight": "down",
     "lora_B.bias": "up_bias",
     "lora_magnitude_vector": "magnitude",
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+    "ia3_l": "multiplier",
+    "p_layer.weight": "p_layer",
+    "q_layer.weight": "q_layer",
+    "lambda_layer": "lambda_layer",
     "alpha": "lora_alpha",
     "dora_scale": "dora_scale",
     "oft_blocks": "blocks",
@@ -154,6 +165,31 @@ def lycoris_rows() -> Iterator[Row]:
             yield Row("LyCORIS", case, "forward", forward_error(layer, module, change, bias))
 
 
+def dylora_rows() -> Iterator[Row]:
+    """The first ranks of DyLoRA, at every number of them."""
+    for label, make in (("linear", linear), ("conv", conv)):
+        layer = filled(make())
+        module = filled(DyLoraModule("oracle", layer, lora_dim=4, alpha=3, block_size=1))
+        saved = {key: value.detach().clone() for key, value in saved_by(module).items()}
+        weight = layer.weight.detach().clone()
+        for rank in range(1, 5):
+            merged = module.get_merged_weight(rank=rank - 1)[0]  # LyCORIS counts the block that is trained besides
+            change = ours("lora", saved, weight, rank=rank)
+            yield Row("LyCORIS", f"DyLoRA {label}, {rank} of 4", "merged", relative(change, merged - weight))
+
+
+def tlora_rows() -> Iterator[Row]:
+    """T-LoRA is refused by name."""
+    layer = filled(linear())
+    saved = saved_by(TLoraModule("oracle", layer, lora_dim=4))
+    try:
+        ours("tlora", saved, layer.weight)
+    except FormatError as error:
+        yield Row("LyCORIS", "T-LoRA", "refused", 0.0 if "T-LoRA" in error.message else float("inf"))
+    else:
+        yield Row("LyCORIS", "T-LoRA", "refused", float("inf"))
+
+
 def saved_by(module: nn.Module) -> dict[str, Tensor]:
     """What LyCORIS would write for a module."""
     if isinstance(module, FullModule):  # until it is trained, it keeps the difference instead of the weight
@@ -178,12 +214,12 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.conv = linear(), conv()
+        self.linear, self.conv, self.table = linear(), conv(), nn.Embedding(40, 24)
 
 
 def peft_cases() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """Name, family, PEFT's configuration, and what sdops takes as settings from it."""
-    from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+    from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 
     both = {"target_modules": ["linear", "conv"]}
     alpha = {"lora_alpha": 3.0}
@@ -192,6 +228,11 @@ def peft_cases() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     yield "LoRA with bias", "lora", LoraConfig(r=4, lora_alpha=3, lora_bias=True, **both), alpha
     yield "DoRA", "lora", LoraConfig(r=4, lora_alpha=3, use_dora=True, **both), alpha
     yield "DoRA at 0.5", "lora", LoraConfig(r=4, lora_alpha=3, use_dora=True, **both), {**alpha, "strength": 0.5}
+    yield "LoRA", "lora_embedding", LoraConfig(r=4, lora_alpha=3, target_modules=["table"]), alpha
+    rooted = LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["table"])
+    yield "rsLoRA", "lora_embedding", rooted, {**alpha, "use_rslora": True}
+    yield "(IA)^3 output", "ia3", IA3Config(feedforward_modules=[], **both), {"on_input": False}
+    yield "(IA)^3 input", "ia3", IA3Config(feedforward_modules=["linear", "conv"], **both), {"on_input": True}
     yield "LoHa", "loha", LoHaConfig(r=4, alpha=3, **both), alpha
     yield "LoHa Tucker", "loha", LoHaConfig(r=4, alpha=3, use_effective_conv2d=True, **both), alpha
     yield "LoKr", "lokr", LoKrConfig(r=2, alpha=3, **both), {**alpha, "rank": 2}
@@ -223,12 +264,15 @@ def peft_rows() -> Iterator[Row]:
                 module.set_scale("default", settings["strength"])
         saved = {key: value.detach().clone() for key, value in get_peft_model_state_dict(model).items()}
         after = model.merge_and_unload().state_dict()
-        for layer in ("linear", "conv"):
+        for layer in ("linear", "conv", "table"):
+            if not any(f".{layer}." in key for key in saved):
+                continue
             own = {key.partition(f"{layer}.")[2]: value for key, value in saved.items() if f".{layer}." in key}
             weight = before[f"{layer}.weight"]
             change = ours(name, own, weight, **settings)
             yield Row("PEFT", f"{case} {layer}", "merged", relative(change, after[f"{layer}.weight"] - weight))
-            bias = family(name).bias_delta(parts_of(name, own), tuple(weight.shape), None, **settings)
+            start = before.get(f"{layer}.bias") if name == "ia3" else None
+            bias = family(name).bias_delta(parts_of(name, own), tuple(weight.shape), start, **settings)
             if bias is not None:
                 found = after[f"{layer}.bias"] - before[f"{layer}.bias"]
                 yield Row("PEFT", f"{case} {layer}", "bias", relative(bias, found))
@@ -274,7 +318,7 @@ def main() -> int:
     logging.disable(logging.INFO)
     torch.manual_seed(0)
     with torch.no_grad():
-        rows = [*lycoris_rows(), *peft_rows()]
+        rows = [*lycoris_rows(), *dylora_rows(), *tlora_rows(), *peft_rows()]
     for row in rows:
         verdict = "" if row.error <= LIMIT else "  DISAGREES"
         print(f"{row.program:8} {row.case:32} {row.way:8} {row.error:9.1e}{verdict}")
