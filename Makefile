@@ -27,7 +27,7 @@ help:
 setup: $(READY)
 
 # torch comes first and alone, so that its options do not reach the other packages.
-$(READY): pyproject.toml hatch_build.py sdops/core/exact.c
+$(READY): pyproject.toml hatch_build.py $(wildcard sdops/core/*.c sdops/core/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "sdops needs Python 3.11 or later: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"

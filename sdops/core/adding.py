@@ -47,6 +47,11 @@ class Adder:
         self._sums: dict[tuple[str, str], ExactSum] = {}
         self._lock = threading.Lock()
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether sums are rounded to the nearest."""
+        return self._seed is None
+
     def kept(self) -> dict[str, float]:
         """Tensor -> share of the change that survived the rounding, sampled."""
         return {key: got / wanted for key, (got, wanted) in self._kept.items() if wanted}

@@ -18,6 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from math import prod
 from typing import Any
@@ -27,9 +28,10 @@ from numpy.typing import NDArray
 
 from sdops.core.adding import Adder, Singles, Tally, fp8_scale, refused
 from sdops.core.casting import raw_dtype
+from sdops.core.chain import Link, Links, link
 from sdops.core.exact import PIECE
 from sdops.core.plan import Input
-from sdops.core.precision import Doubles, Raw, decode, encode
+from sdops.core.precision import FORMATS, Doubles, Raw, decode, encode
 from sdops.core.run import piece_bytes
 from sdops.core.source import Source, aligned, splits
 from sdops.core.spec import Spec
@@ -149,6 +151,22 @@ class Applied(View):
             return splits(self.weights, key) and not self._is_whole(key)
         return splits(self.source, key)
 
+    def link(self, key: str, links: Links) -> Link | None:
+        """How a tensor is made of others, if that is a sum; see core.chain."""
+        change = self.changes.get(key)
+        if change is None:
+            return None if key in self._scaled else link(self.source, key, links)
+        dtypes = {change.spec.dtype, self.weights.specs[key].dtype}
+        if self._is_whole(key) or not self.adder.is_exact or not dtypes <= FORMATS.keys():
+            return None
+        delta = Link("F32", partial(self._read_delta, key))
+        return Link(change.spec.dtype, None, ((Fraction(1), link(self.weights, key, links)), (Fraction(1), delta)))
+
+    def _read_delta(self, key: str, first: int, count: int, room: memoryview) -> Raw:
+        del room  # the product has its own
+        with np.errstate(over="ignore", invalid="ignore"):  # the chain looks for what is not finite
+            return self._low_rank(key, first, count).view(np.uint32)
+
     # ------------------------------------------------------------------------------------------------------ reading
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
@@ -206,8 +224,7 @@ class Applied(View):
         """Elements made at once: as many rows as fit the cache, or what a source that computes wants to be read in."""
         if hasattr(self.weights, "piece_bytes"):
             return max(1, piece_bytes(self.weights, key) // raw_dtype(self.weights.specs[key].dtype).itemsize)
-        columns = _matrix(self.specs[key].shape)[1]
-        return PIECE // columns * columns or PIECE
+        return min(self._block_rows(key) * _matrix(self.specs[key].shape)[1], PIECE)
 
     def _is_whole(self, key: str) -> bool:
         """Whether the tensor is made at once."""
@@ -232,22 +249,49 @@ class Applied(View):
         return found.astype(np.float64)
 
     def _low_rank(self, key: str, first: int, count: int) -> Singles:
-        """Elements `first .. first + count` of the sum of all up @ down, in this thread's buffer."""
-        columns = _matrix(self.specs[key].shape)[1]
-        top, bottom = first // columns, -(-(first + count) // columns)
-        total = self._buffer("total", (bottom - top) * columns).reshape(-1, columns)
+        """Elements `first .. first + count` of the sum of all up @ down; valid until this thread's next call."""
+        size = self._block_rows(key) * _matrix(self.specs[key].shape)[1]
+        if first // size == (first + count - 1) // size:
+            return self._block(key, first // size)[first % size :][:count]
+        total = self._buffer("total", count)
+        done = 0
+        while done < count:
+            number, begin = divmod(first + done, size)
+            part = self._block(key, number)[begin:][: count - done]
+            total[done : done + len(part)] = part
+            done += len(part)
+        return total
+
+    def _block_rows(self, key: str) -> int:
+        """Rows that are multiplied at once, always the same ones: the last bits of products depend on it."""
+        return max(1, PIECE // _matrix(self.specs[key].shape)[1])
+
+    def _block(self, key: str, number: int) -> Singles:
+        """One of these blocks of rows, flat; this thread keeps the last one."""
+        if getattr(self._local, "made", None) != (key, number):
+            rows, columns = _matrix(self.specs[key].shape)
+            top = number * self._block_rows(key)
+            bottom = min(top + self._block_rows(key), rows)
+            self._local.made = None
+            self._local.block = self._buffer("products", (bottom - top) * columns)
+            self._multiply(key, top, bottom, self._local.block.reshape(-1, columns))
+            self._local.made = key, number
+        block: Singles = self._local.block
+        return block
+
+    def _multiply(self, key: str, top: int, bottom: int, total: Singles) -> None:
+        """Rows `top .. bottom` of the sum of all up @ down, into `total`."""
         factors = self._loaded(key)
-        if len(factors) > 1 or factors[0][0] > top or factors[0][0] + len(factors[0][1]) < bottom:
-            total.fill(0)
-        else:
-            np.matmul(factors[0][1][top - factors[0][0] : bottom - factors[0][0]], factors[0][2], out=total)
-            factors = []
+        if len(factors) == 1 and factors[0][0] <= top and factors[0][0] + len(factors[0][1]) >= bottom:
+            start, up, down = factors[0]
+            np.matmul(up[top - start : bottom - start], down, out=total)
+            return
+        total.fill(0)
         for start, up, down in factors:
             begin, end = max(top, start), min(bottom, start + len(up))
             if begin < end:
-                product = self._buffer("product", (end - begin) * columns).reshape(-1, columns)
+                product = self._buffer("product", (end - begin) * total.shape[1]).reshape(-1, total.shape[1])
                 total[begin - top : end - top] += np.matmul(up[begin - start : end - start], down, out=product)
-        return total.reshape(-1)[first - top * columns :][:count]
 
     def _loaded(self, key: str) -> list[tuple[int, Singles, Singles]]:
         """First row, up, down of all low-rank terms; those of the same rows side by side: one product for all."""

@@ -47,6 +47,8 @@ from sdops.core.precision import FORMATS, Doubles, Raw, decode, encode, largest_
 
 __all__ = ["PIECE", "ExactSum", "NonFiniteError", "Scratch"]
 
+SHORT_BITS = 29  # of a coefficient: its product with a value of at most 24 bits is exact in float64
+
 
 class NonFiniteError(ArithmeticError):
     """An input of a sum holds NaN or infinity; `index` says which one."""
@@ -79,8 +81,7 @@ class ExactSum:
         positive = all(c > 0 for c in self.coefficients)
         self.average = positive and sum(self.coefficients) == 1 and set(self.dtypes) == {out_dtype}
         self.all_halves = out_dtype == "F16" and all(dtype == "F16" for dtype in dtypes)
-        # a value has at most 24 bits there, so a coefficient of 29 makes an exact product
-        terms = [(i, part) for i, c in enumerate(self.coefficients) for part in _short_parts(c, 29)]
+        terms = [(i, part) for i, c in enumerate(self.coefficients) for part in short_parts(c, SHORT_BITS)]
         self.native = native.make_sum(terms, self.dtypes, out_dtype)
 
     def __call__(self, raws: Sequence[Raw], out: Raw, scratch: Scratch) -> int:
@@ -183,7 +184,7 @@ class ExactSum:
         for raw, dtype, coefficient in zip(raws, self.dtypes, self.coefficients, strict=True):
             value = np.empty(size)
             widen_to_double(raw, dtype, value, scratch)
-            for part, x in product(_short_parts(coefficient, 26), _short_values(value, dtype)):
+            for part, x in product(short_parts(coefficient, 26), _short_values(value, dtype)):
                 term = x * ldexp(part, -WIDENED_SCALE[dtype])
                 if not hi.size:
                     hi = term
@@ -257,7 +258,7 @@ def _round_to_odd(hi: Doubles, lo: Doubles) -> Doubles:
     return s
 
 
-def _short_parts(coefficient: Fraction, bits: int) -> list[float]:
+def short_parts(coefficient: Fraction, bits: int) -> list[float]:
     """Split into float64 parts of at most so many bits: their products with (53 - bits)-bit values are exact."""
     parts: list[float] = []
     while coefficient:

@@ -8,12 +8,15 @@ execution class allows (core.stream). Copies and casts need none of them.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from sdops.core import native
+from sdops.core.chain import Chain, Link, Links, chain_of, link
 from sdops.core.exact import PIECE, ExactSum, NonFiniteError, Scratch
 from sdops.core.gram import Combined
 from sdops.core.inputs import nonfinite
@@ -30,9 +33,10 @@ from sdops.core.taped import Taped
 from sdops.errors import UsageError
 
 if TYPE_CHECKING:
-    from fractions import Fraction
-
     from sdops.core.stream import Stream
+
+CHAINED = 1 << 16  # elements that a chain takes at once: what it reads shall fit the second-level cache
+CHAINS = 4  # tensors whose chains are kept: pieces of one come in a row, in several threads
 
 
 class Engine(Protocol):
@@ -59,20 +63,23 @@ class Merged:
         method: How.
         seed: For random methods.
         memory: Bytes that whole-tensor methods may hold at the same time.
+        sampled: Whether to measure what survives rounding.
 
     Attributes:
         overflows: Tensor -> number of elements that were too large for the output dtype and were clamped.
         retained: How much of each model's contribution survived rounding, measured on samples.
     """
 
-    def __init__(self, plan: Plan, method: Method, *, seed: int = 0, memory: int = 1 << 30) -> None:
+    def __init__(
+        self, plan: Plan, method: Method, *, seed: int = 0, memory: int = 1 << 30, sampled: bool = True
+    ) -> None:
         self.name = plan.name
         self.specs: Mapping[str, Spec] = plan.specs
         self.metadata: Mapping[str, str] = plan.metadata
         self.plan = plan
         self.method = method
         self.overflows: dict[str, int] = {}
-        self.retained = Retained(key for key, step in plan.steps.items() if step.action == "merge")
+        self.retained = Retained(key for key, step in plan.steps.items() if step.action == "merge" and sampled)
         self._seed = seed
         self._memory = memory
         self._room = Room()
@@ -82,6 +89,8 @@ class Merged:
         self._taped = Taped(method, self.retained, seed=seed)
         self._stream: Stream | None = None
         self._engines: dict[str, Engine] = {}
+        self._is_linked = any(hasattr(item.source, "link") for step in plan.steps.values() for item in step.inputs)
+        self._chains: OrderedDict[str, Chain | None] = OrderedDict()
 
     def close(self) -> None:
         """Nothing to release: the inputs belong to whoever opened them."""
@@ -195,11 +204,49 @@ class Merged:
         first = start // out.itemsize
         for begin in range(0, len(out), PIECE):
             part = out[begin : begin + PIECE]
+            sample = first + begin == 0 and self.retained.wants(key)
+            if self._is_linked and not sample and self._chained(key, first + begin, part):
+                continue
             raws = read_unchecked(step, first + begin, len(part), self._room)
             if step.action == "cast":
                 self._cast(key, step, raws[0], part)
             else:
-                self._sum(key, step, raws, part, sample=first + begin == 0 and self.retained.wants(key))
+                self._sum(key, step, raws, part, sample=sample)
+
+    def link(self, key: str, links: Links) -> Link | None:
+        """How a tensor is made of others, if that is a sum; see core.chain."""
+        step = self.plan.steps[key]
+        if step.action == "value" or (step.action == "merge" and self.method.execution != "linear"):
+            return None
+        inputs = [link(item.source, item.key, links) for item in step.inputs]
+        if step.action == "copy":
+            return inputs[0]
+        if not {step.spec.dtype, *(item.spec.dtype for item in step.inputs)} <= FORMATS.keys():
+            return None
+        if step.action == "cast":
+            return Link(step.spec.dtype, None, ((Fraction(1), inputs[0]),))
+        used, combine = self._combination(step)
+        terms = tuple((c, inputs[i]) for c, i in zip(combine.coefficients, used, strict=True))
+        if [c for c, _ in terms] == [1] and terms[0][1].dtype == step.spec.dtype:
+            return terms[0][1]
+        return Link(step.spec.dtype, None, terms)
+
+    def _chained(self, key: str, first: int, out: Raw) -> bool:
+        """Compute elements through all sums that they come from; False if that has to be done one by one."""
+        with self._lock:
+            known = key in self._chains
+            chain = self._chains.get(key)
+        if not known:
+            chain = chain_of(self, key)
+            with self._lock:
+                self._chains[key] = chain
+                while len(self._chains) > CHAINS:
+                    self._chains.popitem(last=False)
+        if chain is None:
+            return False
+        rooms = self._room.buffers(len(chain.reads))
+        portions = range(0, len(out), CHAINED)
+        return all(chain(first + begin, out[begin : begin + CHAINED], rooms) for begin in portions)
 
     def _cast(self, key: str, step: Step, raw: Raw, out: Raw) -> None:
         nan, infinite = count_nonfinite(raw, step.inputs[0].spec.dtype)

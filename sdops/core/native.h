@@ -1,4 +1,4 @@
-/* What exact.c and tape.c share: float formats, and the ways out of them. */
+/* What the .c files share: float formats, and the ways out of them. */
 
 #ifndef SDOPS_NATIVE_H
 #define SDOPS_NATIVE_H

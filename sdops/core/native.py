@@ -1,8 +1,8 @@
 """Compiled twins of numpy and torch: exact sums (core/exact.py), inner products, random numbers (core/noise.py), tapes.
 
-`libexact.so` is made from exact.c and tape.c when the package is installed on a machine with a C compiler. Where it is
-missing, or the processor is too old for it, `library()` is None and everything works with numpy or torch. ctypes lets
-go of Python's lock during a call, so threads really share the work.
+`libexact.so` is made from the C files of this folder when the package is installed on a machine with a C compiler.
+Where it is missing, or the processor is too old for it, `library()` is None and everything works with numpy or torch.
+ctypes lets go of Python's lock during a call, so threads really share the work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sdops.core.precision import Raw
 from sdops.core.tape import Program
 
 DTYPES = ("F16", "BF16", "F32")  # the order of `enum dtype`
-VERSION = 4
+VERSION = 5
 MOST_INPUTS = 16  # of `inner`
 
 Words = NDArray[np.uint32]
@@ -104,6 +104,33 @@ class NativeSum:
             ctypes.byref(found),
         )
         return overflow, uncertain[: found.value]
+
+
+class NativeChain:
+    """Plays a sum of sums (core/chain.py). Only made where there is a library.
+
+    Args:
+        steps: Register to write, input to load or -1, dtype, first term and number of terms.
+        terms: Coefficient, register, and what power of 1/2 the coefficient is a multiple of.
+    """
+
+    def __init__(self, steps: Sequence[tuple[int, ...]], terms: Sequence[tuple[float, int, int]]) -> None:
+        words = [word for step in steps for word in step]
+        self._steps = (ctypes.c_int32 * len(words))(*words)
+        self._length = len(steps)
+        self._terms = (_ChainTerm * len(terms))(*terms)
+
+    def __call__(self, raws: Sequence[Raw], out: Raw) -> bool:
+        """Write the last step's sums into `out`; False if they have to be made sum by sum, see chain.c."""
+        functions = library()
+        assert functions is not None  # noqa: S101 - whoever made this object has asked
+        pointers = (ctypes.c_void_p * len(raws))(*map(_pointer, raws))
+        size = ctypes.c_size_t(len(out))
+        return bool(functions.sdops_chain(self._steps, self._length, self._terms, pointers, size, _pointer(out)))
+
+
+class _ChainTerm(ctypes.Structure):
+    _fields_ = (("coefficient", ctypes.c_double), ("register", ctypes.c_int32), ("bits", ctypes.c_int32))
 
 
 class NativeTape:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 from sdops.core.run import piece_bytes
 from sdops.core.source import Source
 from sdops.core.view import View
+
+if TYPE_CHECKING:
+    from sdops.core.chain import Link, Links
 
 
 class Remembered(View):
@@ -29,6 +33,13 @@ class Remembered(View):
     def piece_bytes(self, key: str) -> int:
         """As the source's."""
         return piece_bytes(self.source, key)
+
+    def link(self, key: str, links: Links) -> Link | None:
+        """As the source's, if it is made of others: a chain makes it once, too."""
+        from sdops.core.chain import link
+
+        made = link(self.source, key, links)
+        return made if made.read is None else None
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         """As the source's."""

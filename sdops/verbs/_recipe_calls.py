@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -55,12 +56,12 @@ class Call:
         self._memory = memory
         self._lazy: Merge | Apply | None = None
 
-    @property
+    @cached_property
     def is_lazy(self) -> bool:
         """Whether the result can be read before it is made."""
         return self.verb == "apply" or (self.verb == "merge" and not self.is_adapter)
 
-    @property
+    @cached_property
     def is_adapter(self) -> bool:
         """Whether a merge is one of LoRAs."""
         from sdops.verbs._adapter_peek import are_adapters

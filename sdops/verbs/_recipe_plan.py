@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -110,10 +111,13 @@ class Planned:
 
     def by_id(self, text: str) -> str:
         """A text with the ids of steps in place of the names that their results would have as files."""
-        names = {call.lazy().name: call.id for call in self.calls.values() if call.is_lazy and call is not self.result}
-        for name in sorted(names, key=len, reverse=True):
-            text = text.replace(name, names[name])
+        for name in sorted(self._names, key=len, reverse=True):
+            text = text.replace(name, self._names[name])
         return text
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return {call.lazy().name: call.id for call in self.calls.values() if call.is_lazy and call is not self.result}
 
     def close(self) -> None:
         """Close all inputs."""

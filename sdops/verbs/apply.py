@@ -30,6 +30,7 @@ from sdops.verbs._provenance import LONGEST_NAME, RECIPE, compact, metadata, wit
 
 if TYPE_CHECKING:
     from sdops.core.applied import Applied
+    from sdops.core.chain import Link, Links
     from sdops.verbs.merge import Merge
 
 DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -226,6 +227,10 @@ class Apply:
     def splits(self, key: str) -> bool:
         """Whether threads may share the tensor."""
         return self.computed.splits(key)
+
+    def link(self, key: str, links: Links) -> Link | None:
+        """How `key` is made of other tensors, for merges of this; see core.chain."""
+        return self.computed.link(key, links)
 
     def close(self) -> None:
         """Close the inputs."""

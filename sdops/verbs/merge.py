@@ -38,6 +38,7 @@ from sdops.verbs._provenance import RECIPE, derived_name, metadata, recipe, with
 from sdops.verbs._swap import swap
 
 if TYPE_CHECKING:
+    from sdops.core.chain import Link, Links
     from sdops.core.merged import Merged
     from sdops.core.spec import Spec
     from sdops.verbs._apply_loras import Wish
@@ -193,6 +194,7 @@ class Merge:
         self._seed = seed
         self._jobs = default_jobs()
         self._computed: Merged | None = None
+        self._is_saved = False
         self._lock = threading.Lock()
         inputs = [model for role, model in parts.items() if role not in SWAPS]
         linear = load(f"sdops.merges.{card.name}", card.execution, card.needs) if card.execution == "linear" else None
@@ -224,6 +226,10 @@ class Merge:
         """Whether threads may share the tensor."""
         return self.computed.splits(key)
 
+    def link(self, key: str, links: Links) -> Link | None:
+        """How `key` is made of other tensors, for merges of this one; see core.chain."""
+        return self.computed.link(key, links)
+
     def close(self) -> None:
         """Close the inputs."""
         for part in self.parts.values():
@@ -239,7 +245,7 @@ class Merge:
                 method = load(f"sdops.merges.{self.card.name}", self.card.execution, self.card.needs)
                 memory = whole_tensor_memory(self, self._jobs)
                 if self.device == "cpu":
-                    computed = Merged(self.plan, method, seed=self._seed, memory=memory)
+                    computed = Merged(self.plan, method, seed=self._seed, memory=memory, sampled=self._is_saved)
                 else:
                     from sdops.core.on_device import MergedOnDevice
 
@@ -287,17 +293,19 @@ class Merge:
         Raises:
             OutputError, FormatError, ChangedError: as `merge`.
         """
+        from sdops.core.blas import one_thread
+
         self.check(output, force=force, jobs=jobs)
         begin = time.monotonic()
         self._jobs = jobs or default_jobs()
-        self._computed = None  # counts begin at zero
+        self._computed, self._is_saved = None, True  # counts begin at zero
         computed = self.computed
         metadata = dict(self.metadata)
         if not hash_inputs:
             metadata[RECIPE] = without_hashes(metadata[RECIPE])
         with SafetensorsSink(Path(output), self.specs, metadata, force=force) as sink:
             with Hashes(self.parts.values(), enabled=hash_inputs) as hashes:
-                with progress("merging", sink.nbytes) as advance:
+                with progress("merging", sink.nbytes) as advance, one_thread():
                     run(computed, sink, jobs=self._jobs, progress=advance)
                 digests = hashes.wait(progress)
             for part in self.parts.values():

@@ -1,0 +1,156 @@
+"""Sums of sums, in one go: what consecutive steps do to an element, each rounded as if it were written and read again.
+
+Step by step, each would work in buffers of its own, and read again what others read, too. Where all of them are exact
+sums (core/exact.py), links describe the whole, and compiled code (core/chain.c) takes a block of elements through all
+of them. The bits are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from sdops.core import native
+from sdops.core.exact import SHORT_BITS, short_parts
+from sdops.core.precision import FORMATS, Raw
+from sdops.core.source import Source
+
+MOST_REGISTERS = 32  # REGISTERS of chain.c
+
+Term = tuple[float, int, int]  # coefficient, register, -log2 of what it is a multiple of
+Read = Callable[[int, int, memoryview], Raw]  # first element, number of elements, room -> their bit patterns
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Link:
+    """A tensor: one that is read, or the rounded sum of others, element by element.
+
+    Attributes:
+        dtype: F16, BF16 or F32.
+        read: Gives elements, in the room or elsewhere. Of a sum None.
+        terms: Of a sum: coefficients, none of them zero, and what they multiply.
+    """
+
+    dtype: str
+    read: Read | None
+    terms: tuple[tuple[Fraction, Link], ...] = ()
+
+
+Links = dict[tuple[int, str], Link]  # tensors that are known already, by the Source's id and the key
+
+
+@runtime_checkable
+class Linked(Source, Protocol):
+    """A Source that knows how its tensors are made of others."""
+
+    def link(self, key: str, links: Links) -> Link | None:
+        """How a tensor is made; None if it has to be read."""
+
+
+def link(source: Source, key: str, links: Links) -> Link:
+    """How a tensor of a source is made, or that it is read; the same object whenever it is asked for."""
+    place = id(source), key
+    if place not in links:
+        made = source.link(key, links) if isinstance(source, Linked) else None
+        links[place] = made or Link(source.specs[key].dtype, partial(_read, source, key))
+    return links[place]
+
+
+def _read(source: Source, key: str, first: int, count: int, room: memoryview) -> Raw:
+    raw = FORMATS[source.specs[key].dtype].raw
+    size = np.dtype(raw).itemsize
+    source.read_into(key, first * size, room[: count * size])
+    return np.frombuffer(room[: count * size], raw)
+
+
+class Chain:
+    """A sum of sums, compiled. Safe to use from several threads.
+
+    Args:
+        last: What is made: a sum. There must be a compiled library.
+
+    Attributes:
+        reads: What is read, in the order of the rooms.
+        is_compiled: Whether compiled code can do it: it knows all dtypes, and has registers enough.
+    """
+
+    def __init__(self, last: Link) -> None:
+        order = _ordered(last)
+        self.reads = [one.read for one in order if one.read is not None]
+        registers = _registers(order)
+        dtypes = {one.dtype for one in order}
+        self.is_compiled = max(registers.values()) < MOST_REGISTERS and dtypes <= set(native.DTYPES)
+        self._native = native.NativeChain(*_compiled(order, registers)) if self.is_compiled else None
+
+    def __call__(self, first: int, out: Raw, rooms: Sequence[memoryview]) -> bool:
+        """Make the elements from `first` on; False if they have to be made step by step.
+
+        Args:
+            first: Place of the first element in the tensor.
+            out: Where they go.
+            rooms: For each tensor that is read, so many elements of any dtype.
+        """
+        if self._native is None:
+            return False
+        raws = [read(first, len(out), room) for read, room in zip(self.reads, rooms, strict=True)]
+        return self._native(raws, out)
+
+
+def chain_of(source: Linked, key: str) -> Chain | None:
+    """A tensor's chain; None where it is no sum of sums, or there is no compiled code for it."""
+    last = source.link(key, {})
+    if last is None or not any(operand.terms for _, operand in last.terms) or native.library() is None:
+        return None
+    chain = Chain(last)
+    return chain if chain.is_compiled else None
+
+
+def _ordered(last: Link) -> list[Link]:
+    """All links, each after those that it is made of, and those as late as possible."""
+    found: dict[Link, None] = {}
+
+    def visit(one: Link) -> None:
+        if one not in found:
+            for _, operand in one.terms:
+                visit(operand)
+            found[one] = None
+
+    visit(last)
+    return list(found)
+
+
+def _registers(order: Sequence[Link]) -> dict[Link, int]:
+    """A register for each link, free again after its last use."""
+    uses = {operand: index for index, one in enumerate(order) for _, operand in one.terms}
+    found: dict[Link, int] = {}
+    free: list[int] = []
+    count = 0
+    for index, one in enumerate(order):
+        free += sorted({found[operand] for _, operand in one.terms if uses[operand] == index}, reverse=True)
+        if not free:
+            free, count = [count], count + 1
+        found[one] = free.pop()
+    return found
+
+
+def _compiled(order: Sequence[Link], registers: Mapping[Link, int]) -> tuple[list[tuple[int, ...]], list[Term]]:
+    """The steps and terms of chain.c."""
+    steps: list[tuple[int, ...]] = []
+    terms: list[Term] = []
+    inputs = 0
+    for one in order:
+        own = [
+            (part, registers[operand], coefficient.denominator.bit_length() - 1)
+            for coefficient, operand in one.terms
+            for part in short_parts(coefficient, SHORT_BITS)
+        ]
+        read = inputs if one.read is not None else -1
+        inputs += one.read is not None
+        steps.append((registers[one], read, native.DTYPES.index(one.dtype), len(terms), len(own)))
+        terms += own
+    return steps, terms

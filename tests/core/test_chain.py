@@ -1,0 +1,151 @@
+"""Sums of sums in one go: the bits of one sum after the other, and out of the way where that cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdops.core import native
+from sdops.core.applied import Applied, Change, LowRank
+from sdops.core.chain import MOST_REGISTERS, Chain, chain_of, link
+from sdops.core.exact import PIECE
+from sdops.core.merged import CHAINED, Merged
+from sdops.core.method import load
+from sdops.core.plan import Input, Plan, Step
+from sdops.core.remembered import Remembered
+from sdops.core.source import Source, read
+from sdops.core.spec import Spec
+from sdops.errors import FormatError
+from tests.tiny import Memory, Model, encoded
+
+needs_library = pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
+KEY = "w"
+METHODS = {name: load(f"sdops.merges.{name}", "linear", frozenset()) for name in ("weighted_sum", "add_difference")}
+
+
+def tensor(seed: int, dtype: str, count: int, scale: float = 1.0) -> Memory:
+    model: Model = {KEY: encoded(np.random.default_rng(seed).standard_normal(count) * scale, dtype)}
+    return Memory(model, f"{seed}")
+
+
+def merged(sources: Sequence[Source], dtype: str, alpha: float) -> Merged:
+    inputs = tuple(Input(source, KEY, index) for index, source in enumerate(sources))
+    step = Step(Spec(dtype, sources[0].specs[KEY].shape), "merge", inputs, {"alpha": alpha})
+    method = METHODS["weighted_sum" if len(sources) == 2 else "add_difference"]
+    return Merged(Plan("out", {KEY: step}), method, sampled=False)
+
+
+def by_steps(source: Source, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """What it is without chains."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Merged, "_chained", lambda *_: False)
+        return bytes(read(source, KEY))
+
+
+DTYPES = st.sampled_from(native.DTYPES)
+STEP = st.tuples(
+    st.lists(st.integers(0, 30), min_size=2, max_size=3),
+    DTYPES,
+    st.sampled_from([0.0, 0.5, 0.3, -0.7, 1.0, 1e-3, 100.0, 0.1]),
+    st.booleans(),
+)
+
+
+@needs_library
+@settings(max_examples=40, deadline=None)
+@given(dtypes=st.lists(DTYPES, min_size=3, max_size=3), steps=st.lists(STEP, min_size=2, max_size=7), data=st.data())
+def test_same_bits_as_one_after_the_other(dtypes, steps, data):
+    """Any graph of merges: steps read files and earlier steps, in all formats; some are remembered for several."""
+    scale = data.draw(st.sampled_from([1.0, 1e-6, 3e4]))
+    sources: list[Source] = [tensor(i, dtype, 1200, scale) for i, dtype in enumerate(dtypes)]
+    for reads, dtype, alpha, remembered in steps:
+        made = merged([sources[i % len(sources)] for i in reads], dtype, alpha)
+        sources.append(Remembered(made) if remembered else made)
+    last = merged([sources[-1], sources[0]], "F16", 0.25)
+    with pytest.MonkeyPatch.context() as patched:
+        assert bytes(read(last, KEY)) == by_steps(last, patched)
+
+
+@needs_library
+def test_a_chain_reads_every_file_once_and_works_in_portions(monkeypatch):
+    size = 2 * PIECE + CHAINED + 3
+    a, b = tensor(1, "F16", size), tensor(2, "F16", size)
+    reads: list[tuple[str, int]] = []
+    real = Memory.read_into
+
+    def counted(self, key, start, buffer):
+        reads.append((self.name, start))
+        real(self, key, start, buffer)
+
+    inner = merged([a, b], "F16", 0.3)
+    last = merged([inner, a, b], "F16", 0.1)
+    wanted = by_steps(last, monkeypatch)
+    monkeypatch.setattr(Memory, "read_into", counted)
+    assert bytes(read(last, KEY)) == wanted
+    assert sorted(reads) == sorted((name, 2 * CHAINED * i) for name in "12" for i in range(-(-size // CHAINED)))
+
+
+@needs_library
+def test_merges_of_files_are_no_chains():
+    a, b = tensor(1, "F16", 10), tensor(2, "F16", 10)
+    assert chain_of(merged([a, b], "F16", 0.3), KEY) is None
+    assert chain_of(merged([merged([a, b], "F16", 1.0), b], "F16", 0.5), KEY) is None  # alpha 1 is b itself
+    assert chain_of(merged([merged([a, b], "F16", 0.3), b], "F16", 0.5), KEY) is not None
+
+
+@needs_library
+def test_what_is_not_finite_is_told_by_the_step_that_reads_it():
+    bad = Memory({KEY: encoded(np.array([1.0, np.nan, 2.0]), "F16")}, "bad")
+    good = tensor(1, "F16", 3)
+    last = merged([merged([good, good], "F16", 0.5), bad], "F16", 0.5)
+    with pytest.raises(FormatError, match="`w` of `bad` holds 1 NaN"):
+        read(last, KEY)
+
+
+@needs_library
+def test_overflows_in_between_are_clamped_and_counted(monkeypatch):
+    big = Memory({KEY: encoded(np.array([60000.0, 1.0]), "F16")}, "big")
+    zero = Memory({KEY: encoded(np.zeros(2), "F16")}, "zero")
+    inner = merged([big, big, zero], "F16", 1.0)  # 120000
+    last = merged([inner, zero], "F16", 0.5)
+    assert bytes(read(last, KEY)) == by_steps(last, monkeypatch)
+    assert inner.overflows == {KEY: 2}  # by either way
+
+
+@needs_library
+def test_loras_in_between(monkeypatch):
+    """Rows 0 .. 700 of 900 change; the blocks that are multiplied do not begin where portions do."""
+    shape, rng = (900, 1280), np.random.default_rng(3)
+    sources = [Memory({KEY: encoded(rng.standard_normal(shape), "F16")}, str(i)) for i in range(3)]
+    up, down = (rng.standard_normal(size).astype(np.float32) for size in ((700, 5), (5, 1280)))
+    change = Change(sources[0].specs[KEY], (LowRank(0, 700, lambda: (up, down)),))
+    styled = Applied(merged(sources[:2], "F16", 0.3), {KEY: change})
+    last = merged([styled, sources[2]], "F16", 0.4)
+    assert chain_of(last, KEY) is not None
+    assert bytes(read(last, KEY)) == by_steps(last, monkeypatch)
+
+    base = merged(sources[:2], "F16", 0.3)
+    alone = Applied(Memory({KEY: ("F16", np.frombuffer(read(base, KEY), np.uint16).reshape(shape))}), {KEY: change})
+    assert bytes(read(alone, KEY)) == by_steps(styled, monkeypatch)  # portions of a file are others than of a merge
+
+
+@needs_library
+def test_a_chain_that_needs_more_registers_than_there_are(monkeypatch):
+    files: list[Source] = [tensor(i, "F16", 40) for i in range(MOST_REGISTERS + 2)]
+    inner = [merged([one, files[0]], "F16", 0.5) for one in files]
+    step = Step(Spec("F16", (40,)), "merge", tuple(Input(one, KEY, i) for i, one in enumerate(inner)), {})
+    last = Merged(Plan("out", {KEY: step}), load("sdops.merges.average", "linear", frozenset()))
+    assert chain_of(last, KEY) is None
+    assert bytes(read(last, KEY)) == by_steps(last, monkeypatch)
+
+
+@needs_library
+def test_registers_are_used_again():
+    source: Source = tensor(0, "F16", 4)
+    for number in range(1, 200):
+        source = merged([source, tensor(number, "F16", 4)], "F16", 0.1)
+    assert Chain(link(source, KEY, {})).is_compiled
