@@ -41,7 +41,7 @@ def settle(target: str, inputs: int = 3, dtype: int = F16) -> dict[str, Any]:
         signature | {"problems": "i32"},
         constants | {"LOW": True, "BLOCK": 1024},
     )
-    return case | {"wide": 0, "matrix": False}
+    return case | {"wide": 0, "matrix": False, "fused": 0}
 
 
 def bake(target: str, **changed: Any) -> dict[str, Any]:
@@ -83,7 +83,8 @@ def sparse_merge(target: str, **changed: Any) -> dict[str, Any]:
     } | changed
     signature = {"table": "*i64", "numbers": "*fp32", "keys": "*i64", "border": "*i32", "before": "*i32"}
     signature |= {"first": "*i32", "marks": "*i32"} | dict.fromkeys(("problems", "chunks", "share"), "i32")
-    return _case("_sparse_merge_kernels", "merge_sparse", target, signature, constants) | {"wide": 3, "matrix": False}
+    case = _case("_sparse_merge_kernels", "merge_sparse", target, signature, constants)
+    return case | {"wide": 3, "matrix": False, "fused": 0}
 
 
 def count_magnitudes(target: str, **changed: Any) -> dict[str, Any]:
@@ -149,6 +150,12 @@ def lora_gradients(target: str, dtype: str = "fp16", **changed: Any) -> dict[str
     signature = dict.fromkeys(names, f"*{dtype}") | {"partial": "*fp32"}
     signature |= dict.fromkeys(("tokens", "outputs", "inputs", "rank", "across", "slab"), "i32")
     return _of_matrices(_case("_lora_linear_kernels", "add_gradients", target, signature, constants), dtype)
+
+
+def own(kernel: str, signature: Mapping[str, str], size: int) -> dict[str, Any]:
+    """One of `wrong_kernels.py`."""
+    case = _case("wrong_kernels", kernel, "sm_90", signature, {"SIZE": size})
+    return case | {"module": "wrong_kernels", "wide": 1, "matrix": False}
 
 
 def _of_matrices(case: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _nvidia(made: Any) -> dict[str, Any]:
         "matrix": sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA|IMMA|QGMMA)\b", sass))),
         "tf32": "TF32" in sass or ".tf32" in made.asm["ptx"],
         "flushes": ".ftz" in made.asm["ptx"],
-        "fused": len(re.findall(r"\bfma\.rn\.f32\b", made.asm["ptx"])),
+        "fused": len(re.findall(r"\bfma\.rn\.f(?:32|64)\b", made.asm["ptx"])),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sdops_kernels import low_rank
+from sdops_kernels import low_rank, singular_factors
 from sdops_kernels.low_rank import orthonormal
 
 SPECTRA = {
@@ -64,3 +64,23 @@ def test_batches_change_next_to_nothing(device):
         assert one.residual == pytest.approx(other.residual, rel=1e-3)
     small = low_rank(matrices, 8, memory=60 * 80 * 4)
     assert all(a.residual == pytest.approx(b.residual, rel=1e-3) for a, b in zip(small, together, strict=True))
+
+
+def test_products_in_terms_of_their_singular_vectors(device):
+    random = torch.Generator().manual_seed(0)
+    shapes = [(60, 8, 40), (60, 8, 40), (40, 16, 90), (6, 8, 30), (30, 8, 5)]
+    pairs = [
+        (torch.randn(o, rank, generator=random), torch.randn(rank, i, generator=random) * 0.01) for o, rank, i in shapes
+    ]
+    pairs[1] = (pairs[1][0][:, [0, 0, 1, 2, 3, 4, 5, 6]], pairs[1][1])  # of a lower rank than it looks
+    pairs.append((torch.zeros(20, 4), torch.zeros(4, 10)))
+    pairs = [(up.to(device), down.to(device)) for up, down in pairs]
+    for (up, down), (first, second) in zip(pairs, singular_factors(*zip(*pairs, strict=True)), strict=True):
+        exact = up.double() @ down.double()
+        values = torch.linalg.svdvals(exact)
+        size = float(values[0])
+        found = first.norm(dim=0) * second.norm(dim=1)
+        assert torch.allclose(found, values[: len(found)], atol=1e-7 * size)
+        for rank in range(len(found) + 1):
+            left = torch.linalg.norm(exact - first[:, :rank] @ second[:rank])
+            assert float(left) <= float(values[rank:].square().sum().sqrt()) + 1e-7 * size

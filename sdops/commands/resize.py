@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from sdops.commands._console import Console
-from sdops.commands._options import FILE, general_options, size_option, stream_option
+from sdops.commands._options import FILE, device_option, general_options, size_option, stream_option
 
 _RANK = click.IntRange(1)
 _SHARE = click.FloatRange(0, 1)
@@ -61,6 +61,7 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 )
 @_with_options
+@device_option
 @stream_option
 @general_options
 def command(console: Console, lora: str, no_hash: bool, **options: Any) -> int:

@@ -10,7 +10,7 @@ from .dora import dora_gains
 from .inner_products import inner_products
 from .linear_merge import LinearMerge, Merged, linear_merge
 from .lora_linear import Choices, lora_linear
-from .low_rank import Factors, low_rank
+from .low_rank import Factors, low_rank, singular_factors
 from .sparse_merge import SparseMerge, sparse_merge
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "lora_linear",
     "low_rank",
     "reference",
+    "singular_factors",
     "sparse_merge",
 ]

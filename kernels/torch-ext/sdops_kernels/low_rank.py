@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Factors", "low_rank"]
+__all__ = ["Factors", "low_rank", "singular_factors"]
 
 MEMORY = 2 << 30  # bytes of a batch of matrices
 MOST_BLOCKS = 8
@@ -68,6 +68,54 @@ def low_rank(matrices: Sequence[Tensor], rank: int, *, seed: int = 0, memory: in
             made = _batch(torch.stack([matrices[place].float() for place in batch]), rank, seed)
             found |= dict(zip(batch, made, strict=True))
     return [found[place] for place in range(len(matrices))]
+
+
+def singular_factors(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Products up @ down in terms of their singular vectors: the leading columns and rows are the best approximations.
+
+    up = Q_u R_u, down^T = Q_d R_d; the singular values of up @ down are those of R_u R_d^T. R_u and Q_u come out of the
+    Gram matrix: up^T up = V S^2 V^T, so R_u = S V^T and Q_u = up V / S. The second factor is left^T R_u down, so that
+    nothing that is kept is divided by a small number. All in float64, in batches of equal shapes.
+
+    Args:
+        ups: [o, R] each.
+        downs: [R, i].
+
+    Returns:
+        [o, k] and [k, i], k = min(R, o, i), float64, descending: columns of the first and rows of the second are
+        orthogonal, their norms within a factor of 2 of each other, and the norms' products are the singular values.
+    """
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for place, (up, down) in enumerate(zip(ups, downs, strict=True)):
+        shapes.setdefault((*up.shape, down.shape[1]), []).append(place)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for places in shapes.values():
+        up, down = (torch.stack([parts[place].double() for place in places]) for parts in (ups, downs))
+        found |= dict(zip(places, zip(*_singular(up, down), strict=True), strict=True))
+    return [found[place] for place in range(len(ups))]
+
+
+def _singular(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of [b, o, R] and [b, R, i]."""
+    left, triangle = _orthogonal_part(up)
+    _, other = _orthogonal_part(down.mT)
+    core = triangle @ other.mT  # [b, R, R]
+    squares, vectors = torch.linalg.eigh(core @ core.mT)
+    kept = min(up.shape[1], up.shape[2], down.shape[2])
+    vectors, values = vectors.flip(2)[:, :, :kept], squares.flip(1)[:, :kept].clamp(min=0).sqrt()
+    scale = torch.exp2(values.clamp(min=1e-300).log2().div(2).round().clamp(-60, 60))
+    first = up @ (left @ vectors) * scale[:, None]
+    second = (vectors.mT @ triangle) @ down / scale[:, :, None]
+    return first, second
+
+
+def _orthogonal_part(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """M and R with columns = (columns M) R and columns M orthonormal, but for directions that are zero to 1e-7."""
+    squares, vectors = torch.linalg.eigh(columns.mT @ columns)
+    values = squares.clamp(min=0).sqrt()
+    real = values > 1e-7 * values.amax(1, keepdim=True)
+    inverse = torch.where(real, 1 / values.clamp(min=1e-300), 0)
+    return vectors * inverse[:, None], vectors.mT * torch.where(real, values, 0)[:, :, None]
 
 
 def _batch(matrices: Tensor, rank: int, seed: int) -> list[Factors]:
