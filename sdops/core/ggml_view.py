@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Container, Mapping
 from math import prod
 
 import numpy as np
 
 from sdops.core.cast_view import Computing
-from sdops.core.casting import cast, raw_dtype
+from sdops.core.casting import Counts, cast, raw_dtype
 from sdops.core.ggml import PLAIN, TYPES, packed_bytes
 from sdops.core.ggml_blocks import quantise
 from sdops.core.source import Source, aligned
@@ -59,6 +60,10 @@ class Packed(Computing):
     Args:
         source: Float tensors of any dtype, and integers that stay as they are.
         tensors: Name -> (GGML type, shape), as `choose_types` makes it; only these are offered.
+
+    Attributes:
+        types: Name -> GGML type.
+        counts: Tensor -> numbers of values that were clamped, of NaN and of infinities; only tensors that have some.
     """
 
     def __init__(self, source: Source, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
@@ -73,6 +78,9 @@ class Packed(Computing):
                 raise ValueError(f"{key}: {source.specs[key].dtype} cannot become {kind}")
         super().__init__(source, {key: Spec("U8", (packed_bytes(*tensors[key]),)) for key in tensors})
         self.tensors = tensors
+        self.types = {key: kind for key, (kind, _) in tensors.items()}
+        self.counts: dict[str, Counts] = {}
+        self._lock = threading.Lock()
 
     def piece_bytes(self, key: str) -> int:
         """Portions of whole blocks."""
@@ -101,11 +109,25 @@ class Packed(Computing):
         self.source.read_into(key, first * raw.itemsize, view)
         if kind in PLAIN:
             out = np.empty(count, raw_dtype(kind))
-            cast(np.frombuffer(view, raw), dtype, out, kind)
+            self._count(key, cast(np.frombuffer(view, raw), dtype, out, kind))
             return out.view(np.uint8)
         singles = np.empty(count, np.uint32)
-        cast(np.frombuffer(view, raw), dtype, singles, "F32")
+        self._count(key, cast(np.frombuffer(view, raw), dtype, singles, "F32"))
         return quantise(singles.view(np.float32), kind)
+
+    def counted(self) -> Mapping[str, Counts]:
+        """As `counts`."""
+        return self.counts
+
+    def count_more(self, counts: Mapping[str, Counts]) -> None:
+        """Add to `counts`."""
+        for key, more in counts.items():
+            self._count(key, more)
+
+    def _count(self, key: str, more: Counts) -> None:
+        if any(more):
+            with self._lock:
+                self.counts[key] = self.counts.get(key, Counts()).plus(more)
 
     def _numbers(self, key: str) -> int:
         """How many to read at once: what the source wants, in whole blocks of 256."""

@@ -98,13 +98,8 @@ class GgufFile:
         if key in self.offsets:
             self._file.read_into(self.offsets[key] + start, buffer)
             return
+        self._check_type(key)
         place = self._places[key]
-        if place.kind not in DECODABLE:
-            raise FormatError(
-                f"`{key}` of `{self.path}` is stored as {place.kind}, which sdops does not dequantise",
-                hint="use a variant of the model with another quantisation (Q8_0, Q6_K ...)",
-                key=key,
-            )
         view = buffer.cast("B")
         for begin in range(0, len(view), _PIECE * 4):
             self._dequantise(place, start + begin, view[begin : begin + _PIECE * 4])
@@ -114,6 +109,24 @@ class GgufFile:
 
     def add(self, tally: None) -> None:
         """Nothing is counted."""
+
+    def check_readable(self) -> None:
+        """Refuse a file before work on it begins.
+
+        Raises:
+            FormatError: a tensor has a type that sdops does not dequantise.
+        """
+        for key in self.types:
+            self._check_type(key)
+
+    def _check_type(self, key: str) -> None:
+        kind = self.types[key]
+        if kind not in PLAIN and kind not in DECODABLE:
+            raise FormatError(
+                f"`{key}` of `{self.path}` is stored as {kind}, which sdops does not dequantise",
+                hint=f"take the model in another quantisation: sdops reads {', '.join(sorted(DECODABLE))}",
+                key=key,
+            )
 
     def check_unchanged(self) -> None:
         """Raises ChangedError if the file was written to, replaced or removed since it was opened."""

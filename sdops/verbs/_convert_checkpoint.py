@@ -16,11 +16,13 @@ from sdops.core.source import Source
 from sdops.core.spec import FP8
 from sdops.errors import FormatError
 from sdops.formats import FileSource, open_source
+from sdops.formats.sharded import SHARD
 from sdops.pipelines.tables import pipeline
 from sdops.report import Progress, Report
+from sdops.text import count
 from sdops.verbs import _convert_extra
-from sdops.verbs._convert_draft import Draft, Entry, check_quantised, restore_header, single_file
-from sdops.verbs._convert_dtypes import wanted_dtypes
+from sdops.verbs._convert_draft import Draft, Entry, restore_header, single_file, vae_scale
+from sdops.verbs._convert_dtypes import casts, wanted_dtypes
 from sdops.verbs._convert_layout import check_fit
 from sdops.verbs._convert_output import (
     assembled,
@@ -51,7 +53,8 @@ class Conversion:
 
     Attributes:
         draft: Every tensor of the output.
-        dtypes: Those that are cast, and to what.
+        dtypes: Those that shall be cast, and to which dtype.
+        cast: Tensor -> the type that its numbers had, and the other that they get: dtypes, or types of GGUF.
         sink: The output, not begun.
 
     Raises:
@@ -78,6 +81,7 @@ class Conversion:
         check_output(self.path, [file for each in self._inputs() for file in each.files])
         self.draft = self._draft()
         self.dtypes: dict[str, str] = {}
+        self.cast: dict[str, tuple[str, str]] = {}
         self.lazy, self.sink = self._sink(force=force)
 
     def save(self, *, jobs: int | None = None, progress: Progress) -> Report:
@@ -119,14 +123,26 @@ class Conversion:
 
     def _readable(self, origin: Source) -> tuple[Source, Detection]:
         """The model, its fp8 weights multiplied by their scales if the scales cannot come along."""
+        if check := getattr(origin, "check_readable", None):
+            check()
         detection = detect(origin.specs)
         scaled = [key for key, how in detection.quantised.items() if how.kind != "fp8"]
         if not scaled or not (self.relay or self.wish.dtypes or self.wish.to == "gguf"):
             return origin, detection
         only_fp8 = all(how.kind in ("fp8", "fp8-scaled") for how in detection.quantised.values())
         if not only_fp8 or not (ALL in self.wish.dtypes or self.wish.to == "gguf"):
-            hint = "it can be converted with `--dtype fp16`" if only_fp8 else "its numbers are codes, not weights"
-            check_quantised(origin, detection, hint)
+            why = (
+                "its scales cannot come along without `--dtype fp16`"
+                if only_fp8
+                else "its numbers are codes, not weights"
+            )
+            hint = "that multiplies them in" if only_fp8 else "convert the unquantised model"
+            kind = detection.quantised[scaled[0]].kind
+            raise FormatError(
+                f"`{origin.name}` is quantised ({kind}, `{scaled[0]}`): {why}",
+                hint=f"{hint}; `sdops inspect` shows what a file holds",
+                key=scaled[0],
+            )
         from sdops.core.views import Dequantised
 
         source = Dequantised(origin)
@@ -137,10 +153,17 @@ class Conversion:
         selection = select(
             self.source, self.detection, components=wish.components or self._only(), ema=wish.ema, prune=wish.prune
         )
+        if wish.to == "gguf" and not wish.components:
+            alone = f"a GGUF file holds the {selection.parts[0].name} alone" if selection.parts else ""
+            selection.dropped = dict.fromkeys(selection.dropped, alone)
         whole = pipeline(self.detection.family)
         for kind, donor in self.donors:
             before = {each.name: each for each in selection.parts}
-            take(selection, *self._readable(donor), kind, whole.components if whole else ())
+            readable, detection = self._readable(donor)
+            take(selection, readable, detection, kind, whole.components if whole else ())
+            scales = {vae_scale(self.detection.family), vae_scale(detection.family)} - {None}
+            if kind == "vae" and len(scales) > 1:
+                selection.notes.append(f"`{donor.name}` is {detection.title}, whose latents this model does not know")
             for each in selection.parts:
                 if each.source is not self.source and each.name in before:
                     check_fit(before[each.name], each, donor.name)
@@ -180,9 +203,13 @@ class Conversion:
         self._cast = source
         if weights:
             source = self._scaled(source, weights)
+        sink: Sink
         if wish.to == "diffusers":
-            return source, folder_sink(source, draft, self.path, wish, force=force)
-        return file_sink(source, draft, self.path, wish, self.detection.family, force=force)
+            sink = folder_sink(source, draft, self.path, wish, force=force)
+        else:
+            source, sink = file_sink(source, draft, self.path, wish, self.detection.family, force=force)
+        self.cast = casts(tensors, source)
+        return source, sink
 
     def _scaled(self, source: Source, weights: list[str]) -> Source:
         """Weights as fp8 with scales, which are told as invented."""
@@ -221,14 +248,10 @@ class Conversion:
         if wish.keeps_everything and not self.donors and wish.to != "gguf":
             return None
         told: dict[str, Any] = {"version": __version__, "verb": "convert", "to": wish.to}
-        settings = {
-            "dtype": {name or "all": dtype for name, dtype in wish.dtypes.items()},
-            "components": list(wish.components),
-            "ema": "" if wish.ema == "keep" else wish.ema,
-            "prune": wish.prune,
-            "seed": wish.seed,
-        }
-        told |= {name: value for name, value in settings.items() if value}
+        usual = Wish(wish.to)
+        for name in ("dtype", "include", "exclude", "components", "ema", "prune", "unknown", "prefix", "seed"):
+            if (value := getattr(wish, name)) != getattr(usual, name):
+                told[name] = value
         first: dict[str, Any] = {"role": "a", "file": self.name}
         if made := getattr(self.origin, "recipe", None):  # of what was never written
             first["recipe"] = made
@@ -238,13 +261,14 @@ class Conversion:
         return told | {"inputs": inputs}
 
     def _counts(self) -> Mapping[str, Any]:
-        return getattr(self._cast, "counts", {})
+        """Tensor -> what casting it met; of a GGUF file what packing it did."""
+        return getattr(self._cast, "counts", {}) | getattr(self.lazy, "counts", {})
 
     def _check_strict(self, counts: Mapping[str, Any]) -> None:
         overflow = [key for key, each in counts.items() if each.overflow]
         if self.wish.strict and overflow:
             raise FormatError(
-                f"{len(overflow)} tensors have values that are too large for the new dtype, first `{overflow[0]}`",
+                f"values of {count(len(overflow), 'tensor')} are too large for the new dtype, first in `{overflow[0]}`",
                 hint="`--dtype bf16` holds them; without `--strict` they are clamped",
                 keys=overflow,
             )
@@ -252,7 +276,9 @@ class Conversion:
 
 def derived_name(path: Path, wish: Wish) -> Path:
     """What the output is called when nobody names it: in this folder, after the input and what was done to it."""
+    shard = SHARD.fullmatch(path.name)
     stem = path.resolve().name if path.is_dir() else path.stem.removesuffix(".safetensors.index")
+    stem = shard["stem"] if shard else stem
     dtype = wish.gguf_type if wish.to == "gguf" else _WORDS.get(wish.dtypes.get(ALL, ""), "")
     done = {"ema": wish.ema == "use", "no-ema": wish.ema == "drop", "pruned": wish.prune}
     words = [stem, dtype, *(word for word, so in done.items() if so), "-".join(wish.components)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from sdops.archs.detect import MARKER, OTHER, Detection
@@ -10,7 +10,7 @@ from sdops.archs.junk import is_marker, junk_kind
 from sdops.core.assembled import Made, rows
 from sdops.core.source import Source
 from sdops.core.spec import Spec
-from sdops.errors import FormatError, MismatchError, UsageError
+from sdops.errors import MismatchError, UsageError
 from sdops.pipelines.tables import Component, pipeline
 from sdops.text import count
 from sdops.verbs._convert_extra import Extra, restored
@@ -160,6 +160,12 @@ def component_table(name: str, family: str) -> Component | None:
     return None
 
 
+def vae_scale(family: str) -> float | None:
+    """The factor between a VAE's latents and what the family's model sees, which tells VAEs of one shape apart."""
+    found = pipeline(family)
+    return found.components["vae"].config.get("scaling_factor") if found and "vae" in found.components else None
+
+
 def own_place(name: str, detection: Detection, selection: Selection) -> tuple[str, str]:
     """Layout and prefix of a component in the model's own file; of one that it lacks, as such files have it.
 
@@ -170,7 +176,7 @@ def own_place(name: str, detection: Detection, selection: Selection) -> tuple[st
     if table is not None and (own is None or (selection.added and not own.prefix)):
         return own.layout if own else table.layout, table.prefix
     if own is None:
-        raise no_folder(name, [name])
+        raise no_folder(name, [name], ())
     return own.layout, own.prefix
 
 
@@ -253,29 +259,16 @@ def is_identity(made: Made) -> bool:
     return bytes(data) == identity(spec.shape[0], spec.dtype)[1]
 
 
-def check_quantised(source: Source, detection: Detection, what: str) -> None:
-    """Refuse to take codes for numbers.
-
-    Raises:
-        FormatError: weights are quantised in a way that sdops does not undo.
-    """
-    for key, how in detection.quantised.items():
-        if how.kind != "fp8":
-            raise FormatError(
-                f"`{source.name}` is quantised ({how.kind}, `{key}`): {what}",
-                hint="convert the unquantised model; `sdops inspect` shows what a file holds",
-                key=key,
-            )
-
-
 def stale_hashes(metadata: Mapping[str, str]) -> list[str]:
     """Keys of hashes that are no longer true when the tensors lie elsewhere."""
     return [key for key in metadata if key in ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")]
 
 
-def no_folder(name: str, parts: list[str]) -> UsageError:
-    """The error for what diffusers has no classes for."""
+def no_folder(name: str, parts: Collection[str], others: Collection[str]) -> UsageError:
+    """The error for what diffusers has no classes for, beside other components."""
     return UsageError(
         f"`{name}` cannot become a folder of diffusers: sdops knows no class for {', '.join(parts)}",
-        hint="`--components unet,vae` converts the others",
+        hint=f"`--components {','.join(others)}` converts the others"
+        if others
+        else "`--to safetensors` keeps it a single file; `sdops inspect` shows what it is",
     )

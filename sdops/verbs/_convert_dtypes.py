@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from sdops.archs.detect import MARKER, Detection
+from sdops.core.source import Source
 from sdops.core.spec import FP8, Spec
+from sdops.core.view import View
 from sdops.errors import UsageError
 from sdops.text import suggest
 from sdops.verbs._convert_draft import Entry
@@ -48,6 +50,23 @@ def wanted_dtypes(tensors: Mapping[str, Entry], detection: Detection, wish: Wish
             continue
         found[key] = dtype
     return found
+
+
+def casts(tensors: Mapping[str, Entry], output: Source) -> dict[str, tuple[str, str]]:
+    """Tensor -> its type in the input and in the output, where they differ: dtypes, or GGML's types of a GGUF file."""
+    found = {}
+    for key, entry in tensors.items():
+        source = entry.made.ranges[0].source
+        file = source.source if isinstance(source, View) else source  # fp8 that is multiplied by its scales is fp8
+        types = _type_of(file, entry.made.ranges[0].key), _type_of(output, key)
+        if types[0] != types[1]:
+            found[key] = types
+    return found
+
+
+def _type_of(source: Source, key: str) -> str:
+    kind: str = getattr(source, "types", {}).get(key) or source.specs[key].dtype
+    return kind
 
 
 def is_linear(name: str, spec: Spec) -> bool:

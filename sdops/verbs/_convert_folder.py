@@ -129,7 +129,7 @@ def _placed(source: Source, detection: Detection, selection: Selection, found: P
     }
     lost = [name for name, table in tables.items() if table is None]
     if lost or not selection.parts:
-        raise no_folder(source.name, lost or ["it"])
+        raise no_folder(source.name, lost or ["it"], tables.keys() - set(lost))
     alone = len(selection.parts) == 1
     if not alone and (found is None or not found.class_name):
         names = ", ".join(tables)
@@ -250,7 +250,7 @@ def _config(draft: Draft, placed: Placed) -> dict[str, Any]:
             hint="`sdops inspect` shows what is missing",
         ) from error
     if found is None:
-        raise no_folder(placed.chosen.source.name, [table.name])
+        raise no_folder(placed.chosen.source.name, [table.name], ())
     if table.library == "transformers":
         return {"architectures": [table.class_name], **found}
     return {"_class_name": table.class_name, "_diffusers_version": VERSION, **found}

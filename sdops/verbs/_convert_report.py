@@ -17,10 +17,10 @@ SHOWN = 3
 
 def planned(conversion: Conversion) -> Report:
     """What is known without reading tensors."""
-    draft, dtypes = conversion.draft, conversion.dtypes
+    draft, cast = conversion.draft, conversion.cast
     made = {key: entry.made for key, entry in draft.tensors.items() if key not in draft.invented}
-    relaid = [key for key, each in made.items() if not each.is_whole and key not in dtypes]
-    copied = [key for key in made if key not in dtypes and made[key].is_whole]
+    relaid = [key for key, each in made.items() if not each.is_whole and key not in cast]
+    copied = [key for key in made if key not in cast and made[key].is_whole]
     report = Report("convert", result=[str(conversion.sink.path)])
     report.data = {
         "output": str(conversion.sink.path),
@@ -30,7 +30,7 @@ def planned(conversion: Conversion) -> Report:
         "tensors": {
             "copied": len(copied),
             "reshaped": len(relaid),
-            "cast": len(dtypes),
+            "cast": len(cast),
             "set_aside": len(draft.aside),
             "returned": len(draft.returned),
             "dropped": len(draft.dropped),
@@ -66,8 +66,8 @@ def done(conversion: Conversion, seconds: float, counts: Mapping[str, Any]) -> R
         )
     if strange:
         report.warnings.append(
-            f"{count(sum(strange.values()), 'value')} of {count(len(strange), 'tensor')} are NaN or infinite, first in "
-            f"`{next(iter(strange))}`: they were so before"
+            f"NaN or infinity from before: {count(sum(strange.values()), 'value')} in {count(len(strange), 'tensor')}, "
+            f"first in `{next(iter(strange))}`"
         )
     return report
 
@@ -79,17 +79,23 @@ def _rows(conversion: Conversion, copied: int, relaid: int) -> list[list[str]]:
         *(["taken", f"{component} of {donor}"] for component, donor in draft.taken.items()),
         ["copied", count(copied, "tensor")],
         ["reshaped", f"{count(relaid, 'tensor')}: split, joined, turned or in another shape; no number changes"],
-        ["cast", f"{count(len(conversion.dtypes), 'tensor')} to {', '.join(sorted(set(conversion.dtypes.values())))}"],
+        *_casts(conversion.cast),
         ["set aside", f"{count(len(draft.aside), 'tensor')} that the folder cannot hold, in sdops_extra.safetensors"],
         ["returned", f"{count(len(draft.returned), 'tensor')} from sdops_extra.safetensors"],
         *_grouped("dropped", draft.dropped),
         *_grouped("invented", draft.invented),
     ]
-    empty = {"reshaped": relaid, "cast": conversion.dtypes, "set aside": draft.aside, "returned": draft.returned}
+    empty = {"reshaped": relaid, "set aside": draft.aside, "returned": draft.returned}
     rows = [row for row in rows if row[0] not in empty or empty[row[0]]]
     if draft.header:
         rows.append(["header", "as it was, byte for byte"])
-    return [*rows, ["size", f"{size(conversion.sink.nbytes)} in {count(len(draft.tensors), 'tensor')}"]]
+    written = draft.tensors.keys() | draft.invented.keys()
+    return [*rows, ["size", f"{size(conversion.sink.nbytes)} in {count(len(written), 'tensor')}"]]
+
+
+def _casts(cast: Mapping[str, tuple[str, str]]) -> list[list[str]]:
+    """One line per pair of types."""
+    return [["cast", f"{count(n, 'tensor')} from {old} to {new}"] for (old, new), n in Counter(cast.values()).items()]
 
 
 def _grouped(label: str, reasons: Mapping[str, str]) -> list[list[str]]:

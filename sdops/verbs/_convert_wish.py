@@ -48,6 +48,7 @@ class Wish:
         strict: Refuse to clamp.
         seed: Round at random.
         tokenizer: A file or folder that T5's tokenizer is taken from.
+        dtype: What was said of dtypes, as it was.
     """
 
     to: str
@@ -66,6 +67,7 @@ class Wish:
     strict: bool = False
     seed: int | None = None
     tokenizer: Path | None = None
+    dtype: str = ""
 
     @property
     def keeps_everything(self) -> bool:

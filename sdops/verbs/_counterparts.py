@@ -45,6 +45,8 @@ def open_model(path: Path) -> Model:
         SdopsError: it cannot be read.
     """
     origin = open_source(path)
+    if check := getattr(origin, "check_readable", None):
+        check()
     detection = detect(origin.specs)
     scaled = any(origin.specs[key].dtype in FP8 for key in detection.quantised)
     return Model(origin, Dequantised(origin) if scaled else origin, detection)

@@ -87,9 +87,11 @@ def open_model(model: Model) -> Opened:
 
     Raises:
         SdopsError: it cannot be read.
-        FormatError: it is an adapter, or its weights are quantised in a way that cannot be merged.
+        FormatError: it is an adapter, or its weights are quantised in a way that cannot be merged, or read.
     """
     origin: Source = open_source(model) if isinstance(model, str | os.PathLike) else model
+    if check := getattr(origin, "check_readable", None):
+        check()
     detection = detect(origin.specs)
     if detection.family == "adapter":  # a weighted sum of factors is not the factors of a weighted sum
         raise FormatError(

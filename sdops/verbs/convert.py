@@ -147,6 +147,7 @@ def convert(
         strict,
         seed,
         None if tokenizer is None else located(tokenizer),
+        dtype or "",
     )
     donors = [(role, path) for role, given in (("vae", vae), ("text_encoder", text_encoder)) for path in _all(given)]
     origin, opened = open_all(file, donors)
@@ -167,15 +168,18 @@ def _all(given: Model | Sequence[Model] | None) -> list[Model]:
 
 
 def _own_form(path: Path, *, changed: bool) -> str:
-    """What a file becomes when nobody says: the form that it has, or safetensors in place of a pickle or GGUF.
+    """What a file becomes when nobody says: the form that it has, or one safetensors file of pickles, GGUF and shards.
 
     Raises:
         UsageError: that would be the same file again.
     """
+    from sdops.formats.sharded import SHARD
+
     if path.is_dir():
         form = "diffusers" if (path / "model_index.json").is_file() else "safetensors"
     else:
-        form, changed = "safetensors", changed or not path.name.endswith((".safetensors", ".safetensors.index.json"))
+        one_file = path.name.endswith(".safetensors") and not SHARD.fullmatch(path.name)
+        form, changed = "safetensors", changed or not one_file
     if not changed and path.exists():
         raise UsageError("what to convert to is not said", hint="`--to diffusers`; `sdops convert --help` lists all")
     return form

@@ -391,6 +391,19 @@ def test_a_shrunk_model_is_recognised_by_its_names(name: str) -> None:
     assert all(component.complete for component in found.components)
 
 
+@pytest.mark.parametrize("name", ["sd15-ldm", "sd21-ldm", "sdxl-base-sgm", "sdxl-refiner-sgm"])
+def test_a_shrunk_u_net_alone_is_no_controlnet(name: str) -> None:
+    prefix = "model.diffusion_model."
+    specs = {key.removeprefix(prefix): spec for key, spec in shrunk(name).items() if key.startswith(prefix)}
+    assert [component.name for component in detect(specs).components] == ["unet"]
+
+
+@pytest.mark.parametrize("name", ["sd15-diffusers", "sd21-diffusers", "sdxl-base-diffusers"])
+def test_a_shrunk_u_net_of_diffusers_is_no_controlnet(name: str) -> None:
+    specs = {key.removeprefix("unet/"): spec for key, spec in shrunk(name).items() if key.startswith("unet/")}
+    assert [component.name for component in detect(specs).components] == ["unet"]
+
+
 # ------------------------------------------------------------------------------------------ not whole models, no models
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import sdops
 from sdops.archs.detect import detect
 from sdops.core.cast_view import Cast
 from sdops.core.ggml import DECODABLE, ENCODABLE, PLAIN, TYPES
@@ -165,6 +166,21 @@ def test_the_original_shape_is_given(tmp_path):
     source = open_source(tmp_path / "x")
     assert source.specs == {"conv": Spec("F16", (4, 32, 3, 3)), "other": Spec("F16", (2, 2))}
     source.close()
+
+
+def test_a_rare_type_is_refused_before_anything_is_written(tmp_path):
+    path, other, out = tmp_path / "m.gguf", tmp_path / "n.gguf", tmp_path / "out.safetensors"
+    path.write_bytes(gguf([info("a.weight", (256,), TYPES["IQ2_XXS"].code)], data=128))
+    other.write_bytes(gguf([info("a.weight", (256,), TYPES["F16"].code)], data=512))
+    for refused in (
+        lambda: sdops.convert(path, to="safetensors", output=out),
+        lambda: sdops.merge(other, path, output=out),
+        lambda: sdops.diff(other, path),
+    ):
+        with pytest.raises(FormatError, match=r"`a.weight`.*IQ2_XXS") as caught:
+            refused()
+        assert "IQ4_XS" in (caught.value.hint or "")
+    assert {each.name for each in tmp_path.iterdir()} == {"m.gguf", "n.gguf"}
 
 
 def test_architectures_are_recognised(tmp_path):

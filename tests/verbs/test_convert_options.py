@@ -52,7 +52,7 @@ def test_shards_and_their_join(file, tmp_path):
     assert len(shards) > 1
     assert report.result == [str(tmp_path / "s" / "m.safetensors.index.json")]
     for start in (shards[0], tmp_path / "s" / "m.safetensors.index.json"):
-        sdops.convert(start, to="safetensors", output=tmp_path / "j.safetensors", force=True)
+        sdops.convert(start, output=tmp_path / "j.safetensors", force=True)
         assert same_tensors(tiny.load(file), tiny.load(tmp_path / "j.safetensors"))
 
 
@@ -94,6 +94,29 @@ def test_gguf_holds_convolutions_in_rows_of_blocks(small_checkpoint, tmp_path):
     values = np.frombuffer(read(source, inside), "f4")
     assert np.allclose(values, wide.reshape(-1), atol=np.abs(wide).max() / 250)
     source.close()
+
+
+def test_what_gguf_does_to_numbers_is_accounted_for(tmp_path):
+    model = tiny.load(
+        tiny.write(
+            tmp_path / "x.safetensors",
+            {"double_blocks.0.img_attn.qkv.weight": ("F32", np.full((64, 64), 1e6, np.float32))},
+        )
+    )
+    wide = {
+        "double_blocks.0.img_mlp.0.weight": ("F32", np.ones((64, 64), np.float32)),
+        "n": ("F32", np.ones(3, np.float32)),
+    }
+    file = tiny.write(tmp_path / "m.safetensors", {**model, **wide})
+    report = sdops.convert(file, to="gguf", output=tmp_path / "h.gguf", unknown="keep")
+    assert report.data["tensors"] | {"cast": 2, "copied": 1} == report.data["tensors"]
+    assert report.data["overflows"] == {"double_blocks.0.img_attn.qkv.weight": 64 * 64}
+    with pytest.raises(FormatError, match="too large"):
+        sdops.convert(file, to="gguf", output=tmp_path / "s.gguf", strict=True)
+    sdops.convert(file, to="gguf", dtype="q8_0", output=tmp_path / "q.gguf")
+    back = sdops.convert(tmp_path / "q.gguf", output=tmp_path / "b.safetensors")
+    assert back.data["tensors"]["cast"] == 2
+    assert any("2 tensors from Q8_0 to F32" in " ".join(row) for row in back.sections[0].rows)
 
 
 def test_a_ckpt_keeps_the_text(file, tmp_path):
@@ -206,7 +229,7 @@ def test_a_cast_rounds_every_float_and_nothing_else(file, tmp_path):
         assert dtype == ("I64" if key == tiny.IDS else "F16")
         assert np.array_equal(array, before[key][1].astype(array.dtype))
     assert report.data["tensors"]["cast"] == len(found) - 1
-    assert json.loads(tiny.metadata_of(tmp_path / "h.safetensors")["sdops"])["dtype"] == {"all": "F16"}
+    assert json.loads(tiny.metadata_of(tmp_path / "h.safetensors")["sdops"])["dtype"] == "fp16"
 
 
 def test_dtypes_by_component_and_pattern(file, tmp_path):
@@ -439,6 +462,14 @@ def test_a_replaced_component_has_the_place_of_the_old_one_on_the_way_back(small
     sdops.convert(file, to="diffusers", vae=tmp_path / "vae.safetensors", output=tmp_path / "f")
     sdops.convert(tmp_path / "f", to="original", output=tmp_path / "back.safetensors")
     assert tiny.load(tmp_path / "back.safetensors").keys() == tiny.load(file).keys()
+
+
+def test_a_vae_for_other_latents_is_told(small_checkpoint, tmp_path):
+    for donor, told in (("sdxl", 1), ("sd21", 0)):
+        swapped = sdops.convert(
+            small_checkpoint("sd15"), vae=small_checkpoint(donor), output=tmp_path / f"{donor}.safetensors"
+        )
+        assert sum("latents" in line for line in swapped.warnings) == told
 
 
 def test_a_vae_of_other_sizes_is_refused(small_checkpoint, tmp_path):
