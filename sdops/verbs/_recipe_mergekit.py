@@ -7,16 +7,17 @@ Source: https://github.com/arcee-ai/mergekit, README and docs/merge_methods.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from sdops import standin
 from sdops.card import find, method_name, names
 from sdops.errors import FormatError, UsageError
 from sdops.text import suggest
-from sdops.verbs._recipe_text import MOST_BYTES, Recipe, from_document
+from sdops.verbs._recipe_text import MOST_BYTES, RESERVED, Recipe, from_document
 
 # mergekit's method -> ours, and mergekit's parameter -> ours.
 _METHODS = {
@@ -40,7 +41,17 @@ _METHODS = {
     "ram": "ram",
     "ramplus_tl": "ram_plus_tl",
 }
-_KNOBS = {"weight": "weights", "lambda": "scale", "t": "alpha", "select_topk": "select_topk"}
+_KNOBS = {"weight": "weights", "lambda": "scale"}
+_OWN = {("slerp", "t"): "alpha", ("sce", "select_topk"): "density"}  # of one method alone
+# What mergekit takes for a parameter that a YAML leaves out, of methods that have it; ours may take something else.
+_DEFAULTS: Mapping[str, Any] = {"normalize": False, "density": 1.0, "gamma": 0.01, "epsilon": 0.15}
+_NORMALISED = ("linear", "ties", "della")
+_RESCALED = ("dare_ties", "dare_linear", "della", "della_linear")
+_VARIANTS = {  # method, parameter that is true -> ours
+    ("nuslerp", "nuslerp_row_wise"): "nuslerp_rows",
+    ("model_stock", "filter_wise"): "model_stock_rows",
+}
+_WITH_BASE = {"nuslerp": "nuslerp_task", "multislerp": "multislerp_task"}
 _IGNORED = ("tokenizer_source", "tokenizer", "chat_template", "name")
 _DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
@@ -54,28 +65,27 @@ def from_mergekit(path: Path) -> tuple[Recipe, list[str]]:
     """
     document = _load(path)
     warnings = [f"`{key}` of `{path.name}` is left out" for key in _IGNORED if key in document]
-    if "slices" in document:
-        raise FormatError(
-            f"`{path}` stacks slices of layers, which is for language models", hint="recipes merge whole checkpoints"
-        )
-    models = document.get("models")
-    if not isinstance(models, list) or not models or not all(isinstance(one, dict) for one in models):
-        raise FormatError(f"`{path}` is no recipe of mergekit: it has no `models`", hint="`sdops recipe cp` shows ours")
+    models, whole = _sources(document, path, warnings)
     method = _method(str(document.get("merge_method", "")), path)
+    base = document.get("base_model")
+    method = _WITH_BASE.get(method, method) if base is not None else method
+    method = next((ours for (one, key), ours in _VARIANTS.items() if one == method and whole.get(key) is True), method)
     inputs: dict[str, dict[str, str]] = {}
     order = [_input(inputs, one.get("model")) for one in models]
     step: dict[str, Any] = {"verb": "merge", "method": method.replace("_", "-")}
-    card, base = find(method), document.get("base_model")
+    card = find(method)
     if base is not None:
-        name = _input(inputs, base)
         if card.base:
-            step["base"] = name
+            name = step["base"] = _input(inputs, base)
             models = [one for one, known in zip(models, order, strict=True) if known != name]
             order = [known for known in order if known != name]
-        else:  # slerp and nearswap: the base is the first model
+        elif method in ("slerp", "nearswap"):
+            name = _input(inputs, base)
             order = [name, *(known for known in order if known != name)]
+        elif str(base) not in [one["about"] for one in inputs.values()]:
+            warnings.append(f"`base_model` is left out: `{method.replace('_', '-')}` has none")
     step["models"] = order
-    step |= dict(_knobs(document, models, card.knobs, warnings))
+    step |= dict(_knobs(method, whole, models, card.knobs, warnings))
     if dtype := document.get("out_dtype") or document.get("dtype"):
         step["dtype"] = _DTYPES.get(str(dtype), "keep")
     made = {"name": path.stem, "about": f"From mergekit's {path.name}", "inputs": inputs, "steps": [step]}
@@ -83,6 +93,29 @@ def from_mergekit(path: Path) -> tuple[Recipe, list[str]]:
         "inputs are named as in the YAML; give each with its option: they are checkpoints, not folders of LLMs"
     )
     return from_document(made, name=path.stem, folder=path.parent, title=str(path)), warnings
+
+
+def _sources(
+    document: Mapping[str, Any], path: Path, warnings: list[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The models with their parameters, and the parameters of all. One slice with all layers says the same as models.
+
+    Raises:
+        FormatError: there are none, or layers are stacked.
+    """
+    whole = dict(document.get("parameters") or {})
+    models, slices = document.get("models"), document.get("slices")
+    if isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], dict):
+        models = slices[0].get("sources")
+        whole |= slices[0].get("parameters") or {}
+        warnings.append("`layer_range` is left out: whole checkpoints are merged")
+    elif slices or "modules" in document:
+        raise FormatError(
+            f"`{path}` stacks slices of layers, which is for language models", hint="recipes merge whole checkpoints"
+        )
+    if not isinstance(models, list) or not models or not all(isinstance(one, dict) for one in models):
+        raise FormatError(f"`{path}` is no recipe of mergekit: it has no `models`", hint="`sdops recipe cp` shows ours")
+    return models, whole
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -114,40 +147,59 @@ def _method(name: str, path: Path) -> str:
 def _input(inputs: dict[str, dict[str, str]], model: object) -> str:
     """The name of a model's input. mergekit names folders and repositories, which here have to be given."""
     text = str(model.get("model") if isinstance(model, dict) else model)
-    stem = "".join(sign if sign.isalnum() else "_" for sign in text.rpartition("/")[2].lower()).strip("_")
-    stem = stem if stem[:1].isalpha() else f"model_{stem}"
     for name, one in inputs.items():
         if one["about"] == text:
             return name
-    name = next(name for name in (stem[:50], *(f"{stem[:50]}_{n}" for n in range(2, 999))) if name not in inputs)
-    inputs[name] = {"about": text} | ({"file": text} if text.endswith((".safetensors", ".ckpt")) else {})
+    last = text.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
+    stem = re.sub(r"[^a-z0-9]+", "_", last).strip("_")[:50]
+    stem = stem if stem[:1].isalpha() else f"model_{stem}".rstrip("_")
+    taken = {*inputs, *RESERVED}
+    name = next(name for name in (stem, *(f"{stem}_{n}" for n in range(2, 999))) if name not in taken)
+    is_file = text.endswith((".safetensors", ".ckpt")) and not PureWindowsPath(text).anchor and ".." not in text
+    inputs[name] = {"about": text} | ({"file": text} if is_file else {})
     return name
 
 
 def _knobs(
-    document: Mapping[str, Any], models: list[dict[str, Any]], knobs: Any, warnings: list[str]
+    method: str, whole: Mapping[str, Any], models: list[dict[str, Any]], knobs: Any, warnings: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Parameters of the whole and of the models, as far as the method has them."""
+    """Parameters of the whole and of the models, as far as the method has them; mergekit's defaults for the others."""
     known = {knob.name: knob for knob in knobs}
-    whole = document.get("parameters") or {}
-    for theirs, value in whole.items() if isinstance(whole, dict) else ():
-        name = _KNOBS.get(str(theirs), str(theirs))
-        if name in known and known[name].type != "floats":
-            yield name, _plain(theirs, value, warnings)
-        elif theirs not in ("int8_mask",):
-            warnings.append(f"`{theirs}` is left out: the method has no such knob here")
-    each = [one.get("parameters") or {} for one in models]
-    if "weights" in known and any("weight" in one for one in each):
-        yield "weights", [float(_plain("weight", one.get("weight", 1.0), warnings)) for one in each]
+    each = [dict(one.get("parameters") or {}) for one in models]
+    if "weights" in known and any("weight" in one for one in (*each, whole)):
+        usual = whole.get("weight", 1.0)
+        yield "weights", [float(_plain("weight", one.get("weight", usual), warnings)) for one in each]
+    said = {key: [value] for key, value in whole.items() if key != "weight"}
     for theirs in sorted({key for one in each for key in one} - {"weight"}):
-        values = {repr(one[theirs]): one[theirs] for one in each if theirs in one}
-        name = _KNOBS.get(str(theirs), str(theirs))
+        said[theirs] = [one[theirs] for one in each if theirs in one]
+    found: dict[str, Any] = {}
+    for theirs, values in said.items():
+        name = _OWN.get((method, theirs)) or _KNOBS.get(theirs, theirs)
         if name in known and known[name].type != "floats":
-            if len(values) > 1:
+            if len({repr(value) for value in values}) > 1:
                 warnings.append(f"`{theirs}` differs between the models; here it is one for all: the first is taken")
-            yield name, _plain(theirs, next(iter(values.values())), warnings)
-        else:
+            found[name] = _plain(theirs, values[0], warnings)
+        elif not _says_nothing(method, theirs, values):
             warnings.append(f"`{theirs}` is left out: the method has no such knob here")
+    yield from found.items()
+    for name, value in _DEFAULTS.items():
+        if name in known and name not in found and method not in ("sce", "ram", "ram_plus_tl"):
+            yield name, method in _NORMALISED if name == "normalize" else value
+
+
+def _says_nothing(method: str, theirs: str, values: list[Any]) -> bool:
+    """Whether a parameter has no effect on the numbers, or asks for what is done in any case."""
+    if theirs == "rescale":
+        return all(bool(value) == (method in _RESCALED) for value in values)
+    return (
+        theirs == "int8_mask"
+        or theirs in [key for _, key in _VARIANTS]
+        or (theirs, values)
+        == (
+            "nuslerp_flatten",
+            [True],
+        )
+    )
 
 
 def _plain(name: str, value: Any, warnings: list[str]) -> Any:
