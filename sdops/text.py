@@ -51,3 +51,10 @@ def suggest(word: str, choices: Iterable[str]) -> str | None:
     folded = {choice.lower().replace("_", "-"): choice for choice in choices}
     close = get_close_matches(word.lower().replace("_", "-"), folded, n=1)
     return folded[close[0]] if close else None
+
+
+def instead_of(word: str, choices: Iterable[str]) -> str:
+    """A hint for who named something that does not exist: what was meant, or everything that there is."""
+    known = list(choices)
+    close = suggest(word, known)
+    return f"did you mean `{close}`?" if close else f"there are {', '.join(known)}"

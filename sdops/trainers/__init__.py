@@ -7,6 +7,7 @@ Each file offers a class `Method`, made as `Method(model, config)`, with (`train
     loss(batch) -> Tensor                the loss of each sample, [B], already weighed by the noise step
     after_step(views)                    change the float32 values in place: norms of words
     product(values) -> Product           what is saved, of float32 values on the CPU
+    rate                                 usual learning rate of what it is named after
     encodes                              whether the text has to be encoded in every step
     trains_text                          whether weights of text encoders learn
     words                                new word -> number of vectors
@@ -27,9 +28,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from sdops.errors import UsageError
-from sdops.text import suggest
+from sdops.text import instead_of
 from sdops.trainers import _cards as cards
-from sdops.trainers._cards import LAYERS, NETWORK, TEXTS, VECTOR, WORDS, Card
+from sdops.trainers._cards import CONCEPT, LAYERS, NETWORK, PAIRS, TEXTS, VECTOR, WORDS, Card
 
 if TYPE_CHECKING:
     from sdops.training.method import Method
@@ -40,9 +41,9 @@ METHODS = {
     "pivotal": Card(
         "Train new words, and a LoRA around them (pivotal tuning)", LAYERS, cards.of_layers_and_words
     ),
-    "dreamartist": Card("Train a new word and its negative together (DreamArtist)", WORDS, cards.of_pairs),
+    "dreamartist": Card("Train a new word and its negative together (DreamArtist)", PAIRS, cards.of_pairs),
     "custom-diffusion": Card(
-        "Train keys and values of cross-attention and a new word (custom diffusion)", LAYERS, cards.of_keys_and_words
+        "Train keys and values of cross-attention and a new word (custom diffusion)", CONCEPT, cards.of_keys_and_words
     ),
     "dreambooth": Card(
         "Train the whole UNet, with pictures of the class to keep it (DreamBooth)", LAYERS, cards.of_model
@@ -65,9 +66,7 @@ def check_method(name: str) -> None:
         UsageError: there is none of that name.
     """
     if name not in METHODS:
-        close = suggest(name, METHODS)
-        hint = f"did you mean `{close}`?" if close else f"there are {', '.join(METHODS)}"
-        raise UsageError(f"there is no training method `{name}`", hint=hint)
+        raise UsageError(f"there is no training method `{name}`", hint=instead_of(name, METHODS))
 
 
 def trainer(name: str) -> type[Method]:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # Component -> its tensors, as diffusers and transformers call them -> shapes.
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
-LAYERS, WORDS, NETWORK, TEXTS, VECTOR = "layers", "words", "network", "texts", "vector"
+LAYERS, WORDS, PAIRS, CONCEPT = "layers", "words", "pairs", "concept"
+NETWORK, TEXTS, VECTOR = "network", "texts", "vector"
 _CROSS = re.compile(r".*\.attn2\.to_[kv]\.weight")
 _TABLE = "token_embedding.weight"
 _PLACES = 77  # of a text
@@ -37,8 +38,8 @@ class Card:
 
     Attributes:
         help: One line for the list of commands.
-        saves: `layers` (a LoRA-like file), `words` (embeddings), `network` (a hypernetwork), `texts` (null texts) or
-            `vector` (a CLIP image vector).
+        saves: `layers` (a LoRA-like file), `words` (embeddings), `pairs` (with negatives), `concept` (custom
+            diffusion), `network` (a hypernetwork), `texts` (null texts) or `vector` (a CLIP image vector).
         numbers: Settings and shapes of the model -> how many numbers learn.
         check: Refuses settings and pictures that the method cannot use.
     """

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sdops.errors import UsageError
-from sdops.text import suggest
+from sdops.text import instead_of
 from sdops.training.config import Config
 
 # Kind of layer -> what its name in diffusers' UNet looks like. The first that fits is meant.
@@ -42,8 +42,7 @@ def ranks_of(config: Config) -> dict[str, Rank]:
     for item in config.ranks.replace(",", " ").split():
         kind, _, numbers = item.partition("=")
         if kind not in (*KINDS, TEXT):
-            close = suggest(kind, (*KINDS, TEXT))
-            hint = f"did you mean `{close}`?" if close else f"there are {', '.join((*KINDS, TEXT))}"
+            hint = instead_of(kind, (*KINDS, TEXT))
             raise UsageError(f"`ranks` names the kind of layers `{kind}`, which there is not", hint=hint, key="ranks")
         match = re.fullmatch(r"(\d+)(?:/(\d+(?:\.\d+)?))?", numbers) if numbers else None
         if numbers and (match is None or int(match[1]) < 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sdops.errors import UsageError
 from sdops.training.config import Config
 
+NEGATIVE = "-neg"  # behind a word: its partner, for negative prompts
 _MOST = 75  # vectors that a prompt has room for
 
 

@@ -33,7 +33,6 @@ from sdops.training.parameters import Parameter
 from sdops.training.product import Product
 from sdops.training.tokens import LENGTH
 
-RATE = 1e-4
 # Of CLIP's pictures, by channel.
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -42,6 +41,7 @@ class Method(method.Method):
     """The first text encoder."""
 
     encodes = trains_text = True
+    rate = 1e-4
     measured = "minus cosine of texts and pictures"
 
     def __init__(self, model: Model, config: Config) -> None:
@@ -51,7 +51,7 @@ class Method(method.Method):
 
     def parameters(self) -> list[Parameter]:
         """The weights."""
-        return self._weights.parameters(lambda _: self.config.lr or RATE, max(self.config.weight_decay, 0))
+        return self._weights.parameters(lambda _: self.config.lr or self.rate, max(self.config.weight_decay, 0))
 
     def begin(self, beginning: Beginning) -> None:
         """Look at the pictures."""

@@ -1,7 +1,7 @@
 """Custom diffusion (Kumari et al. 2022, arXiv:2212.04488): keys and values of cross-attention, and a new word.
 
-Saved as one file of differences with the word in it; `sdops apply` adds it to a model, `sdops convert --family lora`
-makes a LoRA of it.
+Saved as the web UI's extension does: differences, and the word in a file beside them, for `sdops custom`; `--to kohya`
+makes a LoRA with the word in it, for `sdops apply` and other programs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from sdops.training.model import Model
 from sdops.training.parameters import Parameter
 from sdops.training.product import Product
 
-RATE = 1e-5
 _WANTED = re.compile(r".*\.attn2\.to_[kv]\.weight")
 
 
@@ -29,6 +28,7 @@ class Method(method.Method):
     """K, V and words."""
 
     encodes = True
+    rate = 1e-5
 
     def __init__(self, model: Model, config: Config) -> None:
         super().__init__(model, config)
@@ -39,7 +39,7 @@ class Method(method.Method):
 
     def parameters(self) -> list[Parameter]:
         """The matrices, then the vectors."""
-        rate = self.config.lr or RATE
+        rate = self.config.lr or self.rate
         decay = 0.01 if self.config.weight_decay < 0 else self.config.weight_decay
         weights = self._weights.parameters(lambda _: rate, decay)
         return weights + self._vectors.parameters(self.config.word_lr or rate)

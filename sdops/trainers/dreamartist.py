@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdops.core.noise import Noise
-from sdops.trainers._named import words_of
+from sdops.trainers._named import NEGATIVE, words_of
 from sdops.trainers._vectors import RATE, Vectors
 from sdops.training import method
 from sdops.training.beginnings import beginnings_of
@@ -24,7 +24,6 @@ from sdops.training.parameters import Parameter
 from sdops.training.product import Product
 from sdops.training.tokens import LENGTH, Tokens
 
-NEGATIVE = "-neg"
 _APART = 1e-3  # deviation of the noise that sets the negative vectors apart from each other at first
 
 
@@ -32,6 +31,7 @@ class Method(method.Method):
     """Vectors of words and of their negatives."""
 
     encodes = True
+    rate = RATE
 
     def __init__(self, model: Model, config: Config) -> None:
         super().__init__(model, config)
@@ -57,7 +57,7 @@ class Method(method.Method):
 
     def parameters(self) -> list[Parameter]:
         """The vectors of all words."""
-        rate = self.config.word_lr or self.config.lr or RATE
+        rate = self.config.word_lr or self.config.lr or self.rate
         return self._vectors.parameters(rate, max(self.config.weight_decay, 0))
 
     def use(self, parts: Mapping[str, Tensor]) -> None:

@@ -20,11 +20,11 @@ from sdops.training.model import Model
 from sdops.training.parameters import Parameter
 from sdops.training.product import Product
 
-RATE = 2e-6
-
 
 class Method(method.Method):
     """All weights of the UNet, and of the text encoders if wished."""
+
+    rate = 2e-6
 
     def __init__(self, model: Model, config: Config) -> None:
         super().__init__(model, config)
@@ -34,7 +34,7 @@ class Method(method.Method):
     def parameters(self) -> list[Parameter]:
         """The weights."""
         decay = 0.01 if self.config.weight_decay < 0 else self.config.weight_decay
-        rate = self.config.lr or RATE
+        rate = self.config.lr or self.rate
         return self._weights.parameters(lambda part: rate if part == "unet" else self.config.text_lr or rate, decay)
 
     def use(self, parts: Mapping[str, Tensor]) -> None:

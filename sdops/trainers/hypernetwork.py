@@ -25,7 +25,6 @@ from sdops.training.model import Model
 from sdops.training.parameters import Parameter
 from sdops.training.product import Chain, Network, Product
 
-RATE = 1e-5
 DECAY = 0.01
 _DEVIATION = 0.01  # of weights that begin `Normal`, and of norms
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -45,6 +44,8 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 class Method(method.Method):
     """The networks' weights and biases."""
 
+    rate = 1e-5
+
     def __init__(self, model: Model, config: Config) -> None:
         super().__init__(model, config)
         layers = [
@@ -58,12 +59,14 @@ class Method(method.Method):
         for layer, which in layers:
             if layer.in_features in self._networks.widths:
                 layer.forward = partial(self._forward, layer.forward, layer.in_features, which)
+        model.cross_attention.leave()
 
     def parameters(self) -> list[Parameter]:
         """All chains, keys before values, narrow before wide."""
         decay = DECAY if self.config.weight_decay < 0 else self.config.weight_decay
+        rate = self.config.lr or self.rate
         return [
-            Parameter(f"{width}.{which}.{name}", self._initial(f"{width}.{which}.{name}", shape), self._rate, decay)
+            Parameter(f"{width}.{which}.{name}", self._initial(f"{width}.{which}.{name}", shape), rate, decay)
             for width in self._networks.widths
             for which in "kv"
             for name, shape in self._networks.shapes(width).items()
@@ -90,10 +93,6 @@ class Method(method.Method):
             "last_layer_dropout": networks.shares[-2] > 0,
         }
         return Product(network=Network(pairs, settings))
-
-    @property
-    def _rate(self) -> float:
-        return self.config.lr or RATE
 
     def _initial(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Biases 0, weights as `weight_init` says, norms `Normal` whatever it says."""

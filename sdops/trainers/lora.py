@@ -17,12 +17,13 @@ from sdops.training.model import Model
 from sdops.training.parameters import Parameter
 from sdops.training.product import Layer, Product
 
-RATE = 1e-4
 DECAY = 0.01
 
 
 class Method(method.Method):
     """Adapters on layers."""
+
+    rate = 1e-4
 
     def __init__(self, model: Model, config: Config) -> None:
         super().__init__(model, config)
@@ -55,7 +56,7 @@ class Method(method.Method):
         return Product([_layer(change, by_layer[change.key]) for change in self._changes])
 
     def _rate(self, change: Change) -> float:
-        rate = self.config.lr or RATE
+        rate = self.config.lr or self.rate
         if change.component != "unet":
             rate = self.config.text_lr or rate
         return rate * self._block_rate(change.component, change.name)

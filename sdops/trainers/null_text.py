@@ -27,14 +27,14 @@ from sdops.training.product import Product, Texts
 from sdops.training.sampling import clean_of
 from sdops.training.tokens import VOCABULARY, Tokens
 
-RATE = 1e-2
 _SLACK = 2e-5  # by how much `enough` grows from step to step
 
 
 class Method(method.Method):
     """A text per step of DDIM."""
 
-    decodes = True
+    encodes = decodes = True
+    rate = 1e-2
     repeats = False
     measured = "error of the reconstruction"
     _settled: tuple[Tensor, Tensor] | None = None  # error and text of a step that is done
@@ -50,7 +50,7 @@ class Method(method.Method):
 
     def parameters(self) -> list[Parameter]:
         """The texts; each learns in its own steps, at a rate that falls to the half."""
-        rate, inner = self.config.lr or RATE, self.config.inner_steps
+        rate, inner = self.config.lr or self.rate, self.config.inner_steps
         return [
             Parameter(
                 f"null{index:03d}",

@@ -24,6 +24,7 @@ class Method(method.Method):
     """Vectors of new words."""
 
     encodes = True
+    rate = RATE
 
     def __init__(self, model: Model, config: Config) -> None:
         super().__init__(model, config)
@@ -32,7 +33,9 @@ class Method(method.Method):
 
     def parameters(self) -> list[Parameter]:
         """The vectors."""
-        return self._vectors.parameters(self.config.word_lr or self.config.lr or RATE, max(self.config.weight_decay, 0))
+        return self._vectors.parameters(
+            self.config.word_lr or self.config.lr or self.rate, max(self.config.weight_decay, 0)
+        )
 
     def use(self, parts: Mapping[str, Tensor]) -> None:
         """Put them beside the vocabularies."""

@@ -55,6 +55,10 @@ class CrossAttention:
         scales = [change.form.scale for change in self._changes for _ in range(change.form.rank)]
         self._scales = torch.tensor(scales).to(self._joined)
 
+    def leave(self) -> None:
+        """Make nothing any more: the layers read another text than the model's."""
+        self._layers = []
+
     def begin(self, text: Tensor) -> None:
         """Make everything for a text; nothing where a layer computes with another weight, because it learns."""
         self._text = None

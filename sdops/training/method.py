@@ -36,6 +36,7 @@ class Beginning:
 class Method:
     """A training method; the shelf's docstring says what each member is for."""
 
+    rate: float
     encodes = False
     trains_text = False
     decodes = False

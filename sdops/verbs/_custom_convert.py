@@ -20,7 +20,7 @@ from sdops.embeddings._types import Embedding
 from sdops.errors import MismatchError, UsageError
 from sdops.hub import is_reference
 from sdops.report import Report, Section
-from sdops.text import size, suggest
+from sdops.text import instead_of, size
 from sdops.verbs._adapter_names import names_of
 from sdops.verbs._adapter_source import AdapterSource, Lazy
 from sdops.verbs._custom_open import ConceptFile, FilePath, open_concepts, word_tensor
@@ -83,9 +83,7 @@ def convert(
 def check_layout(name: str) -> None:
     """Raises UsageError if there is no layout of that name."""
     if name not in ORDER:
-        close = suggest(name, ORDER)
-        hint = f"did you mean `{close}`?" if close else f"one of {', '.join(ORDER)}"
-        raise UsageError(f"there is no layout `{name}` of custom diffusion", hint=hint)
+        raise UsageError(f"there is no layout `{name}` of custom diffusion", hint=instead_of(name, ORDER))
 
 
 def _cannot_hold(file: ConceptFile, to: str, kinds: AbstractSet[str]) -> MismatchError:

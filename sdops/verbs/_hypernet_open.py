@@ -20,7 +20,7 @@ from sdops.errors import FormatError, UsageError
 from sdops.hub import located
 from sdops.hypernetworks import ORDER, find, layout
 from sdops.hypernetworks._types import Chain, Network, Written
-from sdops.text import suggest
+from sdops.text import instead_of
 from sdops.verbs._adapter_source import values_of
 from sdops.verbs._personal_files import open_saved
 
@@ -173,9 +173,7 @@ def check_layout(name: str) -> str:
         UsageError: there is none of that name.
     """
     if name not in ORDER:
-        close = suggest(name, ORDER)
-        hint = f"did you mean `{close}`?" if close else f"one of {', '.join(ORDER)}"
-        raise UsageError(f"there is no layout `{name}` of hypernetworks", hint=hint)
+        raise UsageError(f"there is no layout `{name}` of hypernetworks", hint=instead_of(name, ORDER))
     return name
 
 

@@ -4,65 +4,89 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
+from math import sqrt
 from typing import Any
 
 from sdops import __version__
-from sdops.training.product import Product
+from sdops.trainers import trainer
+from sdops.training.product import Layer, Product
 from sdops.verbs._provenance import RECIPE
 from sdops.verbs._train_plan import Course
 
-_MODULES = {"lora": "networks.lora", "loha": "lycoris.kohya", "lokr": "lycoris.kohya", "full": "lycoris.kohya"}
+_KOHYA, _LYCORIS = "networks.lora", "lycoris.kohya"
 _BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 _ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
 
 
 def header(course: Course, steps: int, product: Product) -> dict[str, str]:
     """Everything about the run that is nobody's secret: no folders. Without dates, so equal runs give equal files."""
-    found = {"format": "pt", **_network(product), **_training(course, steps), **_data(course), **_modelspec(course)}
+    found = {
+        "format": "pt",
+        **_network(product),
+        **_training(course, steps, product),
+        **_data(course),
+        **_modelspec(course),
+    }
+    return found | recipe_of(course, steps)
+
+
+def recipe_of(course: Course, steps: int) -> dict[str, str]:
+    """How the file was made: the entry that every output of sdops has."""
     recipe = {"version": __version__, "verb": "train", "method": course.method, "steps": steps}
     fixed = {**course.config.fixed(), "batch": course.plan.batch}
     recipe["settings"] = {name: value for name, value in fixed.items() if name not in _FOLDERS}
-    found[RECIPE] = json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))
-    return found
+    return {RECIPE: json.dumps(recipe, ensure_ascii=False, separators=(",", ":"))}
 
 
-_FOLDERS = ("model", "images", "masks", "class_images")
+_FOLDERS = ("model", "images", "masks", "class_images", "image_encoder")
 
 
 def _network(product: Product) -> dict[str, str]:
+    """As kohya-ss and LyCORIS say it: rank and alpha of linear layers, `conv_dim` and `conv_alpha` of 3x3 ones."""
     family = product.layers[0].family
     if family == "full":
-        return {"ss_network_module": _MODULES[family], "ss_network_args": json.dumps({"algo": "full"})}
-    ranks = Counter(_rank(layer.parts) for layer in product.layers)
-    alphas = {float(layer.settings["lora_alpha"]) for layer in product.layers}
-    args: dict[str, Any] = {} if family == "lora" else {"algo": family}
-    kernels = {_rank(layer.parts) for layer in product.layers if _is_convolution(layer.parts)}
-    if len(kernels) == 1:
-        args |= {"conv_dim": str(kernels.pop()), "conv_alpha": f"{alphas.copy().pop():g}"}
+        return {"ss_network_module": _LYCORIS, "ss_network_args": json.dumps({"algo": "full"})}
+    wide = [layer for layer in product.layers if _is_convolution(layer.parts)]
+    linear = [layer for layer in product.layers if not _is_convolution(layer.parts)]
+    args: dict[str, str] = {} if family == "lora" else {"algo": family}
+    if wide:
+        args |= {"conv_dim": _only(_rank(each.parts) for each in wide), "conv_alpha": _only(map(_alpha, wide))}
     if any("dora_scale" in layer.parts for layer in product.layers):
         args["dora_wd"] = "True"
     found = {
-        "ss_network_module": _MODULES[family],
-        "ss_network_dim": str(ranks.most_common(1)[0][0]) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+        "ss_network_module": _KOHYA if args.keys() <= {"conv_dim", "conv_alpha"} else _LYCORIS,
+        "ss_network_dim": _only(_rank(layer.parts) for layer in linear or wide),
+        "ss_network_alpha": _only(map(_alpha, linear or wide)),
     }
     return found | ({"ss_network_args": json.dumps(args)} if args else {})
 
 
-def _rank(parts: Any) -> int:
-    for name in ("down", "w1_b", "w2_b"):
-        if name in parts:
-            return int(parts[name].shape[0])
-    return int(min(parts["w2"].shape))
+def _only(numbers: Iterable[float | None]) -> str:
+    """The number that all share that have one, else `Dynamic`."""
+    found = {number for number in numbers if number is not None}
+    return f"{found.pop():g}" if len(found) == 1 else "Dynamic"
+
+
+def _alpha(layer: Layer) -> float:
+    """As the file has it: no dialect says that the root of the rank was taken."""
+    alpha = float(layer.settings["lora_alpha"])
+    return alpha * sqrt(_rank(layer.parts) or 1) if layer.settings["use_rslora"] else alpha
+
+
+def _rank(parts: Any) -> int | None:
+    """None for a LoKr whose large factor is whole."""
+    return next((int(parts[name].shape[0]) for name in ("down", "w1_b", "w2_b") if name in parts), None)
 
 
 def _is_convolution(parts: Any) -> bool:
     return "down" in parts and parts["down"].dim() == 4 and parts["down"].shape[-1] > 1
 
 
-def _training(course: Course, steps: int) -> dict[str, str]:
+def _training(course: Course, steps: int, product: Product) -> dict[str, str]:
     config = course.config
-    rate = config.lr or 1e-4
+    rate = config.lr or trainer(course.method).rate
+    components = {layer.component for layer in product.layers}
     per_step = course.plan.batch * config.accumulate
     values: dict[str, Any] = {
         "ss_output_name": config.name or course.output.stem,
@@ -71,8 +95,8 @@ def _training(course: Course, steps: int) -> dict[str, str]:
         "ss_v2": course.origin.family == "sd2",
         "ss_v_parameterization": course.origin.prediction == "v",
         "ss_learning_rate": rate,
-        "ss_unet_lr": rate,
-        "ss_text_encoder_lr": config.text_lr or rate,
+        "ss_unet_lr": rate if "unet" in components else None,
+        "ss_text_encoder_lr": (config.text_lr or rate) if components - {"unet"} else None,
         "ss_lr_scheduler": config.schedule,
         "ss_lr_warmup_steps": config.warmup,
         "ss_optimizer": f"AdamW(betas={config.beta1:g},{config.beta2:g},eps={config.adam_epsilon:g})",
@@ -103,7 +127,7 @@ def _training(course: Course, steps: int) -> dict[str, str]:
 
 def _data(course: Course) -> dict[str, str]:
     config, folder = course.config, course.folder
-    side = config.resolution or course.origin.resolution
+    side = config.resolution
     tags: Counter[str] = Counter()
     for caption in course.captions:
         tags.update(tag.strip() for tag in caption.split(",") if tag.strip())
@@ -130,7 +154,7 @@ def _data(course: Course) -> dict[str, str]:
 
 def _modelspec(course: Course) -> dict[str, str]:
     config, origin = course.config, course.origin
-    side = config.resolution or origin.resolution
+    side = config.resolution
     found = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{_ARCHITECTURES[origin.family]}/lora",

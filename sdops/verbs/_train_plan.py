@@ -18,7 +18,7 @@ from sdops.training.config import Config, settings_of
 from sdops.training.pictures import Folder, Picture
 from sdops.training.tokens import CHUNK, VOCABULARY, Tokens
 from sdops.verbs._train_origin import Origin
-from sdops.verbs._train_output import place_of
+from sdops.verbs._train_output import files_of, place_of
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "auto": 4}
 # Bytes of activations per latent pixel in half precision: reported peaks (SD1.5 at 512, SDXL at 1024) less weights.
@@ -171,7 +171,8 @@ def _check_words(course: Course) -> None:
 def _check_output(course: Course) -> None:
     """Refuse an output that is there, or has no room."""
     config = course.config
-    check_target(course.output, force=config.force or config.resume)
+    for path in files_of(course.method, course.output, course.to, list(course.words)):
+        check_target(path, force=config.force or config.resume)
     if config.resume and not course.state.is_file():
         raise UsageError(f"there is nothing to go on with: no `{course.state}`", hint="leave `--resume` away to begin")
     if course.state.exists() and not (config.force or config.resume):

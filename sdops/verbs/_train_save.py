@@ -75,6 +75,17 @@ def write(product: Product, course: Course, path: Path, steps: int, *, force: bo
     return _write_lora(product, course, path, to, steps, force=force)
 
 
+def check_layers(product: Product, course: Course) -> None:
+    """See whether the dialect can hold the layers, before they are trained.
+
+    Raises:
+        MismatchError: it cannot.
+    """
+    if product.layers and course.to not in CONCEPTS:
+        made = adapter_of(product.layers, course.origin.family, course.output.name, _of_layers(course), product.words)
+        spelled(made, course.to, {})
+
+
 def _write_lora(product: Product, course: Course, path: Path, to: str, steps: int, *, force: bool) -> list[Path]:
     """A LoRA-like file, and what belongs beside it."""
     dtype = _of_layers(course)

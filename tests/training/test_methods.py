@@ -15,6 +15,9 @@ from PIL import Image
 import sdops.trainers
 from fixtures import tiny_sd
 from sdops.core.source import read as read_tensor
+from sdops.core.tree import Leaf, Saved
+from sdops.custom_diffusion import find, layout
+from sdops.errors import OutputError
 from sdops.formats import open_source
 from sdops.trainers import METHODS
 from sdops.training.log import read
@@ -30,7 +33,7 @@ GIVEN = {
     "ti": {**WORDS, "lr": 2e-2},
     "pivotal": {**WORDS, "rank": 2, "lr": 1e-2, "words_until": 0.4},
     "dreamartist": {**WORDS, "lr": 2e-2},
-    "custom-diffusion": {**WORDS, "lr": 1e-2},
+    "custom-diffusion": {**WORDS, "lr": 1e-2, "to": "kohya"},
     "dreambooth": {"lr": 1e-4},
 }
 
@@ -60,6 +63,29 @@ def test_a_method_learns_and_saves_what_it_learnt(train, tmp_path, method):
         assert adapter.patches
         assert bool(adapter.extras) == ("tokens" in GIVEN[method])
         assert adapter.source.metadata["ss_steps"] == "3"
+
+
+def test_custom_diffusion_is_saved_as_its_web_ui_does(train, tmp_path):
+    report = train("custom-diffusion", **QUICK, **{**GIVEN["custom-diffusion"], "to": "webui"})
+    assert [Path(name).name for name in report.data["outputs"]] == ["out.safetensors", "out.pt"]
+    source = open_source(tmp_path / "out.safetensors")
+    saved = Saved({key: Leaf(key, spec) for key, spec in source.specs.items()}, source.metadata, "out")
+    source.close()
+    assert find(saved) == "webui"
+    edits = layout("webui").read(saved).edits
+    assert {edit.kind for edit in edits} == {"delta"}
+    assert {edit.layer.rpartition(".")[2] for edit in edits} == {"to_k", "to_v"}
+    assert open_embeddings(tmp_path / "out.pt").embeddings[0].name == "it"
+
+
+def test_every_file_that_exists_is_refused_before_training(train, tmp_path):
+    words = {**WORDS, "tokens": ("it", "that"), "template": "an {}", "force": False}
+    (tmp_path / "out-that.pt").write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"out-that\.pt"):
+        train("ti", **words, steps=1)
+    (tmp_path / "out-neg.pt").write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"out-neg\.pt"):
+        train("dreamartist", **{**words, "tokens": ("it",)}, steps=1)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])

@@ -96,7 +96,8 @@ def test_null_texts_lead_back_to_the_picture(train, tiny, one, tmp_path):
 
 
 def model_of(tiny):
-    from sdops.verbs._train_model import build, open_origin
+    from sdops.verbs._train_model import build
+    from sdops.verbs._train_origin import open_origin
 
     config = settings("lora", None, {"model": str(tiny)})
     return build(open_origin(config), config)
