@@ -110,12 +110,17 @@ class Config:
     least_lr: float = _key("train", 0.0, "Share of the rate that is left at the end", least=0, most=1, only=_MANY)
     cycles: int = _key("train", 1, "Cycles of the schedule `restarts`", least=1, only=_MANY)
     weight_decay: float = _key("train", -1.0, "Of AdamW (-1: the method's)", least=-1, only=_MANY)
-    beta1: float = _key("train", 0.9, "Of AdamW", least=0, most=1)
-    beta2: float = _key("train", 0.999, "Of AdamW", least=0, most=1)
+    beta1: float = _key("train", 0.9, "Of AdamW", least=0, most=0.99999)
+    beta2: float = _key("train", 0.999, "Of AdamW", least=0, most=0.99999)
     adam_epsilon: float = _key("train", 1e-8, "Of AdamW", least=0)
     clip: float = _key("train", 1.0, "Largest norm of the gradient of everything (0: no limit)", least=0)
     ema: float = _key(
-        "train", 0.0, "Save a moving average with this decay, e.g. 0.999 (0: none)", least=0, most=1, only=_MANY
+        "train",
+        0.0,
+        "Save a moving average with this decay, e.g. 0.999 (0: none)",
+        least=0,
+        most=0.99999,
+        only=_MANY,
     )
     checkpointing: bool = _key("train", False, "Compute activations again instead of keeping them: less memory, slower")
     graph: bool = _key("train", True, "On CUDA: record a step once for each shape and replay it", only=_MANY)
@@ -201,7 +206,7 @@ class Config:
     save_every: int = _key("output", 0, "Also save after every so many steps (0: only at the end)", least=0)
     validate_every: int = _key("output", 100, "Measure the loss with fixed noise that often (0: never)", least=0)
     validation: int = _key("output", 8, "Pictures that it is measured on", least=1, only=_MANY)
-    sample_every: int = _key("output", 0, "Paint the sample prompts that often (0: never)", least=0, only=_MANY)
+    sample_every: int = _key("output", 0, "Paint the sample prompts that often (0: at the end)", least=0, only=_MANY)
     sample_prompts: tuple[str, ...] = _key("output", (), "Prompts to paint", only=_MANY)
     sample_steps: int = _key("output", 20, "DDIM steps of a sample", least=1, only=_MANY)
     resume: bool = _key("output", False, "Go on where the last run of this output stopped")
@@ -286,6 +291,7 @@ def _document(file: Path) -> dict[str, Any]:
         ) from error
 
 
+_EXAMPLES = {bool: "true", int: "10", float: "0.5", str: '"..."', tuple: '["..."]'}  # in TOML
 _PATHS = ("model", "images", "masks", "class_images", "image_encoder", "output")
 
 
@@ -334,7 +340,11 @@ def _checked(setting: Field[Any], value: Any, where: str) -> Any:
             str: "a text",
             tuple: "a list of texts",
         }
-        raise UsageError(f"{start}`{name}` is `{value!r}`, not {words[kind]}", hint=told["help"], key=name)
+        raise UsageError(
+            f"{start}`{name}` is `{value!r}`, not {words[kind]}",
+            hint=f"{told['help']}: `{name} = {_EXAMPLES[kind]}`",
+            key=name,
+        )
     if told["choices"] and value not in told["choices"]:
         close = suggest(value, told["choices"])
         hint = f"did you mean `{close}`?" if close else f"one of {', '.join(told['choices'])}"

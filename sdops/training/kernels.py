@@ -29,7 +29,7 @@ class LoraLinear:
     def __call__(self, x: Tensor, layer: nn.Linear, down: Tensor, up: Tensor, scale: float) -> Tensor:
         """[..., K] -> [..., N]."""
         shape = (x.numel() // x.shape[-1], x.shape[-1], len(up), len(down))
-        if (x.dtype, *shape) not in self._seen and not torch.cuda.is_current_stream_capturing():
+        if (x.dtype, *shape) not in self._seen and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._seen.add((x.dtype, *shape))
             self._measure(shape, x)
         found: Tensor = self._package.lora_linear(x, layer.weight, layer.bias, down, up, scale, choices=self._choices)

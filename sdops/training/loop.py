@@ -91,7 +91,7 @@ class Course:
         """What happens after a step."""
         config = self.config
         saves = bool(config.save_every) and done % config.save_every == 0 and done < end
-        paints = bool(config.sample_every) and done % config.sample_every == 0
+        paints = bool(config.sample_prompts) and (done == end or done % (config.sample_every or end) == 0)
         measures = bool(config.validate_every) and (done % config.validate_every == 0 or done == end)
         is_cpu = self.feeder.model.device.type == "cpu"
         if is_cpu or saves or paints or measures or done == end or done % _LOOK_EVERY == 0:

@@ -155,5 +155,7 @@ class Model:
         self.unet.enable_gradient_checkpointing(partial(checkpoint, **how))
         self.unet.train()
         for encoder in self.encoders:
-            encoder.module.gradient_checkpointing_enable(how)
-            encoder.module.train()
+            module = encoder.module
+            name = "activation_checkpointing_enable"  # as it is called since transformers 5
+            getattr(module, name, module.gradient_checkpointing_enable)(how)
+            module.train()

@@ -22,6 +22,7 @@ _TITLES = {
     "rate": "Share of the learning rate",
 }
 _COLOURS = ("#d4691b", "#2b6cb0", "#1a7f4b", "#8e44ad", "#b3261e")
+_POINTS = 2000  # of a curve on a page, at most
 _MEAN = 0.05  # share of a run that the running mean looks back
 
 
@@ -51,6 +52,7 @@ def plot(logs: Sequence[Path], output: Path | None) -> Report:
         ]
     if output is not None:
         _write(output, entries, charts)
+        sections.append(Section("Page", [["wrote", str(output)]]))
     data = {
         "runs": {
             name: {key: [list(p) for p in _points(lines, key, mean=False)] for key in _TITLES}
@@ -162,7 +164,8 @@ def _svg(curves: Sequence[Curve]) -> str:
     lines = ""
     for index, curve in enumerate(curves):
         colour = _COLOURS[index % len(_COLOURS)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve.points))
+        shown = curve.points[:: 1 + len(curve.points) // _POINTS]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in shown))
         lines += f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
         lines += f'<text x="{64 + 170 * index}" y="234" fill="{colour}">{escape(curve.name[:26])}</text>'
     return grid + lines
