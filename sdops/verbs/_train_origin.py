@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from sdops.verbs._convert_wish import Wish
 
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
 RESOLUTIONS = {"sd1": 512, "sd2": 512, "sdxl": 1024}
+_KINDS = {"unknown": "no model that sdops knows", "adapter": "a LoRA or one of its relatives"}
 _ENCODERS = {"sd1": ("clip_l",), "sd2": ("clip_h",), "sdxl": ("clip_l", "clip_g")}
 ENCODER_FOLDERS = ("text_encoder", "text_encoder_2")
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 _FOLDER = Wish("diffusers", ema="drop", prune=True, unknown="drop")
 
 
@@ -57,6 +60,16 @@ class Origin:
         """The component's tensors without its name."""
         start = f"{component}/"
         return {key[len(start) :]: spec.shape for key, spec in self.source.specs.items() if key.startswith(start)}
+
+    def layers(self, component: str) -> int:
+        """How many layers a text encoder has."""
+        named = (_LAYER.search(key) for key in self.shapes(component))
+        return 1 + max(int(found[1]) for found in named if found)
+
+    @property
+    def cell(self) -> int:
+        """Pixels of a latent's side."""
+        return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
 
     @property
     def encoders(self) -> dict[str, str]:
@@ -101,10 +114,10 @@ def open_origin(config: Config) -> Origin:
 def _from_file(path: Path, source: FileSource) -> Origin:
     detection = detect(source.specs)
     if detection.family not in FAMILIES:
-        what = detection.title if detection.family != "unknown" else "no model that sdops knows"
+        what = _KINDS.get(detection.family, detection.title)
         raise MismatchError(
-            f"`{path}` is {what}; training knows {', '.join(FAMILIES.values())}",
-            hint="see what it is: `sdops inspect`",
+            f"`{path}` is {what}, and training is done on whole checkpoints of {', '.join(FAMILIES.values())}",
+            hint=f"`sdops inspect {path}` shows what is in it",
             path=path,
         )
     readable: Source = source

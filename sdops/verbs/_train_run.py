@@ -12,7 +12,8 @@ import torch
 
 from sdops.report import Report, Section
 from sdops.text import duration
-from sdops.trainers import trainer
+from sdops.trainers import METHODS, trainer
+from sdops.trainers._cards import CONCEPT, LAYERS
 from sdops.training import latents, sampling, state
 from sdops.training.batches import Sample
 from sdops.training.feeder import Feeder
@@ -27,7 +28,7 @@ from sdops.training.tokens import VOCABULARY, Tokens
 from sdops.training.workers import Workers, join
 from sdops.verbs._train_model import build, device_of
 from sdops.verbs._train_plan import Course
-from sdops.verbs._train_save import write
+from sdops.verbs._train_save import check_layers, write
 from sdops.verbs.train import Say
 
 _TELL_SECONDS = 5.0
@@ -90,7 +91,14 @@ class Running:
         self._identity = state.identity(
             course.method, config, course.plan.batch, self.parameters.names, course.folder.pictures
         )
+        if METHODS[course.method].saves in (LAYERS, CONCEPT):
+            check_layers(self.method.product(self._values()), course)
         self._start = self._resumed() if config.resume else 0
+
+    def _values(self) -> dict[str, torch.Tensor]:
+        """What was learnt so far, or its moving average, on the CPU."""
+        views = self.parameters.views(self.optimizer.average)
+        return {name: value.float().cpu() for name, value in views.items()}
 
     def _resumed(self) -> int:
         found = state.load(self.course.state, self._identity)
@@ -164,7 +172,7 @@ class Running:
             of_class,
         )
         encoded = feeder.encode_texts()
-        if not (config.sample_every or self.method.decodes):  # samples need everything
+        if not (config.sample_prompts or self.method.decodes):  # samples need everything
             self.model.vae.to("meta")
             for encoder in self.model.encoders if encoded else ():
                 encoder.module.to("meta")
@@ -184,8 +192,7 @@ class Running:
 
     def _save(self, path: Path, done: int) -> None:
         course, config = self.course, self.course.config
-        values = {name: value.float().cpu() for name, value in self.parameters.views(self.optimizer.average).items()}
-        product = self.method.product(values)
+        product = self.method.product(self._values())
         force = config.force or config.resume or path != course.output
         written = write(product, course, path, done, force=force)
         self.outputs += [each for each in written if each not in self.outputs]
@@ -197,7 +204,7 @@ class Running:
         config = self.course.config
         self.course.samples.mkdir(exist_ok=True)
         self.method.use(self.parameters.current())
-        side = config.resolution or self.model.resolution
+        side = config.resolution
         for index, prompt in enumerate(config.sample_prompts):
             text = prompt.replace("{}", " ".join(self.course.words))
             picture = sampling.paint(
