@@ -273,11 +273,3 @@ def test_what_does_not_fit_is_refused():
         LoRA(torch.zeros(8, 2), torch.zeros(3, 8))
     with pytest.raises(ValueError, match="fp8 weights have scales"):
         Bake([weight.to(torch.float8_e4m3fn)], [weight.to(torch.float8_e4m3fn)], [[]])
-
-
-def test_the_operator_is_registered():
-    make = Maker("cpu")
-    weight, change = make(16, 16), make.lora(16, 16, 2)
-    out = torch.empty_like(weight)
-    torch.ops.sdops_kernels.bake([weight], [out], [change.up], [change.down], [0.5])
-    assert torch.equal(out, bake([weight], [[change]])[0])

@@ -73,8 +73,8 @@ class LinearMerge:
     Args:
         models: N lists of tensors: float16, bfloat16 or float32, contiguous, the t-th of equal shape in all lists.
         outs: Where the results go; may be the tensors of a model.
-        coefficients: N numbers, or a list of N numbers per tensor. A Fraction means itself, a float the float32 next to
-            it.
+        coefficients: N numbers, or a list of N numbers per tensor. A float means the float32 next to it, a Fraction
+            itself; its denominator must be a power of two, for sums of thirds have no end.
         exact: Correctly rounded; False sums in plain float32, which is wrong in the last place for some in a hundred.
         backend: `triton`, `torch`, or None: Triton where there is a GPU.
 
@@ -239,6 +239,9 @@ class LinearMerge:
         )
 
     def _check(self, models: Sequence[Sequence[Tensor]]) -> None:
+        for c in {c for row in self.coefficients for c in row if isinstance(c, Fraction)}:
+            if c.denominator & (c.denominator - 1):
+                raise ValueError(f"the denominator of {c} is no power of two; a float means the float32 next to it")
         if any(len(model) != len(self.outs) for model in models) or not models:
             raise ValueError(f"{len(self.outs)} results, but models of {[len(model) for model in models]} tensors")
         for place, (inputs, out) in enumerate(zip(self.inputs, self.outs, strict=False)):

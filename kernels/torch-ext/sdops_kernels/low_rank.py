@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._registration import register
+
 __all__ = ["Factors", "low_rank", "singular_factors"]
 
 MEMORY = 2 << 30  # bytes of a batch of matrices
@@ -185,3 +187,35 @@ def _eigen(images: Tensor) -> tuple[Tensor, Tensor]:
     wide = images.double()
     squares, vectors = torch.linalg.eigh(wide @ wide.mT)
     return squares.flip(1).clamp(min=0).sqrt(), vectors.flip(2)
+
+
+def _op(matrices: list[Tensor], rank: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    found = low_rank(matrices, rank, seed=seed)
+    return [own.up for own in found], [own.down for own in found]
+
+
+def _fake(matrices: list[Tensor], rank: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    del seed
+    ups = [own.new_empty(len(own), min(rank, *own.shape), dtype=torch.float32) for own in matrices]
+    downs = [own.new_empty(min(rank, *own.shape), own.shape[1], dtype=torch.float32) for own in matrices]
+    return ups, downs
+
+
+def _op_of_products(ups: list[Tensor], downs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    found = singular_factors(ups, downs)
+    return [first.clone() for first, _ in found], [second.clone() for _, second in found]  # not views of batches
+
+
+def _fake_of_products(ups: list[Tensor], downs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    ranks = [min(*up.shape, down.shape[1]) for up, down in zip(ups, downs, strict=True)]
+    firsts = [up.new_empty(len(up), rank, dtype=torch.float64) for up, rank in zip(ups, ranks, strict=True)]
+    seconds = [
+        down.new_empty(rank, down.shape[1], dtype=torch.float64) for down, rank in zip(downs, ranks, strict=True)
+    ]
+    return firsts, seconds
+
+
+register("low_rank", "(Tensor[] matrices, int rank, int seed) -> (Tensor[], Tensor[])", _op, _fake)
+register(
+    "singular_factors", "(Tensor[] ups, Tensor[] downs) -> (Tensor[], Tensor[])", _op_of_products, _fake_of_products
+)

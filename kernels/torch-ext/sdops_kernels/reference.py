@@ -11,7 +11,21 @@ from torch import Tensor
 from .changes import Change, gain_of
 from .exact import Coefficient, exact_sum, round_once, to_odd, two_sum
 
-__all__ = ["bake", "exact_sum", "fp8_scale", "random_words", "total_change"]
+__all__ = [
+    "bake",
+    "dora_gains",
+    "fp8_scale",
+    "inner_products",
+    "linear_merge",
+    "lora_backward",
+    "lora_forward",
+    "lora_linear",
+    "low_rank",
+    "random_words",
+    "singular_factors",
+    "sparse_merge",
+    "total_change",
+]
 
 # Narrow dtypes: mantissa bits, exponent of the smallest normal number, largest value.
 GRIDS = {
@@ -116,6 +130,17 @@ def lora_backward(
     for_down = torch.mm(low.T, x) if wanted[1] else None
     for_up = torch.mm(gradient.T, inner) if wanted[2] else None
     return for_x, for_down, for_up
+
+
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a rank, up [o, r] and down [r, i], by the whole decomposition in float64."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return left[:, :rank] * values[:rank].sqrt(), values[:rank, None].sqrt() * right[:rank]
+
+
+def singular_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """up @ down in terms of its singular vectors, by the whole decomposition in float64."""
+    return low_rank(up.double() @ down.double(), up.shape[1])
 
 
 def total_change(values: Tensor, changes: Sequence[Change]) -> Tensor:

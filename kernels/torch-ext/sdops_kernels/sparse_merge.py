@@ -259,9 +259,28 @@ def _locate(counts: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     return counts.shape[-1] - 1 - index, place - before
 
 
-def _op(base: list[Tensor], models: list[Tensor], outs: list[Tensor], weights: list[float], density: float) -> None:
-    lists = [models[i * len(base) : (i + 1) * len(base)] for i in range(len(weights))]
-    SparseMerge("ties", base, lists, outs, density=density, weights=weights, normalize=True).run()
+def _op(
+    method: str,
+    base: list[Tensor],
+    models: list[Tensor],
+    outs: list[Tensor],
+    weights: list[float],
+    densities: list[float],
+    scale: float,
+    normalize: bool,
+    keys: list[int],
+) -> None:
+    count = len(weights)
+    lists = [models[i * len(base) : (i + 1) * len(base)] for i in range(count)]
+    pairs = list(zip(keys[::2], keys[1::2], strict=True))
+    own = [pairs[place * count : (place + 1) * count] for place in range(len(base))] if pairs else None
+    options: dict[str, Any] = {"density": densities, "weights": weights, "scale": scale, "normalize": normalize}
+    SparseMerge(method, base, lists, outs, keys=own, **options).run()
 
 
-register("ties_merge", "(Tensor[] base, Tensor[] models, Tensor(a!)[] outs, float[] weights, float density) -> ()", _op)
+register(
+    "sparse_merge",
+    "(str method, Tensor[] base, Tensor[] models, Tensor(a!)[] outs, float[] weights, float[] densities, float scale,"
+    " bool normalize, int[] keys) -> ()",
+    _op,
+)
