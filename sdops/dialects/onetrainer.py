@@ -18,7 +18,8 @@ from sdops.dialects._write import Written
 from sdops.dialects._write import write as write_common
 
 _KEYS = re.compile(r"lora_transformer_|lora_unet_(?:down_blocks|up_blocks|mid_block)_|lora_te\d_|bundle_emb\.")
-_TELLING = re.compile(r"lora_transformer_|lora_te\d_|bundle_emb\.")
+_TELLING = re.compile(r"lora_transformer_|lora_te\d_")
+_BUNDLED = re.compile(r"bundle_emb\.")  # others bundle embeddings with kohya's names, too
 
 
 def _prefixes(names: Names, component: str) -> tuple[str, ...]:
@@ -34,7 +35,8 @@ SPELLING = Spelling("onetrainer", "_", _prefixes, diffusers, norm_names=True, bu
 
 def score(keys: Collection[str]) -> float:
     """The prefixes, if one of them is not kohya's as well."""
-    return share_of(keys, _KEYS.match) if any(_TELLING.match(key) for key in keys) else 0.0
+    is_told = any(_TELLING.match(key) for key in keys) or all(_BUNDLED.match(key) for key in keys)
+    return share_of(keys, _KEYS.match) if is_told else 0.0
 
 
 def stems(names: Names) -> Mapping[str, Target]:
