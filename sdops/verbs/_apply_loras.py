@@ -9,6 +9,7 @@ FILE:0.8:lbw=1,0,0,0,1,1,1,1,1,1,1,1      block weights that multiply the streng
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from sdops.archs.blocks import block_of, block_slots
 from sdops.archs.detect import component_of, detect
 from sdops.core.dial import Dial, DialValue, Place, parse_dial
 from sdops.core.patch import Adapter
-from sdops.errors import UsageError
+from sdops.errors import FormatError, UsageError
+from sdops.hub import located
 from sdops.verbs._adapters import AdapterFile, name_of, open_adapter
 from sdops.verbs._file_strength import split_file
 from sdops.verbs._inputs import Opened
+from sdops.verbs._personal_files import not_a_lora
 
 Wish = AdapterFile | tuple[AdapterFile, DialValue]  # a LoRA as callers name it
 
@@ -113,7 +116,12 @@ def _open(wish: Wish, model: Opened, architecture: str | None, *, allow_unknown:
     else:
         path, given, options = wish, 1.0, {}
     strength = _strength(given, options, model, name_of(path))
-    adapter = open_adapter(path, allow_unknown=allow_unknown, architecture=architecture)
+    try:
+        adapter = open_adapter(path, allow_unknown=allow_unknown, architecture=architecture)
+    except FormatError as error:
+        if not isinstance(path, str | os.PathLike):
+            raise
+        raise not_a_lora(located(path), error) from None
     opened = Opened(adapter.source, adapter.source, detect(adapter.source.specs))
     spelled = f"{strength.dial.default:g}" if strength.dial.is_constant and not strength.blocks else "-blocks"
     return Lora(adapter, opened, strength, "" if spelled == "1" else spelled)

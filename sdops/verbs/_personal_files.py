@@ -7,7 +7,7 @@ from pathlib import Path
 from sdops import custom_diffusion, embeddings, hypernetworks
 from sdops.core.source import Source
 from sdops.core.tree import Leaf, Saved
-from sdops.embeddings._types import Contents, Vectors
+from sdops.embeddings._types import WIDTHS, Contents, Vectors
 from sdops.errors import FormatError, SdopsError
 from sdops.formats import open_source, open_tree
 from sdops.formats._file import read_head
@@ -15,6 +15,20 @@ from sdops.formats._file import read_head
 _PICTURES: tuple[tuple[int, bytes], ...] = (
     (0, b"\x89PNG"), (8, b"WEBP"), (0, b"\x00\x00\x00\x0cJXL "), (0, b"\xff\x0a"), (4, b"ftypavif"),
 )  # fmt: skip
+# Verb -> what its files are, and what to do with them in place of a LoRA.
+_NO_LORAS = {
+    "hypernet": (
+        "a hypernetwork",
+        "`sdops hypernet apply MODEL {0}` bakes it in, `sdops hypernet to-lora {0}` makes a LoRA",
+    ),
+    "custom": (
+        "custom diffusion",
+        "`sdops custom apply MODEL {0}` adds it to a model, `sdops custom to-lora {0}` makes a LoRA",
+    ),
+    "embed": ("an embedding", "it changes no weights: use it in prompts; `sdops embed inspect {0}` shows it"),
+}
+
+_OF_ANY_NAME = ("diffusers", "bare")  # layouts of embeddings in which any tensor could be one
 
 
 def is_picture(path: Path) -> bool:
@@ -52,7 +66,19 @@ def verb_for(path: Path) -> str:
         return "hypernet"
     if custom_diffusion.find(saved):
         return "custom"
-    return "embed" if embeddings.find(Contents(saved.tree, saved.metadata, saved.stem, _closed)) else ""
+    found = embeddings.find(Contents(saved.tree, saved.metadata, saved.stem, _closed))
+    widths = {spec.shape[-1] for spec in source.specs.values() if spec.shape}
+    if found in _OF_ANY_NAME and not widths & WIDTHS.keys():
+        return ""  # some tensor, rather than a word
+    return "embed" if found else ""
+
+
+def not_a_lora(path: Path, error: FormatError) -> FormatError:
+    """What to say of a file that was to be a LoRA: if another verb knows it, which; else the error as it is."""
+    if not (verb := verb_for(path)):
+        return error
+    kind, hint = _NO_LORAS[verb]
+    return FormatError(f"`{path}` is {kind}, no LoRA", hint=hint.format(path), path=path)
 
 
 def _closed(leaf: Leaf) -> Vectors:
