@@ -69,6 +69,24 @@ def test_settings(train, tmp_path):
     refused(train, tmp_path, OutputError, "exists already")
 
 
+def test_settings_that_contradict_each_other_or_the_model(train, tmp_path):
+    refused(train, tmp_path, UsageError, "no noise step is left", least_step=500, most_step=100)
+    refused(train, tmp_path, UsageError, "no prompts", "--sample-prompts", sample_every=5)
+    refused(train, tmp_path, UsageError, "predicts noise", "--prediction v", zero_terminal_snr=True)
+    refused(train, tmp_path, UsageError, "`clip_skip` is 2, of this model's at most 1", clip_skip=2)
+    refused(train, tmp_path, UsageError, "`resolution` is 33", "multiple of 2", resolution=33, buckets=False)
+    refused(train, tmp_path, UsageError, "multiples of 64, more than", "--bucket-step 8", bucket_step=64)
+    refused(train, tmp_path, UsageError, "not as `out.ckpt`", "out.safetensors", output=str(tmp_path / "out.ckpt"))
+    (tmp_path / "file").write_text("")
+    refused(train, tmp_path, OutputError, "is no folder", "--latents", latents=str(tmp_path / "file"))
+
+
+def test_a_dialect_that_cannot_hold_it_is_refused_before_the_first_step(train, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    refused(train, tmp_path, MismatchError, "`diffusers` cannot hold", "--to kohya", family="lokr", to="diffusers")
+    refused(train, tmp_path, MismatchError, "`peft` cannot hold", method="dreambooth", to="peft")
+
+
 def test_no_room(train, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
