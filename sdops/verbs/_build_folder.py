@@ -92,12 +92,15 @@ def build_folder(
     return many_report(builds, results, time.monotonic() - begin)
 
 
-def build_all(jobs: Sequence[Job], running: Mapping[str, Any]) -> None:
+def build_all(jobs: Sequence[Job], running: Mapping[str, Any]) -> list[Report]:
     """Do the builds of a sweep side by side; all that can be done are, before the first error is raised.
 
     Args:
         jobs: What.
         running: As for `build_job`, and workers and cluster.
+
+    Returns:
+        What is told of each.
 
     Raises:
         SdopsError: as the builds, or as `build_many`.
@@ -116,10 +119,14 @@ def build_all(jobs: Sequence[Job], running: Mapping[str, Any]) -> None:
         )
         for job in jobs
     ]
-    progress = running["progress"]
-    for result in build_many(builds, workers=running["workers"], cluster=running["cluster"], progress=progress):
+    reports = []
+    for result in build_many(
+        builds, workers=running["workers"], cluster=running["cluster"], progress=running["progress"]
+    ):
         if isinstance(result, SdopsError):
             raise result
+        reports.append(result)
+    return reports
 
 
 def _check_names(given: Iterable[str], known: set[str], what: str, folder: FilePath) -> None:

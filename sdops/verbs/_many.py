@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sdops.core.run import FORK_BYTES, default_jobs
-from sdops.core.sink import check_target, tag
+from sdops.core.sink import tag
 from sdops.errors import OutputError, SdopsError, UsageError
 from sdops.report import Progress, Report, silent
 from sdops.text import count
@@ -125,12 +125,12 @@ def _checked(builds: Sequence[Build]) -> list[int]:
         planned = PlannedWithStored(checked, build.found(checked), path.parent, {}, build.memory)
         try:
             planned.check(path, force=build.force)
-            result = planned.result
-            specs = result.lazy().specs if result.is_lazy else {}
-            sizes.append(sum(spec.nbytes for spec in specs.values()) or 1)
+            lazy = planned.result.lazy() if planned.result.is_lazy else None
+            if lazy is not None:
+                lazy.check(path, force=build.force)
+            sizes.append(sum(spec.nbytes for spec in lazy.specs.values()) if lazy else 1)
         finally:
             planned.close()
-        check_target(path, force=build.force)
     return sizes
 
 

@@ -14,8 +14,8 @@ from itertools import product
 from math import prod
 
 from sdops.errors import UsageError
-from sdops.verbs._recipe_check import check_recipe
-from sdops.verbs._recipe_text import Parameter, Recipe, Scalar, checked_value, read_value, wrong
+from sdops.verbs._recipe_check import Checked, check_recipe
+from sdops.verbs._recipe_text import Parameter, Recipe, Scalar, read_value, wrong
 
 MOST_CELLS = 1000
 
@@ -69,8 +69,8 @@ def is_sweep(settings: Mapping[str, object]) -> bool:
     return any(isinstance(value, list | tuple) for value in settings.values())
 
 
-def cells(recipe: Recipe, settings: Mapping[str, object]) -> list[dict[str, Scalar]]:
-    """All combinations, the last parameter changing first; every one is checked.
+def cells(recipe: Recipe, settings: Mapping[str, object]) -> list[tuple[dict[str, Scalar], Checked]]:
+    """All combinations, the last parameter changing first, and the recipe with each.
 
     Raises:
         UsageError: a value does not fit, there are too many, or a step asks for an output of its own.
@@ -89,6 +89,5 @@ def cells(recipe: Recipe, settings: Mapping[str, object]) -> list[dict[str, Scal
     for values in product(*lists.values()):
         one = dict(zip(lists, values, strict=True))
         checked = check_recipe(recipe, one)
-        found.append({name: checked_value(recipe.parameters[name], one[name], name) for name in one})
-        del checked
+        found.append(({name: checked.values[name] for name in one}, checked))
     return found

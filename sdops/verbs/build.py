@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from sdops.errors import OutputError, SdopsError, UsageError
 from sdops.report import Progress, Report, silent
 from sdops.text import suggest
 from sdops.verbs._recipe_check import check_recipe
-from sdops.verbs._recipe_inputs import FilePath, find_inputs
+from sdops.verbs._recipe_inputs import FilePath, check_hashes, find_inputs
 from sdops.verbs._recipe_sweep import cells, is_sweep
 from sdops.verbs._recipe_text import Recipe, read_recipe
 
@@ -132,18 +132,21 @@ def _sweep(
     begin = time.monotonic()
     jobs = sweep_jobs(recipe, settings, inputs, output, root, ignore_hashes=ignore_hashes)
     _check_page(html, force=running["force"])
-    warnings: list[str] = []
-    with _folder(jobs[0].output.parent, make=not running["dry_run"]):
-        for job in jobs:  # whatever is wrong with one is told before the first is built
-            warnings += build_job(job, {**running, "dry_run": True}).warnings
+    found = find_inputs(recipe, inputs, root)
     sheet = [Cell(job.settings, job.output, 0.0, {}) for job in jobs]
-    if not running["dry_run"]:
-        found = find_inputs(recipe, inputs, root)
-        build_all(jobs, running)
-        for number, job in enumerate(jobs):
-            sheet[number] = measured(job.settings, job.output, found, running["jobs"], running["progress"])
+    try:
+        with _folder(jobs[0].output.parent, make=not running["dry_run"]):
+            if not ignore_hashes:  # once, before the first is built
+                check_hashes(found.values(), running["progress"])
+            reports = [build_job(job, running) for job in jobs] if running["dry_run"] else build_all(jobs, running)
+        if not running["dry_run"]:
+            for number, job in enumerate(jobs):
+                sheet[number] = measured(job.settings, job.output, found, running["jobs"], running["progress"])
+    finally:
+        for one in found.values():
+            one.close()
     report = sheet_report(recipe.name, sheet, time.monotonic() - begin, dry_run=running["dry_run"])
-    report.warnings = list(dict.fromkeys(warnings))
+    report.warnings = list(dict.fromkeys(text for one in reports for text in one.warnings))
     if html is not None and not running["dry_run"]:
         from sdops.verbs._recipe_sheet_page import write_page
 
@@ -155,7 +158,7 @@ def _sweep(
 
 @contextmanager
 def _folder(path: Path, *, make: bool) -> Iterator[None]:
-    """A folder for results, which goes again if the checks fail."""
+    """A folder for results, which goes again if nothing was built."""
     new = make and not path.exists()
     if new:
         path.mkdir()
@@ -163,7 +166,8 @@ def _folder(path: Path, *, make: bool) -> Iterator[None]:
         yield
     except BaseException:
         if new:
-            path.rmdir()
+            with suppress(OSError):
+                path.rmdir()
         raise
 
 
@@ -187,15 +191,8 @@ def sweep_jobs(
     if folder.suffix in (".safetensors", ".ckpt") or folder.is_file():
         raise UsageError(f"a sweep writes several files, `{folder}` is one", hint="`-o FOLDER`")
     return [
-        Job(
-            recipe,
-            check_recipe(recipe, one).values,
-            inputs,
-            folder / derived_name(check_recipe(recipe, one), one, inputs),
-            root,
-            ignore_hashes,
-        )
-        for one in cells(recipe, settings)
+        Job(recipe, checked.values, inputs, folder / derived_name(checked, one, inputs), root, ignore_hashes)
+        for one, checked in cells(recipe, settings)
     ]
 
 
