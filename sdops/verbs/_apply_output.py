@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdops.core.blas import one_thread
+from sdops.core.run import run
 from sdops.core.sink import SafetensorsSink, Sink
 from sdops.core.sink_folder import FolderSink, Tensors
 from sdops.core.sink_shards import ShardedSink, split
+from sdops.core.source import Source
 from sdops.core.spec import Spec
 from sdops.errors import OutputError
 from sdops.formats.diffusers import DiffusersFolder
+from sdops.report import Progress
 from sdops.verbs._convert_folder import small_files
 from sdops.verbs._convert_output import check_output
+from sdops.verbs._hashes import Hashes
 from sdops.verbs._inputs import Opened
-from sdops.verbs._provenance import RECIPE
+from sdops.verbs._provenance import RECIPE, with_hashes, without_hashes
 
 SUFFIX = ".safetensors"
 INDEX = f"{SUFFIX}.index.json"
@@ -76,6 +81,46 @@ def sink_of(specs: Mapping[str, Spec], model: Opened, path: Path, header: Mappin
     if isinstance(model.origin, DiffusersFolder) and not is_file(path):
         return FolderSink(path, _files(specs, model.origin, header), force=force)
     return SafetensorsSink(path, specs, header, force=force)
+
+
+def save(
+    made: Source,
+    parts: Sequence[Opened],
+    path: Path,
+    header: Mapping[str, str],
+    *,
+    jobs: int,
+    force: bool,
+    hash_inputs: bool,
+    progress: Progress,
+) -> str:
+    """Write a result; returns its recipe, with the inputs' hashes in it.
+
+    Args:
+        made: The result.
+        parts: The model first, then what is added to it.
+        path: As for `sink_of`.
+        header: Metadata with a recipe.
+        jobs: Threads.
+        force: Replace what is there.
+        hash_inputs: Put the inputs' SHA-256 into the recipe.
+        progress: Called as `progress(label, total_bytes)`.
+
+    Raises:
+        OutputError, FormatError, ChangedError: as in all verbs that write.
+    """
+    recipe = header[RECIPE] if hash_inputs else without_hashes(header[RECIPE])
+    with sink_of(made.specs, parts[0], path, {**header, RECIPE: recipe}, force=force) as sink:
+        with Hashes(parts, enabled=hash_inputs) as hashes:
+            with progress("applying", sink.nbytes) as advance, one_thread():
+                run(made, sink, jobs=jobs, progress=advance)
+            digests = hashes.wait(progress)
+        for part in parts:
+            part.check_unchanged()
+        if hash_inputs:
+            recipe = with_hashes(recipe, digests)
+        sink.commit({RECIPE: recipe})
+    return recipe
 
 
 def _files(specs: Mapping[str, Spec], model: DiffusersFolder, header: Mapping[str, str]) -> dict[str, bytes | Tensors]:

@@ -20,7 +20,7 @@ from sdops.report import Progress
 from sdops.verbs._adapter_source import AdapterSource, Lazy
 from sdops.verbs._custom_open import ConceptFile, Doubles, as_lora, word_tensor
 from sdops.verbs._hashes import part_record
-from sdops.verbs._inputs import Opened
+from sdops.verbs._inputs import Opened, input_of
 from sdops.verbs._provenance import RECIPE
 
 
@@ -67,7 +67,7 @@ def write_lora(
     from sdops.verbs._adapter_save import save
     from sdops.verbs._adapters import Spelled, open_adapter, spelled
 
-    inputs = [*(_input(file, base) for file in files), base]
+    inputs = [*(input_of(as_lora(file, base)) for file in files), base]
     records = [*(part_record(f"concept{n}", part) for n, part in enumerate(inputs[:-1], 1)), part_record("base", base)]
     header = {"format": "pt", "modelspec.title": path.stem}
     header[RECIPE] = json.dumps({**recipe, "inputs": records}, ensure_ascii=False, separators=(",", ":"))
@@ -90,10 +90,3 @@ def _edit(source: AdapterSource, module: str) -> Edit:
 def _stem(module: str) -> str:
     """What kohya calls a layer."""
     return "lora_unet_" + module.replace(".", "_")
-
-
-def _input(file: ConceptFile, base: Opened) -> Opened:
-    from sdops.archs.detect import detect
-
-    source = as_lora(file, base)
-    return Opened(source, source, detect(source.specs))

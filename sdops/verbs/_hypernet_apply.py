@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdops import __version__
-from sdops.archs.detect import detect
-from sdops.core.run import default_jobs, run
-from sdops.core.sink import SafetensorsSink, check_inputs, check_space, check_target
+from sdops.core.run import default_jobs
+from sdops.core.sink import check_inputs
 from sdops.errors import UsageError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, duration, size
 from sdops.verbs._apply_base import open_base, output_of
+from sdops.verbs._apply_output import INDEX, SUFFIX, is_file, is_folder, is_pipeline, is_sharded, save, sink_of, stem_of
 from sdops.verbs._file_strength import Wish, with_number
-from sdops.verbs._hashes import Hashes, part_record
+from sdops.verbs._folder_model import as_single_file
+from sdops.verbs._hashes import part_record
 from sdops.verbs._hypernet_layers import (
     Attention,
     Maps,
@@ -37,8 +37,8 @@ from sdops.verbs._hypernet_layers import (
     value_change,
 )
 from sdops.verbs._hypernet_open import FilePath, HypernetFile, open_network
-from sdops.verbs._inputs import Model, Opened
-from sdops.verbs._provenance import RECIPE, metadata, with_hashes, without_hashes
+from sdops.verbs._inputs import Model, Opened, input_of
+from sdops.verbs._provenance import RECIPE, metadata
 
 if TYPE_CHECKING:
     from sdops.core.adding import Singles
@@ -68,7 +68,8 @@ def apply(
     Args:
         model: A path or Source with a U-Net of SD1, SD2 or SDXL.
         networks: Hypernetworks in the order in which they act: a path, `"PATH:STRENGTH"`, or path and strength.
-        output: Where to write; default: `MODEL+NETWORK.safetensors` in this folder.
+        output: Where to write: a file, `NAME.safetensors.index.json` for shards, or, if the model is a folder of
+            diffusers, a folder; default: `MODEL+NETWORK`, as the model is, in this folder.
         fit: Take the nearest linear map where a network is not linear, as far as contexts of this model go.
         dtype: Of the changed tensors: keep, fp32, fp16 or bf16.
         jobs: Threads; default: one per core.
@@ -86,25 +87,31 @@ def apply(
     if dtype not in DTYPES:
         raise UsageError(f"`dtype` cannot be `{dtype}`", hint=f"choose one of {', '.join(DTYPES)}")
     opened, base = open_networks(networks), open_base(model)
-    found = reached(attentions(base), opened, base)
     path = Path(_derived(base, opened) if output is None else output)
-    files = [file.path for file, _ in opened]
-    check_inputs(path, [*files, *(file for leaf in base.leaves() for file in leaf.files)])
-    check_target(path, force=force)
+    if is_pipeline(base) and is_file(path):
+        base = as_single_file(base)
+    found = reached(attentions(base), opened, base)
+    parts = [base, *(input_of(file.source) for file, _ in opened)]
+    check_inputs(path, [file for part in parts for leaf in part.leaves() for file in leaf.files])
+    sink_of(base.source.specs, base, path, {RECIPE: ""}, force=force)  # checks alone
     maps = maps_of(opened, found, contexts_of(base, found) if fit else None)
     check_biases(found, maps, base)
-    made = _Baked(base, opened, found, maps, DTYPES[dtype])
-    check_space(path, sum(spec.nbytes for spec in made.source.specs.values()))
+    made = _baked(base, found, maps, DTYPES[dtype])
     report = report_of("hypernet apply", base, opened, found, maps, path)
     report.data["dry_run"] = dry_run
     if dry_run:
         report.hints.append("nothing was written; leave `--dry-run` away to apply")
         return report
     begin = time.monotonic()
-    made.save(path, jobs=jobs or default_jobs(), force=force, hash_inputs=hash_inputs, progress=progress)
-    kept = made.source.adder.kept_overall()
+    names = [base.name, *(file.path.name for file, _ in opened)]
+    header = metadata(base.source.metadata, base.detection.modelspec, path.stem, names, _recipe(parts, opened))
+    save(
+        made, parts, path, header, jobs=jobs or default_jobs(), force=force, hash_inputs=hash_inputs, progress=progress
+    )
+    kept = made.adder.kept_overall()
     report.data |= {"seconds": round(time.monotonic() - begin, 3), "kept_overall": kept}
-    rows = [["wrote", f"{path}, {size(path.stat().st_size)} in {duration(time.monotonic() - begin)}"]]
+    nbytes = sum(spec.nbytes for spec in made.specs.values())
+    rows = [["wrote", f"{path}, {size(nbytes)} in {duration(time.monotonic() - begin)}"]]
     if kept is not None:
         rows.append(["strength kept", f"{kept:.1%} of what was added survived the rounding"])
     report.sections.append(Section("Result", rows))
@@ -124,57 +131,29 @@ def open_networks(wishes: Sequence[Wish]) -> list[tuple[HypernetFile, float]]:
 
 def _derived(model: Opened, networks: Networks) -> str:
     parts = [f"{file.path.stem}{'' if strength == 1 else f'{strength:g}'}" for file, strength in networks]
-    return "+".join([Path(model.name).stem, *parts]) + ".safetensors"
+    return "+".join([stem_of(model), *parts]) + ("" if is_folder(model) else INDEX if is_sharded(model) else SUFFIX)
 
 
-class _Baked:
-    """The result as a Source, and how it is written."""
+def _baked(model: Opened, found: Sequence[Attention], maps: Mapping[int, Maps], dtype: str) -> Applied:
+    """The result as a Source."""
+    from sdops.core.applied import Dense
+    from sdops.verbs._apply_changes import Changes
 
-    def __init__(
-        self, model: Opened, networks: Networks, found: Sequence[Attention], maps: Mapping[int, Maps], dtype: str
-    ) -> None:
-        from sdops.core.applied import Dense
-        from sdops.verbs._apply_changes import Changes
-
-        changes = Changes(model, [], peft_dora=False)
-        for each in found:
-            changes.terms[each.keys] = [Dense(partial(_dense, key_change, each, maps))]
-            changes.terms[each.values] = [Dense(partial(_dense, value_change, each, maps))]
-            if maps[each.width].v.offset.any():
-                changes.terms[f"{each.out}.bias"] = [Dense(partial(_dense, bias_change, each, maps))]
-        self.source: Applied = output_of(model, model.source, changes, ("", dtype), sequential=False, seed=None)
-        self.model, self.networks = model, networks
-        self.parts = [model, *(_opened(file) for file, _ in networks)]
-
-    def save(self, path: Path, *, jobs: int, force: bool, hash_inputs: bool, progress: Progress) -> None:
-        """Write it."""
-        names = [self.model.name, *(file.path.name for file, _ in self.networks)]
-        made = self._recipe()
-        header = metadata(self.model.source.metadata, self.model.detection.modelspec, path.stem, names, made)
-        if not hash_inputs:
-            header[RECIPE] = without_hashes(header[RECIPE])
-        with SafetensorsSink(path, self.source.specs, header, force=force) as sink:
-            with Hashes(self.parts, enabled=hash_inputs) as hashes:
-                with progress("applying", sink.nbytes) as advance:
-                    run(self.source, sink, jobs=jobs, progress=advance)
-                digests = hashes.wait(progress)
-            for part in self.parts:
-                part.check_unchanged()
-            if hash_inputs:
-                header[RECIPE] = with_hashes(header[RECIPE], digests)
-            sink.commit({RECIPE: header[RECIPE]})
-
-    def _recipe(self) -> dict[str, Any]:
-        strengths = [strength for _, strength in self.networks]
-        records = [part_record("model", self.parts[0])]
-        for number, (part, strength) in enumerate(zip(self.parts[1:], strengths, strict=True), start=1):
-            records.append(part_record(f"hypernet{number}", part) | {"strength": strength})
-        made = {"version": __version__, "verb": "hypernet apply", "inputs": records}
-        return dict(json.loads(json.dumps(made)))
+    changes = Changes(model, [], peft_dora=False)
+    for each in found:
+        changes.terms[each.keys] = [Dense(partial(_dense, key_change, each, maps))]
+        changes.terms[each.values] = [Dense(partial(_dense, value_change, each, maps))]
+        if maps[each.width].v.offset.any():
+            changes.terms[f"{each.out}.bias"] = [Dense(partial(_dense, bias_change, each, maps))]
+    return output_of(model, model.source, changes, ("", dtype), sequential=False, seed=None)
 
 
-def _opened(file: HypernetFile) -> Opened:
-    return Opened(file.source, file.source, detect(file.source.specs))
+def _recipe(parts: Sequence[Opened], networks: Networks) -> dict[str, Any]:
+    """Everything needed to make the file again."""
+    records = [part_record("model", parts[0])]
+    for number, (part, (_, strength)) in enumerate(zip(parts[1:], networks, strict=True), start=1):
+        records.append(part_record(f"hypernet{number}", part) | {"strength": strength})
+    return {"version": __version__, "verb": "hypernet apply", "inputs": records}
 
 
 def _dense(change: Any, each: Attention, maps: Mapping[int, Maps], weights: Weights) -> Singles:

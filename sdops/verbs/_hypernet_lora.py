@@ -18,7 +18,7 @@ from sdops.verbs._adapter_names import ARCHITECTURES, names_of
 from sdops.verbs._apply_base import open_base
 from sdops.verbs._file_strength import Wish
 from sdops.verbs._hashes import part_record
-from sdops.verbs._hypernet_apply import _opened, open_networks, report_of
+from sdops.verbs._hypernet_apply import open_networks, report_of
 from sdops.verbs._hypernet_layers import (
     Attention,
     Maps,
@@ -33,7 +33,7 @@ from sdops.verbs._hypernet_layers import (
     reader,
     value_change,
 )
-from sdops.verbs._inputs import Model, Opened
+from sdops.verbs._inputs import Model, Opened, input_of
 from sdops.verbs._provenance import RECIPE
 from sdops.verbs._rank_rules import checked
 
@@ -108,7 +108,7 @@ def to_lora(
     path = Path(f"{opened[0][0].path.stem}.lora.safetensors" if output is None else output)
     from sdops.verbs._adapter_save import check_output
 
-    parts = [*(_opened(file) for file, _ in opened), base]
+    parts = [*(input_of(file.source) for file, _ in opened), base]
     check_output(path, parts, (), force=force)
     maps = maps_of(opened, found, contexts_of(base, found) if fit else None)
     check_biases(found, maps, base)

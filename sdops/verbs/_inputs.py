@@ -113,6 +113,11 @@ def open_model(model: Model) -> Opened:
     return Opened(Dequantised(origin), origin, detection)
 
 
+def input_of(source: Source) -> Opened:
+    """What is open already, as an input of a run: hashed, and watched for changes."""
+    return Opened(source, source, detect(source.specs))
+
+
 def same_names(model: Opened, first: Opened, kind: str = "") -> Opened:
     """Give a model's tensors the names, and where it needs that the layouts, that the first model has.
 

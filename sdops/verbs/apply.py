@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from sdops import __version__
 from sdops.core.accel import check_device
-from sdops.core.run import default_jobs, run
+from sdops.core.run import default_jobs
 from sdops.core.sink import check_inputs
 from sdops.errors import UsageError
 from sdops.report import Progress, Report, silent
 from sdops.verbs._apply_base import check_architectures, check_matched, foreign_base, open_base, output_of, unpacked
 from sdops.verbs._apply_loras import Lora, Wish, open_loras
-from sdops.verbs._apply_output import INDEX, SUFFIX, is_file, is_folder, is_pipeline, is_sharded, sink_of, stem_of
+from sdops.verbs._apply_output import INDEX, SUFFIX, is_file, is_folder, is_pipeline, is_sharded, save, sink_of, stem_of
 from sdops.verbs._apply_report import done_report, dry_report
-from sdops.verbs._hashes import Hashes, part_record
+from sdops.verbs._hashes import part_record
 from sdops.verbs._inputs import Model, Opened
-from sdops.verbs._provenance import LONGEST_NAME, RECIPE, compact, metadata, with_hashes, without_hashes
+from sdops.verbs._provenance import LONGEST_NAME, RECIPE, compact, metadata
 
 if TYPE_CHECKING:
     from sdops.core.applied import Applied
@@ -287,28 +287,17 @@ class Apply:
         Raises:
             OutputError, FormatError, ChangedError: as `apply`.
         """
-        from sdops.core.blas import one_thread
-
         made = self._for(Path(output))
         if made is not self:
             return made.save(output, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
         self.check(output, force=force)
         begin = time.monotonic()
         self.computed = self._computed()  # counts begin at zero
-        header = dict(self.metadata)
-        if not hash_inputs:
-            header[RECIPE] = without_hashes(header[RECIPE])
-        with sink_of(self.specs, self.model, Path(output), header, force=force) as sink:
-            with Hashes(self.parts.values(), enabled=hash_inputs) as hashes:
-                with progress("applying", sink.nbytes) as advance, one_thread():
-                    run(self.computed, sink, jobs=jobs or default_jobs(), progress=advance)
-                digests = hashes.wait(progress)
-            for part in self.parts.values():
-                part.check_unchanged()
-            if hash_inputs:
-                header[RECIPE] = with_hashes(header[RECIPE], digests)
-            sink.commit({RECIPE: header[RECIPE]})
-        return done_report(self, Path(output), time.monotonic() - begin, json.loads(header[RECIPE]))
+        recipe = save(
+            self.computed, list(self.parts.values()), Path(output), self.metadata,
+            jobs=jobs or default_jobs(), force=force, hash_inputs=hash_inputs, progress=progress,
+        )  # fmt: skip
+        return done_report(self, Path(output), time.monotonic() - begin, json.loads(recipe))
 
     def dry_run(self, output: str | os.PathLike[str], *, force: bool = False, jobs: int | None = None) -> Report:
         """What `save` would do, after the same checks."""
