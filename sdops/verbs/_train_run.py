@@ -13,7 +13,7 @@ import torch
 from sdops.report import Report, Section
 from sdops.text import duration
 from sdops.trainers import METHODS, trainer
-from sdops.trainers._cards import CONCEPT, LAYERS
+from sdops.trainers._cards import TEXTS, VECTOR
 from sdops.training import latents, sampling, state
 from sdops.training.batches import Sample
 from sdops.training.feeder import Feeder
@@ -28,7 +28,7 @@ from sdops.training.tokens import VOCABULARY, Tokens
 from sdops.training.workers import Workers, join
 from sdops.verbs._train_model import build, device_of
 from sdops.verbs._train_plan import Course
-from sdops.verbs._train_save import check_layers, write
+from sdops.verbs._train_save import check_writable, write
 from sdops.verbs.train import Say
 
 _TELL_SECONDS = 5.0
@@ -91,8 +91,8 @@ class Running:
         self._identity = state.identity(
             course.method, config, course.plan.batch, self.parameters.names, course.folder.pictures
         )
-        if METHODS[course.method].saves in (LAYERS, CONCEPT):
-            check_layers(self.method.product(self._values()), course)
+        if METHODS[course.method].saves not in (TEXTS, VECTOR):
+            check_writable(self.method.product(self._values()), course)
         self._start = self._resumed() if config.resume else 0
 
     def _values(self) -> dict[str, torch.Tensor]:

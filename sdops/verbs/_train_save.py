@@ -75,13 +75,19 @@ def write(product: Product, course: Course, path: Path, steps: int, *, force: bo
     return _write_lora(product, course, path, to, steps, force=force)
 
 
-def check_layers(product: Product, course: Course) -> None:
-    """See whether the dialect can hold the layers, before they are trained.
+def check_writable(product: Product, course: Course) -> None:
+    """See whether the dialect or layout can hold what is to be learnt, before it is.
 
     Raises:
         MismatchError: it cannot.
     """
-    if product.layers and course.to not in CONCEPTS:
+    trained = [_embedding(word, rows, 0, "") for word, rows in product.words.items()]
+    if product.network is not None:
+        hypernetworks.layout(course.to).write(_as_network(product.network, {}, "F32", {}))
+    elif not product.layers:
+        for group in _groups(trained, files_of(course.method, course.output, course.to, list(course.words))):
+            embeddings.layout(course.to).write(group)
+    elif course.to not in CONCEPTS:
         made = adapter_of(product.layers, course.origin.family, course.output.name, _of_layers(course), product.words)
         spelled(made, course.to, {})
 
@@ -175,12 +181,15 @@ def _write_words(
     trained: Sequence[Embedding], to: str, files: Sequence[Path], dtype: str, *, force: bool
 ) -> list[Path]:
     """Words in a file each, or all in one."""
-    groups = [[one] for one in trained] if len(files) > 1 else [list(trained)]
     written: list[Path] = []
-    for output, group in zip(files, groups, strict=True):
+    for output, group in zip(files, _groups(trained, files), strict=True):
         report = write_embeddings(group, to, output, output.parent, [], dtype, force=force, dry_run=False)
         written += [Path(name) for name in report.data["outputs"]]
     return written
+
+
+def _groups(trained: Sequence[Embedding], files: Sequence[Path]) -> list[list[Embedding]]:
+    return [[one] for one in trained] if len(files) > 1 else [list(trained)]
 
 
 def _embedding(word: str, encoders: Mapping[str, Tensor], step: int, checkpoint_name: str) -> Embedding:
@@ -220,15 +229,23 @@ def _write_network(
 ) -> list[Path]:
     """A hypernetwork; the layouts' shelf says how it is spelled."""
     tensors: dict[str, Lazy] = {}
+    layout = hypernetworks.layout(to)
+    made = layout.write(_as_network(network, settings, dtype, tensors))
+    made = replace(made, metadata={**made.metadata, **recipe})
+    _hypernet_open.save(made, layout.CONTAINER, AdapterSource(path.name, tensors, {}), path, force=force)
+    return [path]
+
+
+def _as_network(
+    network: Network, settings: Mapping[str, Any], dtype: str, tensors: dict[str, Lazy]
+) -> hypernet_types.Network:
+    """A network of the shelf, whose tensors are put to `tensors`."""
     pairs = {
         width: (_chain(keys, f"{width}.k", dtype, tensors), _chain(values, f"{width}.v", dtype, tensors))
         for width, (keys, values) in network.pairs.items()
     }
-    layout = hypernetworks.layout(to)
-    made = layout.write(hypernet_types.Network(str(settings["name"]), "a1111", pairs, settings))
-    made = replace(made, metadata={**made.metadata, **recipe})
-    _hypernet_open.save(made, layout.CONTAINER, AdapterSource(path.name, tensors, {}), path, force=force)
-    return [path]
+    found = {**network.settings, **settings}
+    return hypernet_types.Network(str(found.get("name", "")), "a1111", pairs, found)
 
 
 def _chain(parts: Chain, where: str, dtype: str, tensors: dict[str, Lazy]) -> hypernet_types.Chain:

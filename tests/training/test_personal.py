@@ -211,3 +211,19 @@ def test_another_clip_is_refused(train, clip, tmp_path):
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     with pytest.raises(MismatchError, match=r"has 2 \(num_hidden_layers\), the model's 3"):
         train("aesthetic", steps=1, image_encoder=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("ti", {"tokens": ("it",), "template": "an {}", "caption": "template", "to": "clip_image"}, "no CLIP image"),
+        ("hypernetwork", {"activation": "relu", "to": "novelai"}, "hold two linear layers"),
+    ],
+)
+def test_what_a_layout_cannot_hold_is_refused_before_the_first_step(train, tmp_path, method, given, message):
+    from sdops.errors import MismatchError
+
+    ending = ".pt" if method == "hypernetwork" else ".safetensors"
+    with pytest.raises(MismatchError, match=message):
+        train(method, **given, output=str(tmp_path / f"out{ending}"))
+    assert not (tmp_path / "out.jsonl").exists()
