@@ -77,7 +77,7 @@ def _tell_words(report: Report, files: Sequence[ConceptFile]) -> None:
         if file.words:
             names = ", ".join(f"`{name}`" for name in file.words)
             it_is = "is a new word" if len(file.words) == 1 else "are new words"
-            report.warnings.append(f"{names} {it_is}, no weights of a checkpoint: use the embedding beside it")
+            report.warnings.append(f"{names} {it_is}, no weights of a checkpoint: prompts need the embedding, too")
             if file.concepts.words:
                 report.hints.append(f"`sdops embed convert {file.path} --to a1111` makes an embedding of each word")
 
@@ -129,6 +129,7 @@ def to_lora(
             f"`{opened.path}` ({opened.layout}) holds whole weights: what it changes is not known without the model",
             hint="name the checkpoint that it was trained on: `--model M`",
         )
+    opened.check_finite()
     path = Path(f"{opened.path.stem}.lora.safetensors" if output is None else output)
     check_inputs(path, opened.paths)
     options: dict[str, Any] = {"rank": rank, "energy": energy}

@@ -17,7 +17,7 @@ from sdops.verbs._embed_facts import USUAL_NORMS
 from sdops.verbs._inputs import Model, Opened, open_model
 
 _HOW = {
-    "whole": "whole weights; what they change shows beside their model (`sdops custom inspect --model`)",
+    "whole": "whole weights",
     "delta": "differences, which are added to a model's weights",
     "factors": "factors of differences, which are added to a model's weights",
 }
@@ -71,6 +71,11 @@ def report_of(file: ConceptFile, base: Opened | None = None) -> Report:
         ["layout", f"{file.layout}, {size(report.data['bytes'])}"],
         ["changes", f"{_parameters(file)}, as {' and '.join(_HOW[kind] for kind in kinds)}"],
         ["words", _named(file)],
+        *(
+            [["note", "what whole weights change shows beside their model: `--model M`"]]
+            if file.needs_base and base is None
+            else []
+        ),
         *(["note", note] for note in file.notes),
     ]
     report.sections = [Section(str(file.path), rows), _words(report.data["words"]), *_tables(layers, base)]

@@ -66,6 +66,16 @@ class ConceptFile:
         """The tensors of an edit."""
         return [values_of(self.source, leaf.key).reshape(leaf.spec.shape) for leaf in edit.tensors]
 
+    def check_finite(self) -> None:
+        """Raises FormatError if a number is NaN or infinite."""
+        for edit in self.concepts.edits:
+            if not all(np.isfinite(values).all() for values in self.values(edit)):
+                raise FormatError(
+                    f"`{self.path}` holds numbers that are NaN or infinite, in `{edit.layer}`",
+                    hint="the training diverged or the file is damaged; use an earlier save",
+                    path=self.path,
+                )
+
     def target(self, edit: Edit) -> Target:
         """The layer in the canonical layout."""
         return _targets(self.family)[edit.layer]

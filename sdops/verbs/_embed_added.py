@@ -1,4 +1,4 @@
-"""What words that training added to a vocabulary are called: the tokenizer beside a model says it."""
+"""What words are called whose own file does not say it: the tokenizer beside a model, a file beside the vectors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sdops.errors import SdopsError
 from sdops.formats import read_json
 
 _FOLDERS = ("tokenizer", "tokenizer_2")
+_LONGEST = 1000  # bytes of a word
 
 
 def added_names(path: Path) -> dict[int, str]:
@@ -59,3 +60,14 @@ def named(embeddings: list[Embedding], path: Path) -> list[Embedding]:
         else one
         for number, one in enumerate(embeddings)
     ]
+
+
+def token_beside(path: Path) -> str | None:
+    """The word for a file of vectors, where cog-sdxl's or the concept library's small file says it."""
+    params = _read(path.with_name("special_params.json"))  # {"TOK": "<s0><s1>"}
+    if len(params) == 1:
+        return str(next(iter(params)))
+    identifier = path.with_name("token_identifier.txt")
+    if not identifier.is_file() or identifier.stat().st_size > _LONGEST:
+        return None
+    return identifier.read_text("utf-8", "replace").strip() or None

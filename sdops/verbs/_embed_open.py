@@ -19,7 +19,7 @@ from sdops.errors import FormatError, MismatchError, UsageError
 from sdops.formats._file import InputFile
 from sdops.hub import located
 from sdops.text import suggest
-from sdops.verbs._embed_added import named
+from sdops.verbs._embed_added import named, token_beside
 from sdops.verbs._personal_files import is_picture, open_saved
 
 FilePath = str | PathLike[str]
@@ -73,6 +73,8 @@ def open_embeddings(path: FilePath, kind: str | None = None) -> EmbeddingFile:
     found.embeddings = [_settled(one, kind) for one in found.embeddings]
     if found.layout == "checkpoint":
         found.embeddings = named(found.embeddings, path)
+    elif len(found.embeddings) == 1 and found.embeddings[0].placeholder == "*" and (token := token_beside(path)):
+        found.embeddings = [replace(found.embeddings[0], placeholder=token)]
     _note_pair(found)
     return found
 

@@ -1,4 +1,13 @@
-"""Everything about custom diffusion: `sdops.custom.inspect("delta.bin")`, and so on, one function per subcommand."""
+"""Everything about custom diffusion, one function per subcommand. All return a Report.
+
+Printed it is what the command shows; its `data` holds the facts.
+
+    sdops.custom.inspect("delta.bin", model="sd15.safetensors")
+    sdops.custom.convert("delta.bin", to="compvis", output="delta.ckpt")
+    sdops.custom.apply("sd15.safetensors", "delta.bin:0.8", output="cat.safetensors")
+    sdops.custom.to_lora("delta.bin", model="sd15.safetensors", rank=16, output="lora.safetensors")
+    sdops.custom.merge("delta.bin", model="sd15.safetensors", classes=["cat"], output="merged.safetensors")
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,13 @@
-"""Everything about hypernetworks: `sdops.hypernet.inspect("style.pt")`, and so on, one function per subcommand."""
+"""Everything about hypernetworks, one function per subcommand. All return a Report.
+
+Printed it is what the command shows; its `data` holds the facts.
+
+    sdops.hypernet.inspect("style.pt", effect=True)
+    sdops.hypernet.convert("style.pt", to="safetensors", output="style.safetensors")
+    sdops.hypernet.merge("style.pt", "other.pt", weights=[0.7, 0.3], output="both.pt")
+    sdops.hypernet.apply("sd15.safetensors", "style.pt:0.8", output="styled.safetensors")
+    sdops.hypernet.to_lora("style.pt", model="sd15.safetensors", rank=16, output="lora.safetensors")
+"""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def test_inspect_measures_the_changes(model, tmp_path):
     alone = custom.inspect(files.adobe(tmp_path), files.compressed(tmp_path))
     assert alone.data["files"][0]["layers"][0]["norm"] is None
     assert alone.data["files"][1]["layers"][0]["rank"] == files.RANK
-    assert "what they change shows beside their model" in str(alone)
+    assert "what whole weights change shows beside their model" in str(alone)
 
 
 def test_damage_and_other_files_are_named(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -230,6 +231,42 @@ def png_chunk(folder: Path) -> tuple[Path, Values]:
     return folder / "rick.png", {"rick": _numpy(clip_l=vectors)}
 
 
+def _generator(count: int) -> np.ndarray:
+    """s <- 1664525 s + 1013904223 mod 2^32, each mod 255, one by one."""
+    state, found = 0, []
+    for _ in range(count):
+        state = (1664525 * state + 1013904223) % 2**32
+        found.append(state % 255)
+    return np.array(found, np.uint8)
+
+
+def pixels(folder: Path) -> tuple[Path, Values]:
+    """The picture whose low bits hold an embedding, as the web UI makes it: decorated, with a black column each."""
+    image = pytest.importorskip("PIL.Image")
+    vectors = rows(2, 768)
+    packed = zlib.compress(json.dumps(a1111_dict({"TORCHTENSOR": vectors.tolist()}, "rick")).encode())
+    data, height = np.frombuffer(packed, np.uint8), 128
+    data = np.resize(data, -(-data.size // (height * 3)) * height * 3)  # repeated up to whole columns
+    halves = []
+    for half in (data & 0x0F, data >> 4):
+        low = half ^ (_generator(half.size) & 0x0F)
+        block = low.reshape(height, -1, 3)
+        y, x = np.mgrid[: block.shape[0], : block.shape[1]]
+        circle = ((x - 20) ** 2 + (y - 60) ** 2 < 900).astype(np.uint8)[..., None] * 0x50
+        halves.append(block | 0x80 | (circle & 0xF0))
+    gap = np.full((height, 2, 3), 0x80, np.uint8)
+    between = np.full((height, 30, 3), 0x87, np.uint8)
+    picture = np.concatenate([halves[0], gap, between, gap, halves[1]], axis=1)
+    image.fromarray(picture).save(folder / "hidden.png")
+    return folder / "hidden.png", {"rick": _numpy(clip_l=vectors)}
+
+
+def flux(folder: Path) -> tuple[Path, Values]:
+    parts = {"clip_l": rows(2, 768), "t5": rows(2, 4096)}
+    save_file(parts, folder / "flux.safetensors")
+    return folder / "flux.safetensors", {"flux": _numpy(clip_l=parts["clip_l"], t5xxl=parts["t5"])}
+
+
 Writer = Callable[[Path], tuple[Path, Values]]
 # The layout that each must be found in.
 WRITERS: dict[Writer, str] = {
@@ -245,6 +282,7 @@ WRITERS: dict[Writer, str] = {
     kohya_safetensors: "kohya",
     sdxl: "encoders",
     sd3: "encoders",
+    flux: "encoders",
     cog: "cog",
     onetrainer: "onetrainer",
     history_dict: "history",
@@ -260,4 +298,5 @@ WRITERS: dict[Writer, str] = {
     null_text_list: "null_text",
     null_text_stack: "null_text",
     png_chunk: "png",
+    pixels: "png",
 }

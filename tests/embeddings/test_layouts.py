@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -230,6 +231,16 @@ def test_added_words_are_called_as_the_tokenizer_beside_them_calls_them(tmp_path
     assert [one.label for one in open_embeddings(path).embeddings] == ["<dog>", "<cat>"]
 
 
+def test_the_word_may_stand_in_a_small_file_beside_the_vectors(tmp_path):
+    path, _ = files.cog(tmp_path)
+    (tmp_path / "special_params.json").write_text('{"TOK": "<s0><s1>"}')
+    assert open_embeddings(path).embeddings[0].label == "TOK"
+    (tmp_path / "concept").mkdir()
+    path, _ = files.kohya_pt(tmp_path / "concept")
+    (tmp_path / "concept" / "token_identifier.txt").write_text("<cat-toy>\n")
+    assert open_embeddings(path).embeddings[0].label == "<cat-toy>"
+
+
 def test_a_layout_refuses_what_it_cannot_hold(tmp_path):
     path, _ = files.sdxl(tmp_path)
     for layout in ("a1111", "kohya", "diffusers", "bare"):
@@ -285,3 +296,14 @@ def test_an_embedding_in_the_pixels(tmp_path):
     check(tmp_path / "q.webp", values)
     with pytest.raises(FormatError):
         open_embeddings(tmp_path / "empty.png")
+
+
+def test_without_pillow_the_message_says_how_to_get_it(tmp_path, monkeypatch):
+    path, _ = files.a1111(tmp_path)
+    convert(path, to="png-pixels", output=tmp_path / "p.png")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(SdopsError, match="takes Pillow") as caught:
+        open_embeddings(tmp_path / "p.png")
+    assert caught.value.hint == "`pip install 'sdops[images]'`"
+    check(*files.png_chunk(tmp_path))  # a text chunk needs none

@@ -16,7 +16,7 @@ from sdops.verbs._captions import captions
 from sdops.verbs._clip_text import encoders, features, text_of
 from sdops.verbs._custom_open import open_concepts
 from sdops.verbs._inputs import open_model
-from tests import tiny
+from tests import examples, tiny
 from tests.custom_diffusion import files
 
 custom = sdops.custom
@@ -156,3 +156,10 @@ def test_what_cannot_be_merged_is_refused(model, tmp_path):
     with pytest.raises(MismatchError, match="no text encoder"):
         custom.merge(path, model=tmp_path / "unet.safetensors", output=tmp_path / "x.safetensors")
     assert open_source(path)
+
+
+def test_the_examples_of_the_documentation_run(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files.adobe(tmp_path)
+    (tmp_path / "sd15.safetensors").symlink_to(model)
+    assert examples.run(custom)[-1].data["rank"] == 6

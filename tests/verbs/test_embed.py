@@ -13,6 +13,7 @@ from sdops.errors import MismatchError, SdopsError, UsageError
 from sdops.pipelines.clip_words import clip_words
 from sdops.verbs._embed_facts import checksum
 from sdops.verbs._embed_open import open_embeddings
+from tests import examples
 from tests.embeddings import files
 
 embed = sdops.embed
@@ -173,7 +174,7 @@ def test_inspect_tells_what_is_odd(tmp_path):
 @pytest.mark.parametrize(
     ("writer", "family"),
     [(files.a1111, "sd1"), (files.a1111_legacy, "sd2"), (files.sdxl, "sdxl"), (files.hcp, "sdxl"), (files.sd3, "sd3"),
-     (files.bare_t5, "T5"), (files.clip_image, "CLIP ViT-L/14")],
+     (files.flux, "flux1"), (files.bare_t5, "T5"), (files.clip_image, "CLIP ViT-L/14")],
 )  # fmt: skip
 def test_inspect_names_the_family_however_a_file_is_ordered(writer, family, tmp_path):
     facts = embed.inspect(writer(tmp_path)[0]).data["files"][0]
@@ -265,3 +266,13 @@ def test_an_embedding_goes_into_a_lora(tmp_path):
     assert np.array_equal(both["bundle_emb.inner.clip_l"].numpy(), mine["inner"]["clip_l"])
     with pytest.raises(MismatchError, match="is no LoRA"):
         embed.convert(path, to="bundle", lora=files.sdxl(tmp_path)[0], output=tmp_path / "no.safetensors")
+
+
+def test_the_examples_of_the_documentation_run(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files.a1111(tmp_path)
+    torch.save({"emb_params": files.rows(2, 768, 5)}, "other.pt")
+    (tmp_path / "sd15.safetensors").symlink_to(model)
+    found = examples.run(sdops.embed)
+    assert "painting" in str(found[3])
+    assert open_embeddings("both.pt").embeddings[0].rows == 4

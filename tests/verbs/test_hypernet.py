@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import sdops
 from sdops.errors import MismatchError, UsageError
 from sdops.verbs._hypernet_open import open_network
+from tests import examples
 from tests.hypernetworks import files
 
 hypernet = sdops.hypernet
@@ -254,6 +255,11 @@ def test_a_lora_may_be_cut_to_a_rank_and_says_what_that_costs(sd1, tmp_path):
     assert up.shape == (320, 16)
 
 
-def test_all_of_it_is_python_too():
-    assert set(hypernet.__all__) == {"apply", "convert", "inspect", "merge", "to_lora"}
-    assert open_network.__doc__
+def test_the_examples_of_the_documentation_run(sd1, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("style", "other")):
+        made = files.modules((768,), number, structure=[1, 0.05, 1])
+        files.write(tmp_path / f"{name}.pt", made, layer_structure=[1, 0.05, 1])
+    sd1.rename("sd15.safetensors")
+    examples.run(hypernet)
+    assert open_network("both.pt").network.structure == (1, 0.098958333, 1)
