@@ -12,7 +12,7 @@ BENCH_OPTIONS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-gpu check fix bench clean
+.PHONY: help setup demo test test-slow test-gpu check fix bench bench-embed bench-gpu bench-train clean
 
 help:
 	@echo "make demo        set up, make two small checkpoints and merge them"
@@ -21,7 +21,10 @@ help:
 	@echo "make fix         format and repair what can be repaired by itself"
 	@echo "make test-slow   tests that take minutes or gigabytes of disk"
 	@echo "make test-gpu    tests that need a CUDA device"
-	@echo "make bench       full-size benchmarks into $(BENCH)/ (60 GB for all of them)"
+	@echo "make bench       full-size benchmarks into $(BENCH)/, one after another: hours, and 60 GB for merges alone"
+	@echo "make bench-NAME  one of them: apply, convert, embed, lora, merge, recipe, sweep; with BENCH_OPTIONS=..."
+	@echo "make bench-train training steps, on a CUDA device"
+	@echo "make bench-gpu   every kernel on a CUDA device, eight minutes"
 	@echo "make clean       remove what the others made, except $(VENV)/"
 
 setup: $(READY)
@@ -59,8 +62,20 @@ fix: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup
-	$(BIN)/python tools/bench_merge.py --folder $(BENCH) $(BENCH_OPTIONS)
+bench: bench-merge bench-apply bench-convert bench-lora bench-recipe bench-sweep bench-embed
+
+bench-embed: setup
+	mkdir -p $(BENCH)
+	$(BIN)/python tools/bench_embed.py $(BENCH) $(BENCH_OPTIONS)
+
+bench-train: setup
+	$(BIN)/python tools/bench_train.py $(BENCH_OPTIONS)
+
+bench-gpu: setup
+	$(BIN)/python kernels/benchmarks/bench_all.py --output $(BENCH)/gpu $(BENCH_OPTIONS)
+
+bench-%: setup
+	$(BIN)/python tools/bench_$*.py --folder $(BENCH) $(BENCH_OPTIONS)
 
 clean:
 	rm -rf demo $(BENCH) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -113,8 +113,8 @@ def _arms(bench: Bench, choices: kernels.Choices, rank: int) -> dict[str, Callab
     }
     if bench.on_gpu and rank == RANKS[0]:  # compiling takes seconds a shape
         arms["torch.compile of PEFT order"] = torch.compile(peft)
-        if lycoris := _lycoris():
-            arms["LyCORIS bypass"] = lycoris
+    if lycoris := _lycoris():
+        arms["LyCORIS bypass"] = lycoris
     return arms
 
 
@@ -127,6 +127,7 @@ def _lycoris() -> Callable[[Layer], Tensor] | None:
 
     def work(layer: Layer) -> Tensor:
         x, weight, down, up, _ = layer
-        return torch.nn.functional.linear(x, weight) + bypass_forward_diff(x, down, up, None, scale=0.5)
+        result = torch.nn.functional.linear(x, weight)
+        return result + bypass_forward_diff(x, result, down, up, gamma=0.5)
 
     return work

@@ -72,6 +72,10 @@ class Change:
         """The change without gain at strength 1, float32 [rows, columns]: the reference."""
         raise NotImplementedError
 
+    def rows_of_delta(self) -> Callable[[slice], Tensor]:
+        """What gives some rows of `delta`."""
+        return self.delta().__getitem__
+
     def check(self, shape: Sequence[int]) -> None:
         """Raises ValueError if the change does not fit a weight's shape."""
         rows, columns = shape[0], prod(shape[1:])
@@ -131,6 +135,11 @@ class LoRA(Change):
     def delta(self) -> Tensor:
         """See `Change`."""
         return self.up.float() @ self.down.float() * self.scale
+
+    def rows_of_delta(self) -> Callable[[slice], Tensor]:
+        """See `Change`; the product is made for those rows alone."""
+        up, down = self.up.float() * self.scale, self.down.float()
+        return lambda rows: up[rows] @ down
 
     def turned(self, rows: int) -> Change:
         """See `Change`."""

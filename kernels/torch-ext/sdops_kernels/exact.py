@@ -2,6 +2,9 @@
 
 Products and sums are kept in float64 as high + low with error-free transformations, rounded to odd, then once into the
 result's dtype. The rare element for which twice float64 is too short is done again in rational arithmetic.
+
+sdops has the same in numpy and C (`sdops/core/exact.py`), with the same bits. This package imports nothing of sdops, so
+that it can be installed and loaded from the Hub alone; tests compare the two.
 """
 
 from __future__ import annotations

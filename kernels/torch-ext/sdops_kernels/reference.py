@@ -36,6 +36,7 @@ GRIDS = {
 }
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 LOW = 0xFFFFFFFF
+PORTION = 1 << 16  # elements at a time
 
 
 def bake(
@@ -59,6 +60,9 @@ def bake(
         The result and, for fp8, its scale: the largest magnitude becomes the largest code.
     """
     rows = weight.shape[0] if weight.ndim > 1 else 1
+    if scale is None and key is None:
+        matrix = weight.reshape(rows, prod(weight.shape) // rows)
+        return _in_portions(matrix, changes, dtype).reshape(weight.shape), None
     values = weight.float().reshape(rows, prod(weight.shape) // rows)
     if scale is not None:
         values = values * scale.reshape(-1, 1)
@@ -78,6 +82,43 @@ def bake(
     else:
         result, _ = round_once(to_odd(high, low), dtype)
     return result.reshape(weight.shape), new
+
+
+def _in_portions(matrix: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
+    """Some rows at a time, which the cache holds; float32 with the error of the sum beside it, as the kernel does."""
+    result = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    acting = [change for change in changes if change.strength]
+    makers = [change.rows_of_delta() for change in acting]
+    step = max(1, PORTION // max(matrix.shape[1], 1))
+    for begin in range(0, len(matrix), step):
+        weight = matrix[begin : begin + step].float()
+        total = torch.zeros_like(weight)
+        for change, make in zip(acting, makers, strict=True):
+            top, bottom = max(begin, change.first), min(begin + len(weight), change.first + change.shape[0])
+            if top < bottom:
+                own, inside = slice(top - change.first, bottom - change.first), slice(top - begin, bottom - begin)
+                total[inside] += _directed(change, make(own), weight[inside], own) * change.strength
+        high, low = two_sum(weight, total)
+        result[begin : begin + step] = _round_single(high, low, dtype)
+    return result
+
+
+def _directed(change: Change, delta: Tensor, weight: Tensor, rows: slice) -> Tensor:
+    """DoRA: (W + change) gain - W; the change itself where there is no gain."""
+    if change.gain is None:
+        return delta
+    gain = change.gain[rows, None] if change.gain_axis == 0 else change.gain[None, :]
+    return (weight + delta) * gain - weight
+
+
+def _round_single(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+    """high + low (high the float32 next to it) in a narrower dtype, rounded once, by way of rounding to odd."""
+    if dtype == torch.float32:
+        return high
+    bits = high.view(torch.int32)
+    odd = (bits + ((low.view(torch.int32) ^ bits) >> 31)) | 1  # one less where the signs differ
+    largest = GRIDS[dtype][2]
+    return torch.where(low == 0, bits, odd).view(torch.float32).to(dtype).clamp_(-largest, largest)
 
 
 def dora_gains(
@@ -148,11 +189,7 @@ def total_change(values: Tensor, changes: Sequence[Change]) -> Tensor:
     total = torch.zeros_like(values)
     for change in changes:
         rows = slice(change.first, change.first + change.shape[0])
-        delta = change.delta()
-        if change.gain is not None:
-            gain = change.gain[:, None] if change.gain_axis == 0 else change.gain[None, :]
-            delta = (values[rows] + delta) * gain - values[rows]
-        total[rows] += delta * change.strength
+        total[rows] += _directed(change, change.delta(), values[rows], slice(None)) * change.strength
     return total
 
 
