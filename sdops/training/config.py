@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdops.errors import UsageError
-from sdops.text import suggest
+from sdops.text import instead_of, suggest
 
 GROUPS = ("model", "data", "train", "loss", "lora", "words", "prior", "hypernetwork", "inversion", "output")
 # Settings that may change between a run and its continuation.
@@ -346,9 +346,7 @@ def _checked(setting: Field[Any], value: Any, where: str) -> Any:
             key=name,
         )
     if told["choices"] and value not in told["choices"]:
-        close = suggest(value, told["choices"])
-        hint = f"did you mean `{close}`?" if close else f"one of {', '.join(told['choices'])}"
-        raise UsageError(f"{start}`{name}` cannot be `{value}`", hint=hint, key=name)
+        raise UsageError(f"{start}`{name}` cannot be `{value}`", hint=instead_of(value, told["choices"]), key=name)
     if kind in (int, float) and not _in_range(told, value, default):
         raise UsageError(f"{start}`{name}` cannot be {value:g}", hint=_range(told), key=name)
     return value
