@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from sdops.verbs._provenance import RECIPE
 
 _TRIGGERS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "trainedWords", "instance_prompt")
 _TAGS = "ss_tag_frequency"
+_REPEATED = re.compile(r"\d+_(.+)")  # a folder of pictures: repetitions and words
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of what the tensors were
 _LYCORIS_ARGS = ("algo", "factor", "decompose_both", "use_tucker", "full_matrix", "use_scalar", "bypass_mode")
 _COMMON = ("ss_base_model_version", "ss_v2", "ss_v_parameterization", "ss_zero_terminal_snr", "ss_clip_skip")
@@ -28,6 +30,24 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
         if isinstance(words, list):
             found |= dict.fromkeys(word.strip() for word in map(str, words) if word.strip())
     return list(found)
+
+
+def trained_words(metadata: Mapping[str, str]) -> list[str]:
+    """What kohya's trainer put in front of pictures without captions, each once: from the names of their folders."""
+    found: dict[str, None] = {}
+    for data_set in _list(_parsed(metadata.get("ss_datasets", ""))):
+        for subset in _list(data_set.get("subsets")) if isinstance(data_set, dict) else []:
+            word = subset.get("class_tokens") if isinstance(subset, dict) else None
+            found |= {str(word).strip(): None} if word else {}
+    folders = _parsed(metadata.get("ss_dataset_dirs", ""))
+    for folder in folders if isinstance(folders, dict) else ():
+        if named := _REPEATED.fullmatch(str(folder)):
+            found[named[1].strip()] = None
+    return [word for word in found if word]
+
+
+def _list(document: Any) -> list[Any]:
+    return document if isinstance(document, list) else []
 
 
 def tags(metadata: Mapping[str, str]) -> Counter[str]:

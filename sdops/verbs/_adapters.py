@@ -239,6 +239,11 @@ def read_parts(adapter: Adapter, patch: Patch) -> dict[str, Tensor]:
     return found
 
 
+def patch_bytes(adapter: Adapter, patch: Patch) -> int:
+    """Of a patch's tensors in its file."""
+    return sum(adapter.source.specs[key].nbytes for key in patch.parts.values())
+
+
 # ------------------------------------------------------------------------------------------------------------- writing
 
 

@@ -22,7 +22,7 @@ from sdops.text import count, duration, size
 from sdops.verbs._adapter_lists import written
 from sdops.verbs._adapter_metadata import carried, stripped, with_recipe
 from sdops.verbs._adapter_path import adapter_path, shown, workplace
-from sdops.verbs._adapters import AdapterFile, Spelled, name_of, open_adapter, spelled
+from sdops.verbs._adapters import AdapterFile, Spelled, name_of, open_adapter, patch_bytes, spelled
 from sdops.verbs._rank_rules import checked
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _changed(
     weights = None if base is None else Base(base, adapter)
     records = [part_record("a", opened(adapter)), *([part_record("base", weights.model)] if weights else [])]
     with Pieces(workplace(path), adapter.source.name) as pieces:
-        with progress("converting", len(adapter.patches)) as advance:
+        with progress("converting", sum(patch_bytes(adapter, patch) for patch in adapter.patches)) as advance:
             layers = converted(adapter, settings["family"], wishes, weights, settings["dtype"], pieces, jobs, advance)
         pieces.keep_extras(adapter)
         ranks = [layer.rank for layer in layers if layer.rank]

@@ -17,6 +17,7 @@ from sdops.core.ranks import Rule, energy, fixed, lowest
 from sdops.verbs._adapter_base import Base
 from sdops.verbs._adapter_changes import LOSSLESS, Change, change_of, norm_of, reduced
 from sdops.verbs._adapter_output import Pieces, dtype_of
+from sdops.verbs._adapters import patch_bytes
 
 USUAL_RANK = 32  # of changes that are no product, where nobody asks for another
 
@@ -65,7 +66,7 @@ def converted(
         dtype: Of what is computed; keep = as the patch.
         pieces: Grows.
         jobs: Threads.
-        advance: Called with 1 for each patch.
+        advance: Called with the bytes of each patch.
     """
     torch.set_num_threads(1)  # our own threads share the cores
     layers = []
@@ -77,7 +78,7 @@ def converted(
             else:
                 _put(pieces, change, dtype_of(adapter, layer.patch, dtype))
             layers.append(layer)
-            advance(1)
+            advance(patch_bytes(adapter, layer.patch))
     return layers
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from sdops import adapters
 from sdops.core.patch import Adapter, Patch
-from sdops.errors import SdopsError
+from sdops.errors import FormatError, SdopsError
 from sdops.report import HEAT, Progress, Report, Section
 from sdops.text import count, shorten
 from sdops.verbs._adapter_blocks import Blocks
 from sdops.verbs._adapter_family import title_of
-from sdops.verbs._adapter_metadata import tags, trigger_words
+from sdops.verbs._adapter_metadata import tags, trained_words, trigger_words
 from sdops.verbs._adapter_source import values_of
-from sdops.verbs._adapters import open_adapter
+from sdops.verbs._adapters import open_adapter, patch_bytes
 
 _BASES = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture", "base_model_name_or_path")
 _TAGS = 12
@@ -39,7 +39,7 @@ def add_adapter(report: Report, path: Path, *, norms: bool, progress: Progress) 
     try:
         if not adapter.patches:  # embeddings alone are no adapter
             return
-        facts = _facts(adapter)
+        facts = facts_of(adapter)
         report.data["adapter"] = facts
         found = [Section("Adapter", _rows(facts)), _components(facts)]
         if norms:
@@ -50,7 +50,15 @@ def add_adapter(report: Report, path: Path, *, norms: bool, progress: Progress) 
         adapter.source.close()
 
 
-def _facts(adapter: Adapter) -> dict[str, Any]:
+def told_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> Section:
+    """In which of the facts of `inspect` two adapters differ, side by side; a section without rows if in none."""
+    left, right = dict(_rows(one)), dict(_rows(other))
+    names = [name for name in dict.fromkeys((*left, *right)) if left.get(name) != right.get(name)]
+    return Section("Adapters", [(name, left.get(name, ""), right.get(name, "")) for name in names], ("", "A", "B"))
+
+
+def facts_of(adapter: Adapter) -> dict[str, Any]:
+    """What names, shapes, alphas and the header tell of an adapter."""
     metadata = adapter.source.metadata
     ranks, alphas = _ranks(adapter), _alphas(adapter)
     return {
@@ -67,6 +75,7 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "embeddings": sorted(adapter.extras.values()),
         "trained_on": {key: metadata[key] for key in _BASES if metadata.get(key)},
         "trigger_words": trigger_words(metadata),
+        "trained_words": trained_words(metadata),
         "tags": dict(tags(metadata).most_common()),
         "unknown": list(adapter.unknown),
     }
@@ -103,8 +112,8 @@ def _by_component(patches: Iterable[Patch]) -> dict[str, list[Patch]]:
 
 
 def _kind(module: str) -> str:
-    """The last words of a module's name: `attn1.to_q`, `mlp.fc1`."""
-    words = [word for word in module.split(".") if not word.isdigit()]
+    """The last words of a module's name: `attn1.to_q`, `mlp.fc1`, `ff.proj`."""
+    words = [word for word in module.split(".") if not word.isdigit() and word != "net"]
     return ".".join(words[-2:])
 
 
@@ -119,8 +128,9 @@ def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("alphas", _counted(facts["alphas"]) or "none: as the ranks"),
         ("trained on", ", ".join(shorten(text, 80) for text in facts["trained_on"].values())),
         ("trigger words", ", ".join(shorten(word, 60) for word in words[:_TAGS])),
+        ("trained words", ", ".join(shorten(word, 60) for word in facts["trained_words"][:_TAGS])),
         ("tags", ", ".join(most)),
-        ("embeddings", ", ".join(facts["embeddings"])),
+        ("embeddings", ", ".join(map(_embedding, facts["embeddings"]))),
     ]
     return [row for row in rows if row[1]]
 
@@ -131,6 +141,12 @@ def _model(facts: Mapping[str, Any]) -> str:
     others = " or ".join(map(title_of, facts["rivals"]))
     title = f"{title_of(family)} {variant}".strip()
     return f"{title} ({family})" + (f"; or {others}, nothing in the file tells" if others else "")
+
+
+def _embedding(what: str) -> str:
+    """`embedding clip_l <s1>` -> `<s1> (clip_l)`."""
+    _, component, token = what.split(" ", 2)
+    return f"{shorten(token, 40)} ({component})"
 
 
 def _counted(counts: Mapping[str, int]) -> str:
@@ -172,16 +188,19 @@ def _measured(adapter: Adapter, facts: dict[str, Any], progress: Progress, repor
 
     blocks = Blocks(adapter)
     squares: dict[str, list[float]] = {slot: [] for slot in blocks.slots}
-    shares, skipped = [], 0
-    with progress("measuring", len(adapter.patches)) as advance:
+    shares, skipped, damaged = [], 0, list[str]()
+    with progress("measuring", sum(patch_bytes(adapter, patch) for patch in adapter.patches)) as advance:
         for patch in adapter.patches:
-            if adapters.family(patch.family).needs_weight(patch.parts):
-                skipped += 1
-            else:
-                squares.setdefault(blocks.row(patch.target), []).append(norm_of(change_of(adapter, patch)) ** 2)
-            if patch.family == "lora":
-                shares.append(clamped_share(read_parts(adapter, patch)))
-            advance(1)
+            try:
+                if adapters.family(patch.family).needs_weight(patch.parts):
+                    skipped += 1
+                else:
+                    squares.setdefault(blocks.row(patch.target), []).append(norm_of(change_of(adapter, patch)) ** 2)
+                if patch.family == "lora":
+                    shares.append(clamped_share(read_parts(adapter, patch)))
+            except FormatError as error:
+                damaged.append(error.message)
+            advance(patch_bytes(adapter, patch))
     norms = {block: math.sqrt(math.fsum(each)) for block, each in squares.items() if each}
     typical = median(shares) if shares else 0.0
     facts["norms"], facts["clamped"] = norms, typical
@@ -191,6 +210,10 @@ def _measured(adapter: Adapter, facts: dict[str, Any], progress: Progress, repor
             "program that clamps, and lost strength by that"
         )
         report.hints.append("`sdops extract TUNED --base BASE` extracts without clamping")
+    facts["damaged"] = len(damaged)
+    if damaged:
+        others = f", and {count(len(damaged) - 1, 'other layer')} cannot be measured" if len(damaged) > 1 else ""
+        report.warnings.append(f"{damaged[0]}{others}: the training diverged or the file is damaged")
     if skipped:
         report.warnings.append(f"{count(skipped, 'layer')} not measured: their change depends on the base")
     highest = max(norms.values(), default=0.0)

@@ -23,7 +23,7 @@ from sdops.report import Progress, Report, Section, silent
 from sdops.text import duration, size
 from sdops.verbs._adapter_metadata import union, with_recipe
 from sdops.verbs._adapter_path import adapter_path, shown, workplace
-from sdops.verbs._adapters import AdapterFile, name_of, open_alike, spelled
+from sdops.verbs._adapters import AdapterFile, name_of, open_alike, patch_bytes, spelled
 from sdops.verbs._merge_adapters_wish import METHODS, Wish, checked
 
 if TYPE_CHECKING:
@@ -148,11 +148,14 @@ def _merge(
     check_output(path, parts, (), force=force)
     work = Work(adapters, wish, to, weights, device)
     with Pieces(workplace(path), path.name) as pieces:
-        with progress("merging", len(work.groups)) as advance:
-            layers = []
+        sizes = {
+            g.target: sum(patch_bytes(adapters[i], p) for i, own in g.patches.items() for p in own) for g in work.groups
+        }
+        layers = []
+        with progress("merging", sum(sizes.values())) as advance:
             for layer in work.run(pieces, jobs):
                 layers.append(layer)
-                advance(1)
+                advance(sizes.pop(layer.target, 0))
         doubled = [what for adapter in adapters for what in pieces.keep_extras(adapter)]
         if not pieces.patches and not pieces.extras:
             raise MismatchError("nothing is left: the weights are 0, or the LoRAs cancel out", hint="check `--weights`")

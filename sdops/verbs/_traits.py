@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from math import sqrt
 
@@ -25,6 +26,8 @@ _TRAINING = (
     "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_resolution", "ss_num_train_images", "ss_epoch",
     "ss_steps", "ss_learning_rate", "ss_unet_lr", "ss_text_encoder_lr", "ss_optimizer", "ss_v_parameterization",
 )  # fmt: skip
+
+_COUNTED = re.compile(r"(?:unet|text_encoder):\d+:rank|<[^<>]+>")  # of every layer and token of cloneofsimo's LoRAs
 
 
 def prediction(source: Source, detection: Detection) -> list[str]:
@@ -58,7 +61,7 @@ def quantisation(source: Source, detection: Detection) -> list[str]:
 
 def is_detail(key: str) -> bool:
     """Whether a metadata key is one of the many that trainers write and nobody reads at first."""
-    return key.startswith("ss_") and key not in _TRAINING
+    return (key.startswith("ss_") and key not in _TRAINING) or _COUNTED.fullmatch(key) is not None
 
 
 def metadata_order(key: str) -> tuple[int, int, str]:

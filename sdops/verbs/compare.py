@@ -17,7 +17,7 @@ from sdops.errors import MismatchError
 from sdops.report import HEAT, Progress, Report, Section, silent
 from sdops.text import count
 from sdops.verbs._adapter_blocks import Blocks
-from sdops.verbs._adapters import open_alike
+from sdops.verbs._adapters import open_alike, patch_bytes
 
 if TYPE_CHECKING:
     from sdops.verbs._adapter_measures import Likeness
@@ -91,10 +91,11 @@ def _compared(
         return likeness(changes[0], changes[1])
 
     found: dict[str, Likeness] = {}
-    with progress("comparing", len(todo)) as advance, ThreadPoolExecutor(jobs) as pool:
+    sizes = {g.target: sum(patch_bytes(pair[i], p) for i, ps in g.patches.items() for p in ps) for g in todo}
+    with progress("comparing", sum(sizes.values())) as advance, ThreadPoolExecutor(jobs) as pool:
         for group, each in zip(todo, pool.map(work, todo), strict=True):
             found[str(group.target)] = each
-            advance(1)
+            advance(sizes[group.target])
     alone = [sum(list(group.patches) == [index] for group in every) for index in (0, 1)]
     blocks = Blocks(one)
     rows = {str(group.target): blocks.row(group.target) for group in todo}

@@ -15,6 +15,7 @@ from sdops.verbs._each import FilePath
 
 if TYPE_CHECKING:
     from sdops.core.compare import Measure
+    from sdops.core.patch import Adapter
     from sdops.verbs._counterparts import Counterparts, Model
     from sdops.verbs._difference import Difference
 
@@ -34,7 +35,7 @@ BOUNDS = (0.001, 0.01, 0.03, 0.1)
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Two models and all that was found."""
+    """Two models and all that was found; of adapters also what `inspect` tells."""
 
     a: Model
     b: Model
@@ -43,6 +44,7 @@ class Compared:
     blocks: dict[str, dict[str, Measure]]
     only_a: list[str]
     only_b: list[str]
+    adapters: tuple[dict[str, Any], dict[str, Any]] | None = None
 
     @property
     def same(self) -> bool:
@@ -83,16 +85,15 @@ def diff(
         SdopsError: a file cannot be read, or changes meanwhile.
         OutputError: the HTML file exists or cannot be written.
     """
-    from sdops.verbs._counterparts import open_model
-
     if html is not None:
         _check_page(Path(html), (Path(a), Path(b)), force)
-    old = open_model(Path(a))
+    old, first = _opened(Path(a))
     try:
-        new = open_model(Path(b))
+        new, second = _opened(Path(b))
         try:
             standin.prepare([*old.origin.files, *new.origin.files])
-            found = _compare(old, new, jobs, progress)
+            adapters = None if first is None or second is None else (first, second)
+            found = _compare(old, new, adapters, jobs, progress)
             old.origin.check_unchanged()
             new.origin.check_unchanged()
         finally:
@@ -105,13 +106,35 @@ def diff(
     return report
 
 
-def _compare(a: Model, b: Model, jobs: int | None, progress: Progress) -> Compared:
+def _opened(path: Path) -> tuple[Model, Adapter | None]:
+    """A model, or an adapter of any dialect."""
+    from sdops.verbs._adapter_peek import is_adapter
+    from sdops.verbs._counterparts import open_model
+
+    if is_adapter(path):
+        from sdops.verbs._counterparts_adapter import open_as_adapter
+
+        if found := open_as_adapter(path):
+            return found
+    return open_model(path), None
+
+
+def _compare(
+    a: Model, b: Model, adapters: tuple[Adapter, Adapter] | None, jobs: int | None, progress: Progress
+) -> Compared:
     from sdops.core.compare import compare
     from sdops.core.run import default_jobs
     from sdops.verbs._counterparts import counterparts
     from sdops.verbs._difference import by_block, differences, pairs
 
-    seen = counterparts(b, a)
+    seen = None
+    if adapters is not None:
+        from sdops.verbs._counterparts_adapter import adapter_counterparts
+        from sdops.verbs._inspect_adapter import facts_of
+
+        if (pair := adapter_counterparts(a, b, adapters)) is not None:
+            a, b, seen = pair
+    seen = seen or counterparts(b, a)
     work = pairs(a, seen, b)
     with progress("comparing", sum(pair.nbytes for pair in work)) as advance:
         measures = compare(work, jobs=jobs or default_jobs(), progress=advance)
@@ -125,6 +148,7 @@ def _compare(a: Model, b: Model, jobs: int | None, progress: Progress) -> Compar
         by_block(a, records),
         only_a=[key for key in a.source.specs if key not in both],
         only_b=[seen.keys[key] for key in seen.source.specs if key not in both],
+        adapters=None if adapters is None else (facts_of(adapters[0]), facts_of(adapters[1])),
     )
 
 
@@ -143,6 +167,11 @@ def _report(found: Compared) -> Report:
         *_lists(found),
     ]
     report.warnings = _warnings(found)
+    if found.adapters is not None:
+        from sdops.verbs._inspect_adapter import told_apart
+
+        report.data["adapters"] = list(found.adapters)
+        report.sections.insert(1, told_apart(*found.adapters))
     if not found.same and found.a.detection.family == found.b.detection.family == "adapter":
         a, b = found.a.origin.path, found.b.origin.path
         report.hints.append(f"`sdops compare {a} {b}` compares what LoRAs do, through dialects, families and ranks")
@@ -190,7 +219,9 @@ def _summary(found: Compared, states: Mapping[str, int]) -> list[list[str]]:
     titles = dict.fromkeys(model.detection.title for model in (found.a, found.b))
     rows = [["result", "the same" if found.same else "different"], ["architecture", " / ".join(titles)]]
     rows += [
-        ["spelling", f"{name}: B has it in the {how}"] for name, how in found.seen.notes.items() if "layout" in how
+        ["spelling", f"{name}: B has it in the {how}"]
+        for name, how in found.seen.notes.items()
+        if how.startswith("dialect") or "layout" in how
     ]
     counts = [f"{states[state]:,} {words}" for state, words in _WORDS.items() if states[state]]
     counts += [f"{len(keys):,} only in {side}" for keys, side in _sides(found) if keys]

@@ -28,7 +28,7 @@ from sdops.report import Progress, Report, silent
 from sdops.text import size
 from sdops.verbs._adapter_metadata import carried, with_recipe
 from sdops.verbs._adapter_path import adapter_path, shown, workplace
-from sdops.verbs._adapters import AdapterFile, name_of, open_adapter, spelled
+from sdops.verbs._adapters import AdapterFile, name_of, open_adapter, patch_bytes, spelled
 from sdops.verbs._rank_rules import checked, rule_for, words
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _resized(
     begin, part = time.monotonic(), opened(adapter)
     check_output(path, [part], (), force=force)
     with Pieces(workplace(path), adapter.source.name) as pieces:
-        with progress("resizing", len(adapter.patches)) as advance:
+        with progress("resizing", sum(patch_bytes(adapter, patch) for patch in adapter.patches)) as advance:
             layers = _work(adapter, pieces, wishes, dtype, device, jobs, advance)
         pieces.keep_extras(adapter)
         if not pieces.patches:
@@ -256,7 +256,7 @@ def _work(
             elif layer.after is None:
                 pieces.keep(adapter, layer.patch)
             layers.append(layer)
-            advance(1)
+            advance(patch_bytes(adapter, layer.patch))
     return layers
 
 
@@ -325,7 +325,7 @@ def _numbers_left(adapter: Adapter, nbytes: int, dtype: str) -> int | None:
     other += sum(3 * (_ENTRY + len(str(patch.target))) for patch in adapter.patches)
     if whole + other <= nbytes:
         return None
-    other += sum(_nbytes(adapter, patch) for patch in adapter.patches if not has_factors(patch))
+    other += sum(patch_bytes(adapter, patch) for patch in adapter.patches if not has_factors(patch))
     other += sum(adapter.source.specs[key].nbytes for key in adapter.extras)
     if nbytes < other:
         raise MismatchError(
@@ -378,10 +378,6 @@ def _rank(adapter: Adapter, patch: Patch) -> int | None:
 
     shapes = {part: adapter.source.specs[key].shape for part, key in patch.parts.items()}
     return adapters.family(patch.family).check(shapes, None).rank
-
-
-def _nbytes(adapter: Adapter, patch: Patch) -> int:
-    return sum(adapter.source.specs[key].nbytes for key in patch.parts.values())
 
 
 def _numbers(adapter: Adapter, patch: Patch) -> int:
