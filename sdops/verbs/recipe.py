@@ -193,7 +193,7 @@ def read_any(path: Path) -> tuple[Recipe, list[str]]:
         return from_webui(metadata, name=recipe_name(path), file=path.name)
     raise FormatError(
         f"`{path}` does not say how it was made",
-        hint="sdops, supermerger and the A1111 web UI record it; `sdops meta` shows what a file says",
+        hint="merges, LoRAs and other dtypes that sdops makes say it, as do merges of web UIs; `sdops meta` shows it",
         path=path,
     )
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import sdops
@@ -28,8 +29,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny.write(folder / f"m{seed}.safetensors", tiny.checkpoint(seed))
         tiny.write(folder / f"u{seed}.safetensors", tiny.checkpoint(seed, vae=False, clip=False))
     for seed in (1, 2):
-        import numpy as np
-
         rng = np.random.default_rng(seed)
         parts = loras.FAMILIES["lora_alpha"]((320, 768), 2, rng)
         loras.save(folder / f"l{seed}.safetensors", {STEM + suffix: values for suffix, values in parts.items()})
@@ -107,6 +106,53 @@ def test_apply_is_made_again_byte_for_byte(
         there.chdir(files)
         sdops.apply("m1.safetensors", **options, output=out)
     assert again(out, files) == out.read_bytes()
+
+
+@pytest.mark.parametrize("family", sorted({*loras.FAMILIES} - {"lora_alpha", "tucker"}))  # above; of convolutions
+def test_every_family_of_adapters_is_added_again_byte_for_byte(family: str, files: Path, tmp_path: Path) -> None:
+    parts = loras.FAMILIES[family]((320, 768), 2, np.random.default_rng(3))
+    parts.pop(".diff_b", None)  # the layer has no bias
+    lora = loras.save(tmp_path / "lora.safetensors", {STEM + suffix: values for suffix, values in parts.items()})
+    sdops.apply(files / "m1.safetensors", lora=[f"{lora}:0.7"], output="made.safetensors")
+    made = Path("made.safetensors")
+    assert made.read_bytes() != (files / "m1.safetensors").read_bytes()
+    assert again(made, files) == made.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("verb", "names", "options"),
+    [
+        ("extract", ["m1", "m0"], {"rank": 2}),
+        ("extract", ["m1", "m0"], {"energy": 0.9, "te_rank": 1, "dtype": "bf16"}),
+        ("resize", ["l1"], {"rank": 1}),
+        ("resize", ["l1"], {"ratio": 0.5, "dtype": "fp32"}),
+        ("merge", ["l1", "l2"], {"method": "svd", "rank": 2}),
+        ("merge", ["l1", "l2"], {"method": "concat", "weights": [0.5, -0.25]}),
+        ("convert", ["m1"], {"dtype": "fp32"}),
+        ("convert", ["m1"], {"to": "safetensors", "dtype": "fp8_scaled,vae=keep", "prune": True}),
+    ],
+    ids=str,
+)
+def test_loras_and_other_dtypes_are_made_again_byte_for_byte(
+    verb: str, names: list[str], options: dict[str, Any], files: Path
+) -> None:
+    paths = [files / f"{name}.safetensors" for name in names]
+    made = Path("made.safetensors")
+    if verb == "extract":
+        sdops.extract(paths[0], base=paths[1], **options, output=made)
+    else:
+        getattr(sdops, verb)(*paths, **options, output=made)
+    recipe.from_(made, output="made.toml")
+    Path("again").mkdir()  # LoRAs have their names inside
+    sdops.build("made.toml", output="again/made.safetensors", root=[files])
+    assert Path("again/made.safetensors").read_bytes() == made.read_bytes()
+
+
+def test_what_is_not_recorded_is_told(files: Path) -> None:
+    """Another layout or container of the same tensors is led back to its file by turning it round, not by a recipe."""
+    sdops.convert(files / "m1.safetensors", to="ckpt", output="made.ckpt")
+    with pytest.raises(FormatError, match="does not say how it was made"):
+        recipe.from_("made.ckpt")
 
 
 STEPS = """
