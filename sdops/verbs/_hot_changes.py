@@ -6,9 +6,10 @@ shelf from the pristine weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,20 +34,38 @@ _SHORT = {
 }
 
 
-def changes_of(found: Changes, key: str, loras: list[Lora], weight: Weight) -> Iterator[tuple[int, Any]]:
-    """What is added to one parameter: place of the LoRA, and the kernels' change at strength 1.
+class _Directed(NamedTuple):
+    """A change whose DoRA gain is still to be made."""
+
+    change: Any
+    magnitude: Tensor
+    axis: int
+
+
+def changes_of(found: Changes, loras: list[Lora], weight: Weight) -> dict[str, list[tuple[int, Any]]]:
+    """What is added to each parameter: place of the LoRA, and the kernels' change at strength 1.
 
     Args:
         found: Changes of LoRAs whose strength is 1.
-        key: The parameter.
         loras: As `found` has them.
         weight: Gives pristine parameters, on the device where the changes shall be.
     """
     places = {id(lora): place for place, lora in enumerate(loras)}
-    for term in found.terms[key]:
-        source: Any = term.factors if isinstance(term, LowRank) else term.delta
-        made = _plain(source, term.start, weight(key)) if isinstance(term, LowRank) else _other(source, key, weight)
-        yield places[id(source.lora)], made
+    made: dict[str, list[tuple[int, Any]]] = {key: [] for key in found.terms}
+    directed: list[tuple[str, int, _Directed]] = []
+    for key, terms in found.terms.items():
+        for term in terms:
+            source: Any = term.factors if isinstance(term, LowRank) else term.delta
+            own = _plain(source, term.start, weight(key)) if isinstance(term, LowRank) else _other(source, key, weight)
+            if isinstance(own, _Directed):
+                directed.append((key, len(made[key]), own))
+            made[key].append((places[id(source.lora)], own))
+    if directed:  # the norms of all layers at once
+        changes, magnitudes, axes = zip(*(own for *_, own in directed), strict=True)
+        gains = accel.kernels().dora_gains([weight(key) for key, *_ in directed], changes, magnitudes, axes)
+        for (key, position, own), gain in zip(directed, gains, strict=True):
+            made[key][position] = made[key][position][0], replace(own.change, gain=gain, gain_axis=own.axis)
+    return made
 
 
 def _plain(source: Any, start: int, weight: Tensor) -> Any:
@@ -74,10 +93,7 @@ def _other(source: Any, key: str, weight: Weight) -> Any:
     if magnitude is None:
         return short
     strengths = _parts(source, own.device)[magnitude]
-    axis = 0 if is_per_output(magnitude, tuple(strengths.shape), len(own)) else 1
-    gain = kernels.gain_of(own, short, strengths, axis)
-    parts = {name: getattr(short, name) for name in _names(short)}
-    return type(short)(**parts, scale=short.scale, gain=gain, gain_axis=axis)
+    return _Directed(short, strengths, 0 if is_per_output(magnitude, tuple(strengths.shape), len(own)) else 1)
 
 
 def _short(patch: Patch, parts: dict[str, Tensor]) -> Any:
@@ -104,15 +120,6 @@ def _product(parts: dict[str, Tensor], side: str) -> Tensor:
     if f"t{side}" in parts:
         return up.T @ unfolded(parts[f"t{side}"].float(), down).flatten(1)
     return up.flatten(1) @ down.flatten(1)
-
-
-def _names(short: Any) -> tuple[str, ...]:
-    kernels = accel.kernels()
-    return {
-        kernels.LoRA: ("up", "down"),
-        kernels.LoHa: ("w1_a", "w1_b", "w2_a", "w2_b"),
-        kernels.LoKr: ("w1", "w2"),
-    }[type(short)]
 
 
 def _parts(source: Any, device: torch.device) -> dict[str, Tensor]:

@@ -102,11 +102,8 @@ class HotSwap:
             check_finite(lora)
         slots: dict[tuple[int, str], int] = {}
         changes = [
-            [
-                _with_slot(change, slots.setdefault((lora, key), len(slots)))
-                for lora, change in changes_of(found, key, units, self._pristine_or_live)
-            ]
-            for key in found.terms
+            [replace(change, slot=slots.setdefault((lora, key), len(slots))) for lora, change in own]
+            for key, own in changes_of(found, units, self._pristine_or_live).items()
         ]
         self.restore()
         self._pristine = {key: self._parameters[key].detach().clone() for key in found.terms}
@@ -216,8 +213,3 @@ def _parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
             if tensor.is_meta:
                 raise UsageError(f"`{key}` has no values (meta device)", hint="load the weights first")
             yield (f"{name}/{key}" if name else key), tensor
-
-
-def _with_slot(change: Any, slot: int) -> Any:
-    object.__setattr__(change, "slot", slot)  # a frozen change that was made for this plan alone
-    return change
