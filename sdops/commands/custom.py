@@ -11,7 +11,7 @@ from sdops.commands._options import FILE, general_options
 from sdops.commands._personal import BESIDE, dtype_option, output_options, work_options
 
 _WORDS = click.option(
-    "--words", multiple=True, type=FILE, help="The embedding that belongs to it, if it lies elsewhere"
+    "--words", multiple=True, type=FILE, help="The embedding to take for its words, if it has none, or others"
 )
 
 

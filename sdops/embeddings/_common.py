@@ -46,7 +46,7 @@ def tokens(embedding: Embedding, layout: str) -> dict[str, Vectors]:
     if embedding.kind in (CLIP_IMAGE, NULL_TEXT):
         raise MismatchError(
             f"`{embedding.name}` ({embedding.kind}) does not stand for words, so `{layout}` files cannot hold it",
-            hint="`--to clip_image` or `--to null_text` makes a safetensors file of it",
+            hint=f"`--to {embedding.kind.replace('-', '_')}` makes a safetensors file of it",
             kind=embedding.kind,
         )
     return dict(embedding.vectors)

@@ -96,7 +96,7 @@ def open_concepts(path: FilePath, words: Sequence[FilePath] = ()) -> ConceptFile
 
     Args:
         path: The file, or the folder that diffusers' training wrote.
-        words: Embeddings to use as its words.
+        words: Embeddings to use as its words, in place of those that it has.
 
     Raises:
         SdopsError: the file is missing or no model.
@@ -113,7 +113,8 @@ def open_concepts(path: FilePath, words: Sequence[FilePath] = ()) -> ConceptFile
         concepts = layout(name).read(saved)
         found = ConceptFile(path, source, name, concepts, _family(path, concepts), paths=[path])
         _check(found)
-        found.words |= {word.name: {_encoder(found): _vectors(source, word)} for word in concepts.words}
+        if not words:
+            found.words |= {word.name: {_encoder(found): _vectors(source, word)} for word in concepts.words}
         for each in words:
             _add_words(found, each)
         for each in [] if found.words else _beside(found):

@@ -211,7 +211,10 @@ def _report(
     embeddings: Sequence[Embedding], to: str, container: str, paths: Sequence[Path], dtype: str | None, *, dry_run: bool
 ) -> Report:
     rows: list[list[str]] = [
-        [one.label, ", ".join(f"{name} {len(part)} x {part.width}" for name, part in one.vectors.items())]
+        [
+            one.label,
+            ", ".join(f"{name} {' x '.join(map(str, part.values.shape))}" for name, part in one.vectors.items()),
+        ]
         for one in embeddings
     ]
     data: dict[str, Any] = {

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdops.core.pursuit import Dictionary, Formula
-from sdops.embeddings._types import TOKENS, Embedding, Vectors
+from sdops.embeddings._types import AMBIGUOUS, TOKENS, Embedding, Vectors
 from sdops.errors import FormatError, MismatchError, UsageError
 from sdops.report import Report, Section
 from sdops.verbs._embed_formula import FILE_ENDINGS
@@ -57,9 +57,11 @@ def explain(
     report.data["atoms_from"] = [str(other.path) for other in others]
     for one in choose(found, only):
         if one.kind != TOKENS:
-            raise MismatchError(
-                f"`{one.name}` ({one.kind}) is not made of words", hint="`--kind` of `embed convert` settles it"
+            is_open = one.kind == AMBIGUOUS
+            how = (
+                "`embed convert --kind tokens` says that it is" if is_open else "`sdops embed inspect` shows what it is"
             )
+            raise MismatchError(f"`{one.name}` ({one.kind}) is not made of words", hint=how)
         data: dict[str, Any] = {"name": one.name, "encoders": {}}
         for encoder in _encoders(one, list(vocabulary.tables)):
             known = _atoms(vocabulary.table(encoder), atoms, encoder, others)

@@ -141,6 +141,11 @@ def test_what_a_layout_cannot_hold_is_refused_with_those_that_can(tmp_path):
     assert [Path(each).name for each in report.data["outputs"]] == ["x.bin", "<new1>.safetensors"]
 
 
+def test_words_that_are_given_take_the_place_of_its_own(tmp_path):
+    torch.save({"<mine>": torch.ones(768)}, tmp_path / "mine.bin")
+    assert list(open_concepts(files.adobe(tmp_path), [tmp_path / "mine.bin"]).words) == ["<mine>"]
+
+
 @WRITERS
 def test_applied_it_is_the_model_that_was_trained(writer, model, tmp_path):
     report = custom.apply(model, writer(tmp_path), output=tmp_path / "out.safetensors")

@@ -160,6 +160,7 @@ def test_what_cannot_be_merged_is_refused(model, tmp_path):
 
 def test_the_examples_of_the_documentation_run(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sdops.verbs._custom_merge.CAPTIONS", 30)
     files.adobe(tmp_path)
     (tmp_path / "sd15.safetensors").symlink_to(model)
     assert examples.run(custom)[-1].data["rank"] == 6
