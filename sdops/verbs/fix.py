@@ -23,7 +23,7 @@ from sdops.report import Progress, Report, Section, silent
 from sdops.text import suggest
 from sdops.verbs._each import FilePath
 from sdops.verbs._repairs import HASHES, NAMES, TABLE, Draft
-from sdops.verbs.hash import OF_TENSORS, training_legacy
+from sdops.verbs.hash import OF_TENSORS, training_part
 
 _LEGACY = "sshs_legacy_hash"
 _PIECE = 1 << 20
@@ -75,7 +75,7 @@ def fix(
         draft = _draft(source)
         done = {name: told for name in chosen if name in TABLE and (told := TABLE[name].apply(draft))}
         left = {name: told for name in TABLE if name not in chosen and (told := TABLE[name].apply(draft.copy()))}
-        if told := _true_hashes(source, draft, HASHES in chosen, progress):
+        if told := _true_hashes(draft, HASHES in chosen, progress):
             done[HASHES] = told
         folder = Path() if is_reference(file) else path.parent
         target = path if in_place else Path(output) if output is not None else folder / _fixed_name(path)
@@ -127,7 +127,7 @@ def _fixed_name(path: Path) -> str:
 # -------------------------------------------------------------------------------------------------------------- hashes
 
 
-def _true_hashes(source: FileSource, draft: Draft, wanted: bool, progress: Progress) -> list[str]:
+def _true_hashes(draft: Draft, wanted: bool, progress: Progress) -> list[str]:
     """Hashes in the header: made true where they are wrong, or would become so. They depend on all other repairs."""
     told = []
     stored = [key for key in OF_TENSORS if key in draft.metadata]
@@ -140,21 +140,30 @@ def _true_hashes(source: FileSource, draft: Draft, wanted: bool, progress: Progr
                 draft.metadata[key] = value
                 told.append(f"`{key}` became {value}")
     if _LEGACY in draft.metadata and (wanted or not draft.same_data):
-        true_legacy = _legacy_hash(source, draft)
+        true_legacy = _legacy_hash(_Drafted(draft))
         if true_legacy is None:
             del draft.metadata[_LEGACY]
-            told.append(f"removed `{_LEGACY}`, which cannot be computed anew")
+            told.append(f"removed `{_LEGACY}`, which has no value for a header of this length")
         elif true_legacy != draft.metadata[_LEGACY].lower().removeprefix("0x"):
             draft.metadata[_LEGACY] = true_legacy
             told.append(f"`{_LEGACY}` became {true_legacy}")
     return told
 
 
-def _legacy_hash(source: FileSource, draft: Draft) -> str | None:
-    """kohya's hash of a part of the file; None if the tensors moved or the part reaches into the header."""
-    if not draft.same_data:
+def _legacy_hash(source: Source) -> str | None:
+    """kohya's hash of a part of the tensors; None if the part reaches into the header."""
+    part = training_part({"__metadata__": source.metadata, **_entries(source.specs)})
+    if part is None:
         return None
-    return training_legacy(source.path, {"__metadata__": draft.metadata, **_entries(draft.specs)})
+    digest, position = hashlib.sha256(), 0
+    for key, spec in source.specs.items():
+        start, stop = max(part.start - position, 0), min(part.stop - position, spec.nbytes)
+        if start < stop:
+            view = aligned(stop - start)
+            source.read_into(key, start, view[: stop - start])
+            digest.update(view[: stop - start])
+        position += spec.nbytes
+    return digest.hexdigest()[:8]
 
 
 def _tensor_hash(source: Source, progress: Progress) -> str:

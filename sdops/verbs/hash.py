@@ -111,19 +111,27 @@ def _state(stored: str, true: str | None) -> str:
 def training_legacy(path: Path, header: dict[str, Any]) -> str | None:
     """kohya's `sshs_legacy_hash`: AutoV1 of the file as it would be with the `ss_*` metadata alone.
 
-    Only the length of that other header matters, since it shifts the 64 KiB of tensor data that are hashed.
-    None if they would reach into the header.
+    None if it reaches into the header.
+    """
+    part = training_part(header)
+    if part is None:
+        return None
+    with open(standin.real(path), "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little") + part.start)
+        return sha256(file.read(len(part))).hexdigest()[:8]
+
+
+def training_part(header: dict[str, Any]) -> range | None:
+    """The bytes of the tensors that `sshs_legacy_hash` is of; None if it reaches into the header.
+
+    Only the length of the header with the `ss_*` metadata alone matters, since it shifts the 64 KiB that are hashed.
     """
     training = {key: text for key, text in header.get("__metadata__", {}).items() if key.startswith("ss_")}
     tensors = {key: entry for key, entry in header.items() if key != "__metadata__"}
     other = {"__metadata__": training, **tensors} if training else tensors
     length = len(json.dumps(other, ensure_ascii=False, separators=(",", ":")).encode())
     offset = 0x100000 - 8 - (length + 7) // 8 * 8
-    if offset < 0:
-        return None
-    with open(standin.real(path), "rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little") + offset)
-        return sha256(file.read(0x10000)).hexdigest()[:8]
+    return range(offset, offset + 0x10000) if offset >= 0 else None
 
 
 def _header(path: Path) -> dict[str, Any]:

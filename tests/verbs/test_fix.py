@@ -124,6 +124,19 @@ def test_the_legacy_hash(write):
     assert stored["sshs_legacy_hash"]["state"] == "ok"
 
 
+def test_the_legacy_hash_of_moved_tensors(write):
+    large = {
+        "w": ("F16", np.arange(700_000, dtype=np.float16)),
+        "model_ema.num_updates": ("F32", np.ones((), np.float32)),
+    }
+    path = write(large, {**PT, "ss_note": "n", "sshs_legacy_hash": "00000000", "sshs_model_hash": "00" * 32})
+    done, _ = fixed(path)
+    assert set(done) == {"integers", "hashes"}
+    stored = hash_files(path.with_name("m.fixed.safetensors"), verify=True).data["files"][0]["stored"]
+    assert {each["state"] for each in stored.values()} == {"ok"}
+    assert stored.keys() == {"sshs_legacy_hash", "sshs_model_hash"}
+
+
 def test_bytes_after_the_last_tensor(write, model):
     path = write(model)
     sound = path.read_bytes()
