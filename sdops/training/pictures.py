@@ -86,7 +86,7 @@ def look(path: Path, *, caption: str = "auto", template: str = "", masks: str = 
         SdopsError: there is no such folder, or no Pillow.
     """
     if not path.is_dir():
-        raise SdopsError(f"`{path}` is no folder", hint="name the folder of the pictures with `--images`", path=path)
+        raise SdopsError(f"`{path}` is no folder", hint="name the folder that holds the pictures", path=path)
     _pillow()
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
     images = [file for file in files if file.suffix.lower() in ENDINGS]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdops.pipelines.clip_words import clip_words
 from sdops.report import Report, Section
-from sdops.text import count
+from sdops.text import count, shorten
 from sdops.training.pictures import Folder, Picture, enlarged, look
 
 _SHOWN = 20
@@ -48,7 +48,7 @@ def check(
     sections = [
         Section("Folder", _facts(found, resolution, small)),
         Section("Buckets", [[f"{w} x {h}", f"{n:,}"] for (w, h), n in boxes.most_common()], ["size", "pictures>"]),
-        Section("Most frequent tags", [[tag, f"{n:,}"] for tag, n in _tags(found.pictures)], ["tag", "pictures>"]),
+        Section("Most frequent tags", [[shorten(tag, 60), f"{n:,}"] for tag, n in _tags(found.pictures)], ["tag", "pictures>"]),
         _listed("Cannot be read", [f"{path}: {problem}" for path, problem in found.broken.items()]),
         _listed("Without caption", [str(path) for path in found.uncaptioned()]),
         _listed("Without mask", [str(path) for path in maskless]),
