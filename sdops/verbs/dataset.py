@@ -48,7 +48,7 @@ def check(
     sections = [
         Section("Folder", _facts(found, resolution, small)),
         Section("Buckets", [[f"{w} x {h}", f"{n:,}"] for (w, h), n in boxes.most_common()], ["size", "pictures>"]),
-        Section("Most frequent tags", [[shorten(tag, 60), f"{n:,}"] for tag, n in _tags(found.pictures)], ["tag", "pictures>"]),
+        Section("Most frequent tags", [[tag, f"{n:,}"] for tag, n in _tags(found.pictures)], ["tag", "pictures>"]),
         _listed("Cannot be read", [f"{path}: {problem}" for path, problem in found.broken.items()]),
         _listed("Without caption", [str(path) for path in found.uncaptioned()]),
         _listed("Without mask", [str(path) for path in maskless]),
@@ -93,7 +93,7 @@ def _tags(pictures: list[Picture]) -> list[tuple[str, int]]:
     tags: Counter[str] = Counter()
     for picture in pictures:
         tags.update({tag.strip() for tag in (picture.caption or "").split(",") if tag.strip()})
-    return tags.most_common(10)
+    return [(shorten(tag, 60), number) for tag, number in tags.most_common(10)]
 
 
 def _listed(heading: str, lines: list[str]) -> Section:
