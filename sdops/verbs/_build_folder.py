@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from sdops.errors import SdopsError, UsageError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, duration, size, suggest
-from sdops.verbs._many import build_many
-from sdops.verbs._many_jobs import Build
 from sdops.verbs._recipe_inputs import FilePath
 from sdops.verbs._recipe_text import Recipe
 
 if TYPE_CHECKING:
+    from sdops.verbs._many_jobs import Build
     from sdops.verbs._recipe_build import Job
+    from sdops.verbs._recipe_sheet import Cell
 
 
 def recipes_in(folder: Path) -> list[Recipe]:
@@ -65,6 +65,8 @@ def build_folder(
         UsageError: a recipe makes no sense, or none has a parameter or input that is given.
         SdopsError: as `build_many`.
     """
+    from sdops.verbs._many import build_many
+    from sdops.verbs._many_jobs import Build
     from sdops.verbs._recipe_build import derived_name
     from sdops.verbs.build import build
 
@@ -92,7 +94,7 @@ def build_folder(
     return many_report(builds, results, time.monotonic() - begin)
 
 
-def build_all(jobs: Sequence[Job], running: Mapping[str, Any]) -> list[Report]:
+def build_all(jobs: Sequence[Job], running: Mapping[str, Any]) -> list[tuple[Report, Cell]]:
     """Do the builds of a sweep side by side; all that can be done are, before the first error is raised.
 
     Args:
@@ -100,11 +102,14 @@ def build_all(jobs: Sequence[Job], running: Mapping[str, Any]) -> list[Report]:
         running: As for `build_job`, and workers and cluster.
 
     Returns:
-        What is told of each.
+        Of each its report, and how far the result is from the inputs.
 
     Raises:
         SdopsError: as the builds, or as `build_many`.
     """
+    from sdops.verbs._many import build_many
+    from sdops.verbs._many_jobs import Build
+
     names = ("hash_inputs", "jobs", "memory", "force")
     how = {name: running[name] for name in names}
     builds = [
@@ -115,18 +120,18 @@ def build_all(jobs: Sequence[Job], running: Mapping[str, Any]) -> list[Report]:
             str(job.output),
             tuple(os.fspath(one) for one in job.root),
             job.ignore_hashes,
+            measured=True,
             **how,
         )
         for job in jobs
     ]
-    reports = []
-    for result in build_many(
-        builds, workers=running["workers"], cluster=running["cluster"], progress=running["progress"]
-    ):
+    done = []
+    results = build_many(builds, workers=running["workers"], cluster=running["cluster"], progress=running["progress"])
+    for job, result in zip(jobs, results, strict=True):
         if isinstance(result, SdopsError):
             raise result
-        reports.append(result)
-    return reports
+        done.append((result, replace(result.data.pop("cell"), output=job.output)))
+    return done
 
 
 def _check_names(given: Iterable[str], known: set[str], what: str, folder: FilePath) -> None:

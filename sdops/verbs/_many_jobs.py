@@ -31,6 +31,8 @@ from sdops.verbs._recipe_text import Recipe
 from sdops.verbs._recipe_work import worker
 
 if TYPE_CHECKING:
+    from sdops.verbs._recipe_convert import Converted
+    from sdops.verbs._recipe_sheet import Cell
     from sdops.verbs.apply import Apply
     from sdops.verbs.merge import Merge
 
@@ -46,6 +48,7 @@ class Build:
         output: The file to write.
         root: More folders to look for inputs in.
         ignore_hashes, hash_inputs, jobs, memory, force: As in `sdops.build`.
+        measured: Whether to measure the result, too: it is in memory still, and workers share that work.
         stored: Key of a step (see `step_keys`) -> file that holds its result, or will.
     """
 
@@ -59,6 +62,7 @@ class Build:
     jobs: int | None = None
     memory: int | None = None
     force: bool = False
+    measured: bool = False
     stored: Mapping[str, str] = field(default_factory=dict)
 
     def anywhere(self) -> Build:
@@ -91,7 +95,7 @@ class StoredStep(View):
         file: The stored result.
     """
 
-    def __init__(self, made: Merge | Apply, file: Source) -> None:
+    def __init__(self, made: Merge | Apply | Converted, file: Source) -> None:
         super().__init__(file, made.specs)
         self.name = made.name
         self.metadata = made.metadata
@@ -156,7 +160,7 @@ class PlannedWithStored(Planned):
 
         return spared
 
-    def _shared(self, name: str, made: Merge | Apply) -> Source:
+    def _shared(self, name: str, made: Merge | Apply | Converted) -> Source:
         path = self._stored.get(name)
         if path is None or not path.is_file():
             return super()._shared(name, made)
@@ -207,9 +211,24 @@ def run_build(build: Build) -> Report:
         if not build.ignore_hashes:
             check_hashes(found.values(), silent)
         done, asked = build_recipe(planned, path, _running(build))
-        return build_report(planned, path, done, asked, time.monotonic() - begin, dry_run=False)
+        report = build_report(planned, path, done, asked, time.monotonic() - begin, dry_run=False)
+        if build.measured:
+            report.data["cell"] = _measured(build)
+        return report
     finally:
         planned.close()
+
+
+def _measured(build: Build) -> Cell:
+    """How far the result is from the recipe's inputs."""
+    from sdops.verbs._recipe_sheet import measured
+
+    inputs = find_inputs(build.recipe, build.inputs, build.root)
+    try:
+        return measured(build.settings, Path(build.output), inputs, build.jobs, silent)
+    finally:
+        for one in inputs.values():
+            one.close()
 
 
 def store_step(build: Build, key: str) -> str:

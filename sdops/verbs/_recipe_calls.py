@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 from sdops.core.source import Source
 from sdops.errors import SdopsError, UsageError
 from sdops.report import Report
-from sdops.verbs._recipe_check import CheckedStep, split_lora
+from sdops.verbs._recipe_check import MARK, CheckedStep, split_lora
+from sdops.verbs._recipe_text import wrong
 from sdops.verbs._verb_card import VERBS, VerbParameter, lora_merge_card, verb_card
 
 if TYPE_CHECKING:
+    from sdops.verbs._recipe_convert import Converted
     from sdops.verbs.apply import Apply
     from sdops.verbs.merge import Merge
 
@@ -53,6 +55,8 @@ class Call:
         self.arguments = {
             key: _in_place(parameters.get(key), value, files, f"{step.step.path}.{key}") for key, value in given.items()
         }
+        if self.verb == "embed make":
+            self.arguments["formula"] = _with_files(given["formula"], files, f"{step.step.path}.formula")
         self._memory = memory
         self._lazy: Merge | Apply | None = None
 
@@ -68,6 +72,13 @@ class Call:
 
         return self.verb == "merge" and are_adapters(self.arguments["models"])
 
+    @cached_property
+    def is_conversion(self) -> bool:
+        """Whether a checkpoint is converted: others read it while it is, but written it is by its own verb."""
+        from sdops.verbs._adapter_peek import is_adapter
+
+        return self.verb == "convert" and not is_adapter(self.arguments["file"])
+
     def lazy(self) -> Merge | Apply:
         """The planned merge or apply.
 
@@ -78,6 +89,20 @@ class Call:
             with told(self.step):
                 self._lazy = cast("Merge | Apply", self._call({"memory": self._memory}))
         return self._lazy
+
+    def converted(self, folder: Path) -> Converted:
+        """The planned conversion.
+
+        Args:
+            folder: Where the recipe's results go.
+
+        Raises:
+            SdopsError: as the verb.
+        """
+        from sdops.verbs._recipe_convert import converted
+
+        with told(self.step):
+            return converted(self.arguments, folder / f".sdops-{self.id}.safetensors")
 
     def save(self, output: Path, running: Mapping[str, Any]) -> Report:
         """Write the result.
@@ -113,6 +138,23 @@ class Call:
             return merge_adapters(arguments.pop("models"), **arguments, **_known(merge_adapters, more))
         starred = next((key for key, one in verb_card(self.verb).parameters.items() if one.kind == "files"), "")
         return function(*arguments.pop(starred, ()), **arguments, **_known(function, more))
+
+
+def is_embed(step: CheckedStep) -> bool:
+    """Whether a step makes embeddings."""
+    return step.step.verb.startswith("embed ")
+
+
+def _with_files(formula: str, files: Mapping[str, File], path: str) -> str:
+    """A formula with quoted files in place of `$name`."""
+
+    def quoted(mark: re.Match[str]) -> str:
+        file = str(files[mark[1]])
+        if "'" in file and '"' in file:
+            raise wrong(path, f"`{file}` has both kinds of quotes in its name", "rename it")
+        return f'"{file}"' if "'" in file else f"'{file}'"
+
+    return MARK.sub(quoted, formula)
 
 
 def _known(function: Any, more: Mapping[str, Any]) -> dict[str, Any]:

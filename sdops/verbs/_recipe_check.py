@@ -21,7 +21,7 @@ from sdops.verbs._merge_request import check_count
 from sdops.verbs._recipe_text import Recipe, Scalar, Step, checked_value, wrong
 from sdops.verbs._verb_card import RUNNING, VERBS, VerbParameter, lora_merge_card, verb_card
 
-_MARK = re.compile(r"\$([a-z][a-z0-9_]*)")
+MARK = re.compile(r"\$([a-z][a-z0-9_]*)")
 _WORDS = {
     "text": "a text",
     "int": "a whole number",
@@ -130,9 +130,7 @@ def parameter_values(recipe: Recipe, settings: Mapping[str, object]) -> dict[str
 
 def _check_step(recipe: Recipe, step: Step, values: Mapping[str, Scalar]) -> CheckedStep:
     if step.verb not in VERBS:
-        close = suggest(step.verb, VERBS)
-        hint = f"did you mean `{close}`?" if close else f"there are {', '.join(VERBS)}"
-        raise wrong(f"{step.path}.verb", f"there is no verb `{step.verb}`", hint)
+        raise _unknown_verb(step)
     files = [*recipe.inputs, *(each.id for each in recipe.steps)]
     arguments = {key: _filled(value, values, files, f"{step.path}.{key}", key) for key, value in step.arguments.items()}
     allowed, card = _allowed(step, arguments)
@@ -152,9 +150,19 @@ def _check_step(recipe: Recipe, step: Step, values: Mapping[str, Scalar]) -> Che
             )
     if step.verb == "embed make":
         uses += _files_of_formula(arguments["formula"], files, f"{step.path}.formula")
+    _check_embed(recipe, step, uses)
     if card is not None and "method" in arguments:
         _check_models(card, step, arguments)
     return CheckedStep(step, arguments, tuple(uses))
+
+
+def _unknown_verb(step: Step) -> UsageError:
+    path = f"{step.path}.verb"
+    if step.verb.partition(" ")[0] == "train":
+        return wrong(path, "recipes do not train", "`sdops train` first, and name its result under `[inputs]`")
+    close = suggest(step.verb, VERBS)
+    hint = f"did you mean `{close}`?" if close else f"there are {', '.join(VERBS)}"
+    return wrong(path, f"there is no verb `{step.verb}`", hint)
 
 
 def _filled(value: Any, values: Mapping[str, Scalar], files: Sequence[str], path: str, key: str) -> Any:
@@ -165,14 +173,14 @@ def _filled(value: Any, values: Mapping[str, Scalar], files: Sequence[str], path
         return {name: _filled(item, values, files, f"{path}.{name}", key) for name, item in value.items()}
     if not isinstance(value, str):
         return value
-    for mark in _MARK.finditer(value):
+    for mark in MARK.finditer(value):
         if mark[1] not in values and not (key == "formula" and mark[1] in files):
             close = suggest(mark[1], values)
             hint = f"did you mean `${close}`?" if close else f"declare it: `[parameters]`, `{mark[1]} = 0.5`"
             raise wrong(path, f"there is no parameter `${mark[1]}`", hint)
-    if whole := _MARK.fullmatch(value):
+    if whole := MARK.fullmatch(value):
         return values.get(whole[1], value)
-    return _MARK.sub(lambda mark: _spelled(values[mark[1]]) if mark[1] in values else mark[0], value)
+    return MARK.sub(lambda mark: _spelled(values[mark[1]]) if mark[1] in values else mark[0], value)
 
 
 def _spelled(value: Scalar) -> str:
@@ -335,7 +343,15 @@ def _files_of_formula(formula: str, files: Sequence[str], path: str) -> list[str
     """The inputs and steps in a formula, where they are written as `$name`."""
     if _FORMULA_FILE.search(formula):
         raise wrong(path, "names a file", "declare it under `[inputs]` and write `$name` in the formula")
-    return [mark[1] for mark in _MARK.finditer(formula) if mark[1] in files]
+    return [mark[1] for mark in MARK.finditer(formula) if mark[1] in files]
+
+
+def _check_embed(recipe: Recipe, step: Step, uses: Sequence[str]) -> None:
+    """Verbs for embeddings open their files themselves: they cannot read what is not written."""
+    made = next((name for name in uses if name not in recipe.inputs), None)
+    if made is not None and step.verb.startswith("embed "):
+        hint = f"build `{made}` apart, and name its result under `[inputs]`"
+        raise wrong(step.path, f"`{step.verb}` reads files, `{made}` is a step", hint)
 
 
 # ----------------------------------------------------------------------------------------------------------- all steps
@@ -394,5 +410,5 @@ def _idle(recipe: Recipe, steps: Sequence[CheckedStep]) -> Iterator[str]:
     used = {name for step in steps for name in step.uses}
     yield from (f"`inputs.{name}` is used by no step" for name in recipe.inputs if name not in used)
     written = "\n".join(str(step.arguments) for step in recipe.steps)
-    marks = {mark[1] for mark in _MARK.finditer(written)}
+    marks = {mark[1] for mark in MARK.finditer(written)}
     yield from (f"`parameters.{name}` is used by no step" for name in recipe.parameters if name not in marks)

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 from sdops.core.sink import check_inputs, check_target
 from sdops.core.source import Source
 from sdops.report import Report
-from sdops.verbs._recipe_calls import Call, File
-from sdops.verbs._recipe_check import Checked
+from sdops.verbs._recipe_calls import Call, File, is_embed
+from sdops.verbs._recipe_check import Checked, CheckedStep
 from sdops.verbs._recipe_inputs import Found
 from sdops.verbs._recipe_sources import NamedFile, SharedStep
 from sdops.verbs._recipe_work import placeholder, worker
 
 if TYPE_CHECKING:
+    from sdops.verbs._recipe_convert import Converted
     from sdops.verbs.apply import Apply
     from sdops.verbs.merge import Merge
 
@@ -62,16 +63,23 @@ class Planned:
         self._files: dict[str, File] = {}
         self.is_trial = False
         for step in checked.steps:
-            for name in step.uses:
-                if name in found and name not in self._files:
-                    self._files[name] = _handle(found[name])
-            call = Call(step, self._files, memory)
+            paths = {name: found[name].address for name in step.uses} if is_embed(step) else None
+            call = Call(step, paths or self._handles(step), memory)
             self.calls[step.id] = call
             if call.is_lazy:
                 self._files[step.id] = self._shared(step.id, call.lazy())
+            elif self._readers[step.id] and call.is_conversion:
+                self._files[step.id] = self._shared(step.id, call.converted(folder))
             elif self._readers[step.id]:
                 self._files[step.id] = (work or placeholder)(call)
                 self.is_trial = self.is_trial or work is None
+
+    def _handles(self, step: CheckedStep) -> Mapping[str, File]:
+        """What stands for the files that a step reads; each is opened once."""
+        for name in step.uses:
+            if name in self.found and name not in self._files:
+                self._files[name] = _handle(self.found[name])
+        return self._files
 
     def again(self, work: Callable[[Call], Source]) -> Planned:
         """The same, now with somebody to do the steps that cannot wait."""
@@ -82,7 +90,7 @@ class Planned:
         """The last step."""
         return self.calls[self.checked.result.id]
 
-    def _shared(self, name: str, made: Merge | Apply) -> Source:
+    def _shared(self, name: str, made: Merge | Apply | Converted) -> Source:
         """A step's Source, which remembers its last piece if several others read it."""
         if self._readers[name] < 2:
             return cast("Source", made)

@@ -14,6 +14,7 @@ from sdops.verbs._inputs import Opened
 from sdops.verbs._provenance import RECIPE
 
 if TYPE_CHECKING:
+    from sdops.verbs._recipe_convert import Converted
     from sdops.verbs.apply import Apply
     from sdops.verbs.merge import Merge
 
@@ -25,7 +26,7 @@ class SharedStep(Remembered):
         made: The planned step.
     """
 
-    def __init__(self, made: Merge | Apply) -> None:
+    def __init__(self, made: Merge | Apply | Converted) -> None:
         super().__init__(cast("Source", made))
         self.parts = made.parts
         self.made = made.made

@@ -78,8 +78,6 @@ def build(
         FormatError: an input is damaged.
         OutputError: an output exists, is an input, or does not fit on the disk.
     """
-    from sdops.verbs._recipe_build import Job, build_job, derived_name
-
     side_by_side: dict[str, Any] = {"workers": workers, "cluster": cluster}
     if not isinstance(recipe, Recipe) and (folder := hub.located(recipe)).is_dir():
         from sdops.verbs._build_folder import build_folder
@@ -109,6 +107,8 @@ def build(
     if html is not None:
         raise UsageError("a page shows a sweep", hint="give a parameter several values: `--set NAME=0.1:0.9:0.1`")
     checked = check_recipe(text, settings)
+    from sdops.verbs._recipe_build import Job, build_job, derived_name
+
     path = Path(output) if output is not None else Path(derived_name(checked, settings, given))
     return build_job(Job(text, checked.values, given, path, tuple(root), ignore_hashes), running)
 
@@ -125,28 +125,23 @@ def _sweep(
     ignore_hashes: bool,
 ) -> Report:
     """Build every combination, and measure the results."""
-    from sdops.verbs._build_folder import build_all
-    from sdops.verbs._recipe_build import build_job
-    from sdops.verbs._recipe_sheet import Cell, measured, sheet_report
-
     begin = time.monotonic()
     jobs = sweep_jobs(recipe, settings, inputs, output, root, ignore_hashes=ignore_hashes)
+    from sdops.verbs._build_folder import build_all
+    from sdops.verbs._recipe_build import build_job
+    from sdops.verbs._recipe_sheet import Cell, sheet_report
+
     _check_page(html, force=running["force"])
-    found = find_inputs(recipe, inputs, root)
-    sheet = [Cell(job.settings, job.output, 0.0, {}) for job in jobs]
-    try:
-        with _folder(jobs[0].output.parent, make=not running["dry_run"]):
-            if not ignore_hashes:  # once, before the first is built
-                check_hashes(found.values(), running["progress"])
-            reports = [build_job(job, running) for job in jobs] if running["dry_run"] else build_all(jobs, running)
-        if not running["dry_run"]:
-            for number, job in enumerate(jobs):
-                sheet[number] = measured(job.settings, job.output, found, running["jobs"], running["progress"])
-    finally:
-        for one in found.values():
-            one.close()
+    with _folder(jobs[0].output.parent, make=not running["dry_run"]):
+        if not ignore_hashes:  # once, before the first is built
+            _check_hashes(recipe, inputs, root, running["progress"])
+        if running["dry_run"]:
+            done = [(build_job(job, running), Cell(job.settings, job.output, 0.0, {})) for job in jobs]
+        else:
+            done = build_all(jobs, running)
+    sheet = [cell for _, cell in done]
     report = sheet_report(recipe.name, sheet, time.monotonic() - begin, dry_run=running["dry_run"])
-    report.warnings = list(dict.fromkeys(text for one in reports for text in one.warnings))
+    report.warnings = list(dict.fromkeys(text for one, _ in done for text in one.warnings))
     if html is not None and not running["dry_run"]:
         from sdops.verbs._recipe_sheet_page import write_page
 
@@ -154,6 +149,17 @@ def _sweep(
         report.data["html"] = str(html)
         report.result.append(str(html))
     return report
+
+
+def _check_hashes(
+    recipe: Recipe, inputs: Mapping[str, FilePath], root: tuple[FilePath, ...], progress: Progress
+) -> None:
+    found = find_inputs(recipe, inputs, root).values()
+    try:
+        check_hashes(found, progress)
+    finally:
+        for one in found:
+            one.close()
 
 
 @contextmanager
@@ -185,14 +191,15 @@ def sweep_jobs(
     Raises:
         UsageError: a value does not fit, or `output` is a file.
     """
-    from sdops.verbs._recipe_build import Job, derived_name
-
     folder = Path() if output is None else Path(output)
     if folder.suffix in (".safetensors", ".ckpt") or folder.is_file():
         raise UsageError(f"a sweep writes several files, `{folder}` is one", hint="`-o FOLDER`")
+    grid = cells(recipe, settings)
+    from sdops.verbs._recipe_build import Job, derived_name
+
     return [
         Job(recipe, checked.values, inputs, folder / derived_name(checked, one, inputs), root, ignore_hashes)
-        for one, checked in cells(recipe, settings)
+        for one, checked in grid
     ]
 
 

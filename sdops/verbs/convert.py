@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdops.core.source import Source
 from sdops.errors import UsageError
@@ -16,6 +17,9 @@ from sdops.hub import located
 from sdops.report import Progress, Report, silent
 from sdops.verbs._adapter_peek import is_adapter
 from sdops.verbs._convert_wish import CONTAINERS, Wish, check, parse_dtypes
+
+if TYPE_CHECKING:
+    from sdops.verbs._convert_checkpoint import Conversion
 
 FilePath = str | os.PathLike[str]
 Model = FilePath | Source
@@ -122,6 +126,59 @@ def convert(
         )
     if family or rank or energy or base or architecture or strip_training_metadata:
         raise UsageError("`--family` and what belongs to it are for LoRAs", hint="`sdops convert FILE --to diffusers`")
+    conversion = planned(
+        file,
+        to=to,
+        output=output,
+        dtype=dtype,
+        include=include,
+        exclude=exclude,
+        components=components,
+        ema=ema,
+        prune=prune,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unknown=unknown,
+        prefix=prefix,
+        shard=shard,
+        reference=reference,
+        strict=strict,
+        seed=seed,
+        force=force,
+    )
+    try:
+        return conversion.dry_run() if dry_run else conversion.save(jobs=jobs, progress=progress)
+    finally:
+        conversion.close()
+
+
+def planned(
+    file: Model,
+    *,
+    to: str | None,
+    output: FilePath | None,
+    dtype: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    components: Sequence[str],
+    ema: str,
+    prune: bool,
+    vae: Model | None,
+    text_encoder: Model | Sequence[Model] | None,
+    tokenizer: FilePath | None,
+    unknown: str,
+    prefix: bool | None,
+    shard: int | None,
+    reference: FilePath | None,
+    strict: bool,
+    seed: int | None,
+    force: bool,
+) -> Conversion:
+    """The conversion of a checkpoint, not begun; the caller closes it.
+
+    Args and raises as `convert`.
+    """
     if to is None:
         changes = (dtype, include, exclude, components, ema != "keep", prune, vae, text_encoder, shard)
         path = located(file) if isinstance(file, str | os.PathLike) else Path(file.name)
@@ -151,11 +208,7 @@ def convert(
     )
     donors = [(role, path) for role, given in (("vae", vae), ("text_encoder", text_encoder)) for path in _all(given)]
     origin, opened = open_all(file, donors)
-    conversion = Conversion(origin, opened, None if output is None else Path(output), wish, force=force)
-    try:
-        return conversion.dry_run() if dry_run else conversion.save(jobs=jobs, progress=progress)
-    finally:
-        conversion.close()
+    return Conversion(origin, opened, None if output is None else Path(output), wish, force=force)
 
 
 def _all(given: Model | Sequence[Model] | None) -> list[Model]:
