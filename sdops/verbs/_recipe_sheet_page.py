@@ -34,15 +34,15 @@ def _parts(recipe: Recipe, found: Sequence[Cell]) -> Iterator[_html.Html]:
     inputs = list(found[0].distances)
     yield _html.heading("Distances")
     yield _html.paragraph("||result - input|| / ||input||, Euclidean norms over all tensors that both have.", "dim")
-    columns = ["file", *(f"{knob}>" for knob in knobs), "norm>", *(f"from {name}>" for name in inputs)]
+    columns = [*(f"{knob}>" for knob in knobs), "norm>", *(f"from {name}>" for name in inputs), "file"]
     yield _html.table(
         columns,
         [
             [
-                cell.output.name,
                 *(spelled(value) for value in cell.settings.values()),
                 f"{cell.norm:.6g}",
                 *(f"{cell.distances[name]['']:.4g}" for name in inputs),
+                cell.output.name,
             ]
             for cell in found
         ],
