@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from sdops.core.casting import cast, raw_dtype
+from sdops.core.patch import Adapter
 from sdops.core.precision import FORMATS, Doubles, decode, encode
 from sdops.core.source import Source, read
-from sdops.core.spec import DTYPE_BITS, INTEGERS, Spec
+from sdops.core.spec import DTYPE_BITS, FP8, INTEGERS, Spec
 from sdops.dialects import Recipe
 from sdops.errors import FormatError
 
@@ -140,6 +142,41 @@ def values_of(source: Source, key: str) -> Doubles:
         letter = "u" if spec.dtype.startswith("U") else "i"
         return bits.view(f"{letter}{DTYPE_BITS[spec.dtype] // 8}").astype(np.float64)
     raise FormatError(f"`{key}` of `{source.name}` is {spec}, no number", hint="convert the file to fp16", key=key)
+
+
+def singles_of(source: Source, key: str) -> NDArray[np.float32]:
+    """A tensor's values as float32, flat.
+
+    Raises:
+        FormatError: it holds NaN or infinity, or no numbers.
+    """
+    spec = source.specs[key]
+    if not (spec.is_float or spec.dtype in FP8):
+        found: NDArray[np.float32] = values_of(source, key).astype(np.float32).reshape(-1)
+        return found
+    raw = np.frombuffer(read(source, key), raw_dtype(spec.dtype))
+    out = np.empty(len(raw), np.float32)
+    counts = cast(raw, spec.dtype, out.view(np.uint32), "F32")
+    if counts.nan or counts.infinite:
+        raise not_finite(source, key, counts.nan + counts.infinite)
+    return out
+
+
+def not_finite(source: Source, key: str, number: int) -> FormatError:
+    """The error for a tensor with NaN or infinity."""
+    what = "number that is" if number == 1 else "numbers that are"
+    return FormatError(
+        f"`{key}` of `{source.name}` holds {number:,} {what} NaN or infinite",
+        hint="the training diverged or the file is damaged; use an earlier save",
+        key=key,
+    )
+
+
+def check_finite(adapter: Adapter) -> None:
+    """Raises FormatError, naming the tensor, if an adapter holds NaN or infinity."""
+    for patch in adapter.patches:
+        for key in patch.parts.values():
+            singles_of(adapter.source, key)
 
 
 @dataclass(slots=True)

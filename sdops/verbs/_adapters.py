@@ -26,7 +26,7 @@ from sdops.hub import located
 from sdops.text import count
 from sdops.verbs._adapter_family import read_as_any, title_of
 from sdops.verbs._adapter_names import names_of
-from sdops.verbs._adapter_source import AdapterSource, SourceValues, lazy, values_of
+from sdops.verbs._adapter_source import AdapterSource, SourceValues, lazy, not_finite, values_of
 from sdops.verbs._split_qkv import warning
 
 if TYPE_CHECKING:
@@ -230,11 +230,7 @@ def read_parts(adapter: Adapter, patch: Patch) -> dict[str, Tensor]:
         values = torch.from_numpy(values_of(adapter.source, key)).reshape(spec.shape)
         wrong = int((~torch.isfinite(values)).sum())
         if wrong:
-            raise FormatError(
-                f"`{key}` of `{adapter.source.name}` holds {count(wrong, 'number')} that are NaN or infinite",
-                hint="the training diverged or the file is damaged; use an earlier save",
-                key=key,
-            )
+            raise not_finite(adapter.source, key, wrong)
         found[part] = values if spec.dtype == "F64" else values.float()
     return found
 

@@ -12,20 +12,16 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sdops.adapters import Facts, Settings, Shape, family
 from sdops.adapters._parts import scale_of, unfit
 from sdops.core.adding import Singles
 from sdops.core.applied import Change, Dense, Factors, LowRank, Weights
-from sdops.core.casting import cast, raw_dtype
 from sdops.core.patch import Patch
-from sdops.core.source import read
-from sdops.core.spec import FP8, Spec
-from sdops.errors import FormatError, MismatchError, SdopsError
+from sdops.core.spec import Spec
+from sdops.errors import MismatchError, SdopsError
 from sdops.layouts.tables import Part
-from sdops.text import count
-from sdops.verbs._adapter_source import values_of
+from sdops.verbs._adapter_source import singles_of, values_of
 from sdops.verbs._adapters import read_parts
 from sdops.verbs._apply_loras import Lora
 from sdops.verbs._apply_places import Piece, Place, Places
@@ -238,36 +234,6 @@ def _named(lora: Lora, patch: Patch, error: SdopsError) -> MismatchError:
     )
 
 
-def check_finite(lora: Lora) -> None:
-    """Raises FormatError, naming the tensor, if an adapter holds NaN or infinity."""
-    for patch in lora.adapter.patches:
-        for key in patch.parts.values():
-            _singles(lora, key)
-
-
-def _singles(lora: Lora, key: str) -> NDArray[np.float32]:
-    """A tensor of an adapter as float32, flat.
-
-    Raises:
-        FormatError: it holds NaN or infinity, or no numbers.
-    """
-    source = lora.adapter.source
-    spec = source.specs[key]
-    if not (spec.is_float or spec.dtype in FP8):
-        found: NDArray[np.float32] = values_of(source, key).astype(np.float32).reshape(-1)
-        return found
-    raw = np.frombuffer(read(source, key), raw_dtype(spec.dtype))
-    out = np.empty(len(raw), np.float32)
-    counts = cast(raw, spec.dtype, out.view(np.uint32), "F32")
-    if counts.nan or counts.infinite:
-        raise FormatError(
-            f"`{key}` of `{source.name}` holds {count(sum(counts), 'number')} that are NaN or infinite",
-            hint="the training diverged or the file is damaged; use an earlier save",
-            key=key,
-        )
-    return out
-
-
 @dataclass(frozen=True, slots=True)
 class _Plain:
     """The factors of a plain LoRA for some rows, without torch; strength and alpha / r are in up."""
@@ -278,9 +244,9 @@ class _Plain:
     strength: float
 
     def __call__(self) -> Factors:
-        specs, parts, piece = self.lora.adapter.source.specs, self.patch.parts, self.piece
-        down = _singles(self.lora, parts["down"]).reshape(specs[parts["down"]].shape[0], -1)  # [r, i kh kw]
-        up = _singles(self.lora, parts["up"]).reshape(specs[parts["up"]].shape[0], -1)  # [o, r]
+        source, parts, piece = self.lora.adapter.source, self.patch.parts, self.piece
+        down = singles_of(source, parts["down"]).reshape(source.specs[parts["down"]].shape[0], -1)  # [r, i kh kw]
+        up = singles_of(source, parts["up"]).reshape(source.specs[parts["up"]].shape[0], -1)  # [o, r]
         up = up[piece.begin : piece.begin + piece.rows] * np.float32(self.strength * self._scale(len(down)))
         return (np.ascontiguousarray(down.T), np.ascontiguousarray(up.T)) if piece.turned else (up, down)
 

@@ -22,6 +22,7 @@ from sdops.text import count, duration, size
 from sdops.verbs._adapter_lists import written
 from sdops.verbs._adapter_metadata import carried, stripped, with_recipe
 from sdops.verbs._adapter_path import adapter_path, shown, workplace
+from sdops.verbs._adapter_source import check_finite
 from sdops.verbs._adapters import AdapterFile, Spelled, name_of, open_adapter, patch_bytes, spelled
 from sdops.verbs._rank_rules import checked
 
@@ -107,6 +108,7 @@ def convert_adapter(
             "progress": progress,
         }
         if family is None:
+            check_finite(adapter)
             header = stripped(adapter.source.metadata, strip_training_metadata)
             return _renamed(adapter, spelled(adapter, to, header), path, to, **common)
         made = {"family": family, **wishes, "dtype": dtype, "to": to}

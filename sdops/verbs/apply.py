@@ -257,14 +257,14 @@ class Apply:
             OutputError: the output exists, is an input, cannot be written or does not fit.
             FormatError: a LoRA holds NaN or infinity.
         """
-        from sdops.verbs._apply_changes import check_finite
+        from sdops.verbs._adapter_source import check_finite  # numpy
 
         path = Path(output)
         check_inputs(path, [file for part in self.parts.values() for leaf in part.leaves() for file in leaf.files])
         made = self._for(path)
         sink_of(made.specs, made.model, path, self.metadata, force=force)
         for lora in self.loras:
-            check_finite(lora)
+            check_finite(lora.adapter)
 
     def save(
         self,

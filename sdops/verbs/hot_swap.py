@@ -23,8 +23,9 @@ from sdops.core.dial import DialValue
 from sdops.core.spec import Spec
 from sdops.core.stream import TORCH_DTYPES
 from sdops.errors import MismatchError, UsageError
+from sdops.verbs._adapter_source import check_finite
 from sdops.verbs._apply_base import check_architectures, check_matched, open_base
-from sdops.verbs._apply_changes import Changes, check_finite
+from sdops.verbs._apply_changes import Changes
 from sdops.verbs._apply_loras import Lora, Wish, open_loras, read_strength
 from sdops.verbs._hot_changes import changes_of
 
@@ -99,7 +100,7 @@ class HotSwap:
         units = [replace(lora, strength=read_strength(1.0, self._opened, lora.name)) for lora in opened]
         found, left_out = self._match(units)
         for lora in opened:
-            check_finite(lora)
+            check_finite(lora.adapter)
         slots: dict[tuple[int, str], int] = {}
         changes = [
             [replace(change, slot=slots.setdefault((lora, key), len(slots))) for lora, change in own]
