@@ -146,6 +146,26 @@ def _check_inside(path: Path, folder: Path, one: Input) -> None:
         )
 
 
+def check_stays(output: str, folder: Path, path: str) -> None:
+    """Refuse an output that a link leads out of the folder.
+
+    Args:
+        output: As the recipe's step says.
+        folder: Below which it has to be.
+        path: Of the step.
+
+    Raises:
+        UsageError: it leads elsewhere.
+    """
+    root = folder.resolve()
+    if root not in (folder / output).resolve().parents:
+        raise UsageError(
+            f"`{path}.output`: `{output}` goes through a link that leads outside",
+            hint="`-o FILE` says where the result goes",
+            path=f"{path}.output",
+        )
+
+
 def check_hashes(found: Iterable[Found], progress: Progress) -> None:
     """Compare inputs with the hashes that the recipe expects; digests are remembered between runs.
 

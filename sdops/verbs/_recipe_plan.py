@@ -17,7 +17,7 @@ from sdops.core.source import Source
 from sdops.report import Report
 from sdops.verbs._recipe_calls import Call, File, is_embed
 from sdops.verbs._recipe_check import Checked, CheckedStep
-from sdops.verbs._recipe_inputs import Found
+from sdops.verbs._recipe_inputs import Found, check_stays
 from sdops.verbs._recipe_sources import NamedFile, SharedStep
 from sdops.verbs._recipe_work import placeholder, worker
 
@@ -101,8 +101,13 @@ class Planned:
 
         Raises:
             OutputError: naming the file.
+            UsageError: a link leads a step's own output elsewhere.
         """
         files = [file for one in self.found.values() for file in one.files()]
+        for call in self.calls.values():
+            folder = Path() if call is self.result else self.folder
+            if call.output and (call is not self.result or output.resolve() == Path(call.output).resolve()):
+                check_stays(call.output, folder, call.step.step.path)
         for target in (output, *self.outputs().values()):
             check_inputs(target, files)
             check_target(target, force=force)

@@ -207,6 +207,17 @@ def test_outputs_of_steps_stay_below(recipe, models, output):
         sdops.build(recipe(text))
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_outputs_of_steps_do_not_follow_links(recipe, models, tmp_path_factory, last):
+    outside = tmp_path_factory.mktemp("outside")
+    Path("link").symlink_to(outside)
+    more = "" if last else '[[steps]]\nverb = "merge"\nmodels = ["one", "b"]\n'
+    text = HEAD + '[[steps]]\nid = "one"\nverb = "merge"\nmodels = ["a", "b"]\noutput = "link/x.safetensors"\n' + more
+    with pytest.raises(UsageError, match=r"`steps.1.output`: `link/x.safetensors` goes through a link"):
+        sdops.build(recipe(text))
+    assert not list(outside.iterdir())
+
+
 def test_an_input_that_hashes_to_something_else_is_refused(recipe, models):
     right = sdops.hash("m2.safetensors").data["files"][0]["sha256"]
     for digest, fits in ((right, True), ("0" * 64, False)):
