@@ -131,7 +131,8 @@ def dora(target: str, **changed: Any) -> dict[str, Any]:
     signature |= {"sums": "*fp32"} | dict.fromkeys(("count", "strips", "share"), "i32")
     case = _case("_dora_kernels", "add_squares", target, signature, constants)
     matrix = constants["FACTOR"] != F32 and bool(constants["KINDS"] & 3)
-    return case | {"wide": 2 if constants["ALIGNED"] else 0, "matrix": matrix, "counts": True}
+    wide = 0 if not constants["ALIGNED"] else 2 if constants["BM"] == 32 else 1
+    return case | {"wide": wide, "matrix": matrix, "counts": True}
 
 
 def lora_linear(target: str, dtype: str = "fp16", **changed: Any) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def _case(
         "signature": dict(signature),
         "constants": dict(constants),
         "divisible": pointers,
-        "warps": 4,
+        "warps": 2 if target.startswith("gfx") and "BLOCK" in constants else 4,
         "stages": 2,
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CODES", "Device", "address_table", "aligned", "default_backend", "device_of", "same_device"]
+__all__ = ["CODES", "Device", "address_table", "aligned", "default_backend", "device_of", "same_device", "warps"]
 
 #: dtype -> what the kernels call it (`_rounding.py`).
 CODES = {
@@ -49,6 +49,11 @@ def device_of(device: Device) -> int:
     if device.type != "cuda":
         return 3
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def warps() -> int:
+    """Of 1024 elements every thread shall read 16 bytes at once: 128 threads, and AMD's warps have 64."""
+    return 4 if torch.version.hip is None else 2
 
 
 def aligned(*addresses: int) -> bool:

@@ -26,7 +26,8 @@ __all__ = ["Bake", "bake"]
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 PROGRAMS = 4  # per multiprocessor
-TILE, SMALL_TILE = (64, 64), (32, 64)  # of the weight: for plain LoRAs in half precision; for what needs registers
+# Of the weight: for plain LoRAs in half precision; for what needs registers; for several families on one matrix.
+TILE, SMALL_TILE, MIXED_TILE = (64, 64), (32, 64), (16, 64)
 RANKS = 16  # multiplied at once; 64 where all are high
 HIDDEN = 32  # ranks up to which float32 products hide behind the weights' way through memory
 
@@ -214,6 +215,8 @@ class Bake:
         base_code, out_code, factor_code, mask, whole, high = kind
         factor = next(dtype for dtype, code in CODES.items() if code == factor_code)
         tile = TILE if mask <= 1 and factor != torch.float32 and whole else SMALL_TILE
+        if (mask & 15).bit_count() > 1:
+            tile = MIXED_TILE
         problems, numbers, slots, keys, first = [], [], [], [], [0]
         segments, kept = list[list[int]](), list[Any]()
         scales = list[Tensor]()

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import reference
 from ._registration import register
 from ._tables import CODES, address_table, default_backend, device_of, same_device
-from .bake import SMALL_TILE, are_aligned, common_dtype, kinds_of, product_options
+from .bake import MIXED_TILE, SMALL_TILE, are_aligned, common_dtype, kinds_of, product_options
 from .changes import EPSILON, Change, LoRA
 
 __all__ = ["dora_gains"]
@@ -86,6 +86,10 @@ def _launch(
     from ._dora_kernels import add_squares
 
     code, factor, mask, whole, high, axis = kind
+    tile = MIXED_TILE if factor == torch.float32 else SMALL_TILE
+    options = product_options(changes, device, high=high)
+    if factor == torch.float32 and options["PRECISION"] == "ieee" and device.type == "cuda" and not torch.version.hip:
+        options["PRECISION"] = "tf32x3"  # as good, and needs fewer registers
     problems, segments, kept, first, sizes, read = [], [], [], [0], [], list[Tensor]()
     for place, (weight, change, scale) in enumerate(zip(weights, changes, scales, strict=True)):
         entry, used = replace(change, first=0).entry(factor)
@@ -96,7 +100,7 @@ def _launch(
         problems.append([*address, *weight.shape, place, place + 1, sum(own.numel() for own in read), step])
         read += [] if scale is None else [scale.reshape(-1).float()]
         sizes.append(weight.shape[axis])
-        first.append(first[-1] + -(-weight.shape[axis] // SMALL_TILE[axis]))
+        first.append(first[-1] + -(-weight.shape[axis] // tile[axis]))
     sums = torch.empty(sum(sizes), dtype=torch.float32, device=device)
     share = -(-first[-1] // min(first[-1], device_of(device) * PROGRAMS))
     add_squares[(-(-first[-1] // share),)](
@@ -114,9 +118,9 @@ def _launch(
         KINDS=mask,
         ALIGNED=whole,
         AXIS=axis,
-        BM=SMALL_TILE[0],
-        BN=SMALL_TILE[1],
-        **product_options(changes, device, high=high),
+        BM=tile[0],
+        BN=tile[1],
+        **options,
         num_warps=4,
         num_stages=2,
         enable_fp_fusion=False,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._registration import register
-from ._tables import CODES, address_table, default_backend, same_device
+from ._tables import CODES, address_table, default_backend, same_device, warps
 
 __all__ = ["inner_products"]
 
@@ -75,7 +75,7 @@ def _launch(inputs: Sequence[Sequence[Tensor]], code: int, device: torch.device,
         ALIGNED=whole,
         BLOCK=BLOCK,
         BLOCKS=BLOCKS,
-        num_warps=4,
+        num_warps=warps(),
         enable_fp_fusion=False,
     )
     totals = torch.segment_reduce(sums.cpu(), "sum", lengths=torch.tensor(runs))  # one after another

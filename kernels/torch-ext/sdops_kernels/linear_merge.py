@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._registration import register
-from ._tables import CODES, Device, address_table, default_backend, device_of, same_device
+from ._tables import CODES, Device, address_table, default_backend, device_of, same_device, warps
 from .exact import Coefficient, split_coefficient
 from .reference import linear_merge as merge_by_torch
 
@@ -157,7 +157,7 @@ class LinearMerge:
             share,
             EXACT=self.exact,
             **bucket.options,
-            num_warps=4,
+            num_warps=warps(),
             enable_fp_fusion=False,
         )
 
@@ -181,7 +181,7 @@ class LinearMerge:
             found,
             len(bucket.problems),
             **options,
-            num_warps=4,
+            num_warps=warps(),
             enable_fp_fusion=False,
         )
         places = torch.searchsorted(bucket.first, marked, right=True).sub_(1).tolist()

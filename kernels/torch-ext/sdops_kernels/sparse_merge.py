@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._registration import register
-from ._tables import CODES, address_table, default_backend, device_of, same_device
+from ._tables import CODES, address_table, default_backend, device_of, same_device, warps
 from .reference import sparse_merge as merge_by_torch
 
 __all__ = ["METHODS", "SparseMerge", "sparse_merge"]
@@ -133,7 +133,7 @@ class SparseMerge:
             RANDOM=self.method != "ties",
             ELECT=self.method != "dare_linear",
             NORMALIZE=self.normalize,
-            num_warps=4,
+            num_warps=warps(),
             enable_fp_fusion=False,
         )
 
@@ -166,7 +166,7 @@ class SparseMerge:
                 **options,
                 BINS=bins,
                 WHOLE=level == 0,
-                num_warps=4,
+                num_warps=warps(),
                 enable_fp_fusion=False,
             )
             chosen, place = _locate(counts, place)
@@ -177,7 +177,14 @@ class SparseMerge:
         tensors["border"].copy_(torch.stack([border, room], 2))
         ties = torch.empty(bucket.chunks, models, dtype=torch.int32, device=self.device)
         count_ties[(grid,)](
-            tensors["table"], tensors["first"], border, ties, *shared, **options, num_warps=4, enable_fp_fusion=False
+            tensors["table"],
+            tensors["first"],
+            border,
+            ties,
+            *shared,
+            **options,
+            num_warps=warps(),
+            enable_fp_fusion=False,
         )
         reached = torch.nn.functional.pad(ties.cumsum(0, dtype=torch.int64), (0, 0, 1, 0))  # [chunks + 1, N]
         first = tensors["first"].long()
