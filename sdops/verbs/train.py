@@ -16,7 +16,8 @@ from sdops.trainers import METHODS
 from sdops.training.config import read
 from sdops.verbs._train_model import check_installed
 from sdops.verbs._train_origin import open_origin
-from sdops.verbs._train_plan import check, report_of
+from sdops.verbs._train_plan import check
+from sdops.verbs._train_report import report_of
 
 FilePath = str | os.PathLike[str]
 Say = Callable[[str], None]
