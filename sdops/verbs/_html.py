@@ -61,8 +61,8 @@ figcaption { font-size: 0.875rem; color: var(--dim); margin-top: 0.3rem; }
 ul { padding-left: 1.1rem; margin: 0.4rem 0; font-family: ui-monospace, monospace; font-size: 0.8rem; }
 summary { cursor: pointer; }
 @media (max-width: 36rem) { .map th { font-size: 0.75rem; padding: 0.1rem; }
-  .map td { min-width: 0; padding: 0.1rem; font-size: 0.6875rem; } .bar { min-width: 4rem; }
-  td.name { min-width: 11rem; }
+  .map td { min-width: 0; padding: 0.1rem; font-size: 0.6875rem; } .bar { min-width: 2rem; width: 10vw; }
+  td.name { min-width: 9rem; }
   dl { grid-template-columns: 1fr; } dt { margin-top: 0.4rem; } dt:empty { display: none; } }
 @media print { .wide { overflow: visible; } }
 """
@@ -198,6 +198,8 @@ def _text(text: str) -> str:
 
 def _tag(name: str, content: Cell, kind: str | bool) -> str:
     inner = content.text if isinstance(content, Html) else _text(content)
+    if kind == "name":  # long ones are cut behind a dot where that is enough
+        inner = inner.replace(".", ".<wbr>")
     return f'<{name} class="{kind}">{inner}</{name}>' if kind else f"<{name}>{inner}</{name}>"
 
 
