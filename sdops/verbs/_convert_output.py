@@ -114,9 +114,9 @@ def extra_tensors(draft: Draft, header: bytes) -> dict[str, Entry]:
     return found
 
 
-def assembled(name: str, tensors: Mapping[str, Entry]) -> Assembled:
+def assembled(name: str, tensors: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> Assembled:
     """The tensors as a Source."""
-    return Assembled(name, {key: entry.made for key, entry in tensors.items()}, {})
+    return Assembled(name, {key: entry.made for key, entry in tensors.items()}, metadata or {})
 
 
 def carried_metadata(metadata: Mapping[str, str], made: Mapping[str, Any] | None) -> dict[str, str]:

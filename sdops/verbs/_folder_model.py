@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sdops.archs.detect import Component, detect
-from sdops.core.assembled import Assembled
+from sdops.archs.detect import detect
 from sdops.errors import SdopsError
 from sdops.verbs import _convert_extra
 from sdops.verbs._convert_draft import Draft, single_file
+from sdops.verbs._convert_output import assembled
 from sdops.verbs._convert_select import select
 from sdops.verbs._convert_wish import Wish
 from sdops.verbs._inputs import Opened
@@ -35,17 +35,13 @@ def as_single_file(model: Opened) -> Opened:
 
 def _seen(model: Opened, draft: Draft) -> Opened:
     metadata = dict(draft.metadata) or model.source.metadata
-    source = Assembled(model.source.name, {key: entry.made for key, entry in draft.tensors.items()}, metadata)
+    source = assembled(model.source.name, draft.tensors, metadata)
     detection = detect(source.specs)
     before = {part.name: part for part in model.detection.components}
     layouts = {
         part.name: (before[part.name].layout, part.layout)
         for part in detection.components
-        if part.name in before and _differs(before[part.name], part)
+        if part.name in before and before[part.name].layout != part.layout
     }
     notes = [f"`{key}` of `{model.name}` is left out: {why}" for key, why in draft.dropped.items()]
     return replace(model, source=source, detection=detection, layouts=layouts, notes=(*model.notes, *notes))
-
-
-def _differs(before: Component, after: Component) -> bool:
-    return before.layout != after.layout
