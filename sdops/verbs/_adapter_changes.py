@@ -72,8 +72,10 @@ class Change:
 
     def to(self, device: str) -> Change:
         """The same on a device."""
-        parts = {name: getattr(self, name) for name in ("up", "down", "dense", "bias")}
-        return replace(self, **{name: None if part is None else part.to(device) for name, part in parts.items()})
+        up, down, dense, bias = (
+            None if part is None else part.to(device) for part in (self.up, self.down, self.dense, self.bias)
+        )
+        return replace(self, up=up, down=down, dense=dense, bias=bias)
 
     def scaled(self, weight: float) -> Change:
         """The change at another strength; signs go to `up`."""
