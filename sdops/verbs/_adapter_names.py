@@ -56,7 +56,8 @@ _FLUX2 = (
     (r".*\.linear2", (3072, 4096, 6144), (12288, 16384, 24576)),
 )
 _UNET = r"(?:down|up|input|output)_blocks|mid_block|middle_block|unet:\d"
-_DOUBLE = r"double_blocks|single_blocks|transformer_blocks"
+_BLOCKS = r"(?<!\d[._])transformer_blocks"  # U-Nets have some, too: inside numbered blocks
+_DOUBLE = rf"double_blocks|single_blocks|{_BLOCKS}"
 _TEXT = ("clip_l", "clip_g", "t5xxl")
 # Of those that fit equally well, the earlier one is meant.
 ARCHITECTURES = (
@@ -64,13 +65,13 @@ ARCHITECTURES = (
     Architecture("sd2", _UNET, ("clip_h",), widths=_attention(1024)),
     Architecture("sdxl", _UNET, ("clip_l", "clip_g"), widths=_attention(2048)),
     Architecture("sdxl_refiner", _UNET, ("clip_g",), widths=_attention(1280)),
-    Architecture("qwen_image", "transformer_blocks", widths=((r".*\.attn\.to_q", (3072,), (3072,)),)),
+    Architecture("qwen_image", _BLOCKS, widths=((r".*\.attn\.to_q", (3072,), (3072,)),)),
     Architecture("flux1", rf"{_DOUBLE}|img_in|x_embedder", ("clip_l", "t5xxl"), widths=_FLUX),
     Architecture("chroma", rf"{_DOUBLE}|distilled_guidance", ("t5xxl",), widths=_FLUX),
     Architecture("flux2", _DOUBLE, widths=_FLUX2),
-    Architecture("sd3", "joint_blocks|transformer_blocks", _TEXT, "", ((_JOINT_QKV, (4608,), (1536,)),)),
-    Architecture("sd3", "joint_blocks|transformer_blocks", _TEXT, "3.5-large", ((_JOINT_QKV, (7296,), (2432,)),)),
-    Architecture("wan", r"blocks[._]\d+[._](?:self_attn|cross_attn|ffn|attn\d)", ("umt5xxl",)),
+    Architecture("sd3", rf"joint_blocks|{_BLOCKS}", _TEXT, "", ((_JOINT_QKV, (4608,), (1536,)),)),
+    Architecture("sd3", rf"joint_blocks|{_BLOCKS}", _TEXT, "3.5-large", ((_JOINT_QKV, (7296,), (2432,)),)),
+    Architecture("wan", r"(?<!\d[._]transformer_)blocks[._]\d+[._](?:self_attn|cross_attn|ffn|attn\d)", ("umt5xxl",)),
     Architecture("z_image", r"layers[._]\d+[._]|refiner", widths=((r".*\.attention\.qkv", (11520,), (3840,)),)),
     Architecture("lumina2", r"layers[._]\d+[._]|refiner", widths=((r".*\.attn\.to_q", (2304,), (2304,)),)),
 )
