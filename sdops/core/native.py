@@ -118,7 +118,7 @@ class NativeChain:
         words = [word for step in steps for word in step]
         self._steps = (ctypes.c_int32 * len(words))(*words)
         self._length = len(steps)
-        self._terms = (_ChainTerm * len(terms))(*terms)
+        self._terms = (_ChainTerm * len(terms))(*(_ChainTerm(*term) for term in terms))
 
     def __call__(self, raws: Sequence[Raw], out: Raw) -> bool:
         """Write the last step's sums into `out`; False if they have to be made sum by sum, see chain.c."""
