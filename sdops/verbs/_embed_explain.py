@@ -44,7 +44,7 @@ def explain(
 
     Raises:
         UsageError: there is no such embedding or choice of atoms.
-        MismatchError: the model has no encoder that the embedding is for.
+        MismatchError: the model has no encoder that the embedding is for, or one of another width.
     """
     if atoms not in ATOMS:
         raise UsageError(f"there are no atoms `{atoms}`", hint=f"one of {', '.join(ATOMS)}")
@@ -64,7 +64,7 @@ def explain(
             raise MismatchError(f"`{one.name}` ({one.kind}) is not made of words", hint=how)
         data: dict[str, Any] = {"name": one.name, "encoders": {}}
         for encoder in _encoders(one, list(vocabulary.tables)):
-            known = _atoms(vocabulary.table(encoder), atoms, encoder, others)
+            known = _atoms(vocabulary.table(encoder, one.vectors[encoder].width), atoms, encoder, others)
             formulas = _formulas(one.vectors[encoder], known, terms, positive=positive)
             data["encoders"][encoder] = _facts(formulas, known)
             report.sections.append(_section(f"{one.name} for {encoder}", formulas, known))
@@ -152,7 +152,7 @@ def _atoms(table: Table, atoms: str, encoder: str, others: Sequence[EmbeddingFil
     names, rows = [], [table.rows[numbers]]
     for other in others:
         part = other.embeddings[0].vectors.get(encoder)
-        if part is None or part.width != table.rows.shape[1]:
+        if part is None or part.width != table.width:
             continue
         quoted = f'"{other.path}"' if "'" in str(other.path) else f"'{other.path}'"
         names += [quoted if len(part) == 1 else f"{quoted}[{index}]" for index in range(len(part))]

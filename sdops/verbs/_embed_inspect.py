@@ -111,7 +111,7 @@ def _embedding(report: Report, file: EmbeddingFile, one: Embedding, vocabulary: 
     }
     sections = [Section(heading, _summary(file, one, data))]
     for name, part in one.vectors.items() if one.kind != NULL_TEXT else ():
-        sections += _rows(name, part, data, _table_of(vocabulary, name), near)
+        sections += _rows(name, part, data, _table_of(vocabulary, name, part.width), near)
     if data["health"]:
         sections.append(Section("Health", [[line] for line in data["health"]]))
     report.data["embeddings"].append(data)
@@ -119,8 +119,9 @@ def _embedding(report: Report, file: EmbeddingFile, one: Embedding, vocabulary: 
     report.result.append(f"{heading}: {data['family']}, {count(one.rows, 'vector')}")
 
 
-def _table_of(vocabulary: Vocabulary | None, encoder: str) -> Table | None:
-    return None if vocabulary is None else vocabulary.tables.get(encoder)
+def _table_of(vocabulary: Vocabulary | None, encoder: str, width: int) -> Table | None:
+    """The model's words, if it has that encoder at all."""
+    return vocabulary.table(encoder, width) if vocabulary and encoder in vocabulary.tables else None
 
 
 def _summary(file: EmbeddingFile, one: Embedding, data: dict[str, Any]) -> list[list[str]]:

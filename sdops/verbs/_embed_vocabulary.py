@@ -50,6 +50,11 @@ class Table:
     rows: NDArray[np.float32]
     words: ClipWords | None = field(repr=False)
 
+    @property
+    def width(self) -> int:
+        """Numbers per row."""
+        return self.rows.shape[1]
+
     @cached_property
     def norms(self) -> NDArray[np.float32]:
         """Length of each row."""
@@ -101,11 +106,11 @@ class Vocabulary:
     name: str
     tables: dict[str, Table]
 
-    def table(self, encoder: str) -> Table:
+    def table(self, encoder: str, width: int) -> Table:
         """The vectors of one encoder.
 
         Raises:
-            MismatchError: the model has no such encoder.
+            MismatchError: the model has no such encoder, or one of another width.
         """
         if encoder not in self.tables:
             raise MismatchError(
@@ -113,7 +118,14 @@ class Vocabulary:
                 hint="give a model of the embedding's family with `--model`",
                 encoder=encoder,
             )
-        return self.tables[encoder]
+        found = self.tables[encoder]
+        if found.width != width:
+            raise MismatchError(
+                f"vectors for {encoder} have {found.width} numbers in `{self.name}`, {width} in the embedding",
+                hint="give a model of the embedding's family with `--model`",
+                encoder=encoder,
+            )
+        return found
 
 
 def read_vocabulary(path: FilePath) -> Vocabulary:

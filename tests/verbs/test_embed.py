@@ -13,6 +13,7 @@ from sdops.errors import MismatchError, SdopsError, UsageError
 from sdops.pipelines.clip_words import clip_words
 from sdops.verbs._embed_facts import checksum
 from sdops.verbs._embed_open import open_embeddings
+from sdops.verbs._embed_vocabulary import Table, Vocabulary
 from tests import examples
 from tests.embeddings import files
 
@@ -125,6 +126,12 @@ def test_explain_undoes_make(formula, model, tmp_path):
     assert all(row["exact"] for row in explained["vectors"])
     again = made(explained["formula"], tmp_path, model, "again.pt")
     np.testing.assert_allclose(again, before, rtol=0, atol=1e-6)
+
+
+def test_words_of_another_width_are_refused():
+    narrow = Vocabulary("narrow.safetensors", {"clip_l": Table(np.zeros((10, 64), np.float32), None)})
+    with pytest.raises(MismatchError, match=r"clip_l have 64 numbers in `narrow.safetensors`, 768 in the embedding"):
+        narrow.table("clip_l", 768)
 
 
 def test_explain_says_nothing_of_noise(model, tmp_path):
