@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FilePath = str | os.PathLike[str]
 Model = FilePath | Source
+_WITH_MORE_THAN_TENSORS = {"embedding": "embed", "hypernetwork": "hypernet"}  # family -> the verb that knows its files
 
 
 def convert(
@@ -148,7 +149,10 @@ def convert(
         force=force,
     )
     try:
-        return conversion.dry_run() if dry_run else conversion.save(jobs=jobs, progress=progress)
+        report = conversion.dry_run() if dry_run else conversion.save(jobs=jobs, progress=progress)
+        if verb := _WITH_MORE_THAN_TENSORS.get(conversion.detection.family):
+            report.hints.append(f"`sdops {verb} convert` writes all layouts of these, and keeps what is no tensor")
+        return report
     finally:
         conversion.close()
 

@@ -36,6 +36,12 @@ def test_a_ckpt_and_back(file, tmp_path):
     assert same_tensors(tiny.load(file), tiny.load(tmp_path / "b.safetensors"))
 
 
+def test_embeddings_are_sent_to_the_verb_that_knows_them(tmp_path):
+    tiny.write(tmp_path / "e.safetensors", {"emb_params": tiny.encoded(np.zeros((2, 768)), "F32")})
+    report = sdops.convert(tmp_path / "e.safetensors", to="ckpt", output=tmp_path / "e.ckpt")
+    assert any("sdops embed convert" in hint for hint in report.hints)
+
+
 def test_torch_reads_the_ckpt(file, tmp_path):
     torch = pytest.importorskip("torch")
     sdops.convert(file, to="ckpt", output=tmp_path / "m.ckpt")
