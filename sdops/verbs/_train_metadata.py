@@ -89,7 +89,7 @@ def _training(course: Course, steps: int, product: Product) -> dict[str, str]:
     components = {layer.component for layer in product.layers}
     per_step = course.plan.batch * config.accumulate
     values: dict[str, Any] = {
-        "ss_output_name": config.name or course.output.stem,
+        "ss_output_name": config.name or course.stem.name,
         "ss_sd_model_name": course.origin.path.name,
         "ss_base_model_version": _BASES[course.origin.family],
         "ss_v2": course.origin.family == "sd2",
@@ -159,7 +159,7 @@ def _modelspec(course: Course) -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{_ARCHITECTURES[origin.family]}/lora",
         "modelspec.implementation": "diffusers" if origin.family != "sdxl" else "sgm",
-        "modelspec.title": config.name or course.output.stem,
+        "modelspec.title": config.name or course.stem.name,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": origin.prediction,
         "modelspec.timestep_range": f"{config.least_step},{config.most_step}",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sdops.core.sink import check_parent, check_space, check_target
+from sdops.dialects.peft import CONFIG
 from sdops.errors import OutputError, UsageError
 from sdops.text import count
 from sdops.trainers import METHODS
@@ -16,6 +17,7 @@ from sdops.training.batches import Plan, Sample
 from sdops.training.config import Config, settings_of
 from sdops.training.pictures import Folder, Picture
 from sdops.training.tokens import CHUNK, VOCABULARY, Tokens
+from sdops.verbs._adapter_path import check_place, workplace
 from sdops.verbs._train_origin import Origin
 from sdops.verbs._train_output import files_of, place_of
 
@@ -55,23 +57,33 @@ class Course:
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def stem(self) -> Path:
+        """What the files beside the output begin with: its name without the ending, of PEFT that of its folder."""
+        folder = self.output.parent
+        return folder if self.to == "peft" and folder.name else self.output.with_suffix("")
+
+    @property
     def log(self) -> Path:
         """Where the log goes."""
-        return self.output.with_suffix(".jsonl")
+        return self._beside(".jsonl")
 
     @property
     def state(self) -> Path:
         """Where the state goes, to go on from."""
-        return self.output.with_name(f"{self.output.stem}.state.safetensors")
+        return self._beside(".state.safetensors")
 
     @property
     def samples(self) -> Path:
         """The folder of painted samples."""
-        return self.output.with_name(f"{self.output.stem}-samples")
+        return self._beside("-samples")
 
     def at_step(self, step: int) -> Path:
         """The output as it is after so many steps."""
-        return self.output.with_name(f"{self.output.stem}-step{step:06d}{self.output.suffix}")
+        end = f"-step{step:06d}"
+        return self._beside(end) / self.output.name if self.to == "peft" else self._beside(end + self.output.suffix)
+
+    def _beside(self, end: str) -> Path:
+        return self.stem.with_name(self.stem.name + end)
 
 
 def check(method: str, config: Config, origin: Origin, ranks: int = 1) -> Course:
@@ -193,8 +205,12 @@ def _check_words(course: Course) -> None:
 def _check_output(course: Course) -> None:
     """Refuse an output that is there, or has no room."""
     config = course.config
-    for path in files_of(course.method, course.output, course.to, list(course.words)):
-        check_target(path, force=config.force or config.resume)
+    force = config.force or config.resume
+    if course.to == "peft":
+        check_place(course.output, (CONFIG,), force=force)
+    else:
+        for path in files_of(course.method, course.output, course.to, list(course.words)):
+            check_target(path, force=force)
     if config.resume and not course.state.is_file():
         raise UsageError(f"there is nothing to go on with: no `{course.state}`", hint="leave `--resume` away to begin")
     if course.state.exists() and not (config.force or config.resume):
@@ -206,7 +222,7 @@ def _check_output(course: Course) -> None:
     copies = 1 + (config.steps // config.save_every if config.save_every else 0)
     state = course.parameters * 4 * (4 if config.ema else 3)
     output = course.parameters * _BYTES[config.save_dtype]
-    check_space(course.output.resolve(), copies * output + state)
+    check_space(workplace(course.output) / course.output.name, copies * output + state)
     if config.latents:
         _check_latents(course, Path(config.latents))
 
