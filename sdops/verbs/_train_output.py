@@ -14,10 +14,12 @@ from sdops.trainers._named import NEGATIVE
 from sdops.training.config import Config
 from sdops.training.pictures import Folder
 from sdops.verbs import _hypernet_open as hypernet
+from sdops.verbs._adapter_path import adapter_path
 from sdops.verbs._embed_write import check_layout, container_of, ending_of, file_name
 
 CONCEPTS = tuple(name for name in custom_diffusion.ORDER if name == "webui")  # layouts that hold what is added
 _TEXTS, _VECTORS = ("null_text", "null_text_list"), ("bare", "clip_image")
+_ALONE = ("diffusers",)  # layouts of many words whose own loaders, diffusers and the web UIs, refuse more than one
 _DENSE = "-text"  # behind the name of a vector's file: that of the layers that go with it
 
 
@@ -31,7 +33,7 @@ def files_of(method: str, path: Path, to: str, words: Sequence[str]) -> list[Pat
         words: New ones.
     """
     saves = METHODS[method].saves
-    holds_many = saves in (WORDS, PAIRS) and embeddings.layout(to).HOLDS_MANY
+    holds_many = saves in (WORDS, PAIRS) and to not in _ALONE and embeddings.layout(to).HOLDS_MANY
     if saves == WORDS and len(words) > 1 and not holds_many:
         return [path.with_stem(f"{path.stem}-{file_name(word)}") for word in words]
     if saves == PAIRS and not holds_many:
@@ -75,8 +77,10 @@ def place_of(method: str, config: Config, words: Sequence[str], folder: Folder, 
 
 
 def _layers(given: Path | None, to: str, usual: str) -> tuple[Path, str]:
-    """A LoRA-like file."""
+    """A LoRA-like file; of PEFT the one in its folder."""
     dialect(to or "kohya")
+    if to == "peft":
+        return adapter_path(f"{usual}.safetensors", given, to), to
     if given is not None and given.suffix != ".safetensors":
         raise UsageError(
             f"layers are saved as .safetensors, not as `{given.name}`", hint=f"`-o {given.with_suffix('.safetensors')}`"

@@ -24,6 +24,7 @@ from sdops.training.log import read
 from sdops.verbs._adapters import open_adapter
 from sdops.verbs._embed_open import open_embeddings
 from sdops.verbs.dataset import check
+from sdops.verbs.embed import inspect
 from sdops.verbs.train import plot
 
 WORDS = {"tokens": ("it:2",), "init": ("red square",), "caption": "template", "template": "a photo of a {}"}
@@ -63,6 +64,48 @@ def test_a_method_learns_and_saves_what_it_learnt(train, tmp_path, method):
         assert adapter.patches
         assert bool(adapter.extras) == ("tokens" in GIVEN[method])
         assert adapter.source.metadata["ss_steps"] == "3"
+
+
+def test_an_adapter_of_peft_is_a_folder_and_everything_else_lies_beside_it(train, tmp_path):
+    """Also what is saved between, so that every file has its own configuration."""
+    given = {
+        **QUICK,
+        **GIVEN["lora"],
+        "lora_alpha": 8.0,
+        "to": "peft",
+        "output": str(tmp_path / "a.b"),
+        "save_every": 2,
+    }
+    train("lora", **given)
+    train("lora", **{**given, "steps": 4}, resume=True)
+    folders = [tmp_path / "a.b", tmp_path / "a.b-step000002"]
+    assert sorted(tmp_path.iterdir()) == sorted([*folders, tmp_path / "a.b.jsonl", tmp_path / "a.b.state.safetensors"])
+    for folder in folders:
+        assert {each.name for each in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+        adapter = open_adapter(folder)
+        assert {patch.settings["lora_alpha"] for patch in adapter.patches} == {8.0}
+        assert adapter.source.metadata["ss_output_name"] == "a.b"
+    with pytest.raises(OutputError, match="adapter_model"):
+        train("lora", **given, force=False)
+
+
+@pytest.mark.parametrize(
+    ("to", "names"),
+    [
+        ("a1111", ["out-it.pt", "out-that.pt"]),
+        ("diffusers", ["out-it.bin", "out-that.bin"]),  # its own loader refuses a file of two
+        ("rinongal", ["out.pt"]),
+    ],
+)
+def test_several_words_are_read_back(train, tmp_path, to, names):
+    output = tmp_path / f"out{Path(names[0]).suffix}"
+    words = {"tokens": ("it:2", "that"), "init": ("red", "circle"), "template": "an {}", "caption": "template"}
+    report = train("ti", **QUICK, **words, to=to, output=str(output))
+    assert [Path(name).name for name in report.data["outputs"]] == names
+    files = [inspect(name).data["files"][0] for name in report.data["outputs"]]
+    assert {file["layout"] for file in files} == {to}
+    found = {one["name"]: one["vectors"] for file in files for one in file["embeddings"]}
+    assert found == {"it": 2, "that": 1}
 
 
 def test_custom_diffusion_is_saved_as_its_web_ui_does(train, tmp_path):
