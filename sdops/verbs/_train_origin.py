@@ -151,7 +151,7 @@ def _from_folder(path: Path, source: FileSource) -> Origin:
     if unet.get("_class_name") != "UNet2DConditionModel":
         raise MismatchError(
             f"`{path}` has no UNet; training knows {', '.join(FAMILIES.values())}",
-            hint="see what it is: `sdops inspect`",
+            hint=f"`sdops inspect {path}` shows what it is",
             path=path,
         )
     if unet.get("addition_embed_type") == "text_time":

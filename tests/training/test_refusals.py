@@ -54,6 +54,9 @@ def test_models(train, tmp_path, small_checkpoint):
     refused(train, tmp_path, UsageError, "model to train on is not named", model="")
     refused(train, tmp_path, SdopsError, "no-such", model=str(tmp_path / "no-such.safetensors"))
     refused(train, tmp_path, MismatchError, "Flux", model=str(small_checkpoint("flux1-dev")))
+    refused(train, tmp_path, MismatchError, "is Stable Diffusion 3, and", model=str(small_checkpoint("sd3-medium")))
+    folder = small_checkpoint("sd3-medium-diffusers")
+    refused(train, tmp_path, MismatchError, "has no UNet", f"sdops inspect {folder}", model=str(folder))
     refused(train, tmp_path, MismatchError, "9 channels", model=str(small_checkpoint("sd15-inpainting")))
 
 
@@ -77,6 +80,7 @@ def test_settings_that_contradict_each_other_or_the_model(train, tmp_path):
     refused(train, tmp_path, UsageError, "`resolution` is 33", "multiple of 2", resolution=33, buckets=False)
     refused(train, tmp_path, UsageError, "multiples of 64, more than", "--bucket-step 8", bucket_step=64)
     refused(train, tmp_path, UsageError, "not as `out.ckpt`", "out.safetensors", output=str(tmp_path / "out.ckpt"))
+    refused(train, tmp_path, UsageError, "PEFT's adapters are folders", f"`-o {tmp_path / 'out'}`", to="peft")
     (tmp_path / "file").write_text("")
     refused(train, tmp_path, OutputError, "is no folder", "--latents", latents=str(tmp_path / "file"))
 
@@ -84,7 +88,8 @@ def test_settings_that_contradict_each_other_or_the_model(train, tmp_path):
 def test_a_dialect_that_cannot_hold_it_is_refused_before_the_first_step(train, tmp_path, monkeypatch):
     monkeypatch.undo()
     refused(train, tmp_path, MismatchError, "`diffusers` cannot hold", "--to kohya", family="lokr", to="diffusers")
-    refused(train, tmp_path, MismatchError, "`peft` cannot hold", method="dreambooth", to="peft")
+    out = str(tmp_path / "out")
+    refused(train, tmp_path, MismatchError, "`peft` cannot hold", method="dreambooth", to="peft", output=out)
 
 
 def test_no_room(train, tmp_path, monkeypatch):

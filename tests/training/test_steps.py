@@ -11,6 +11,8 @@ import pytest
 import sdops_kernels
 import torch
 
+from sdops.core.source import read
+from sdops.formats import open_source
 from sdops.trainers import trainer
 from sdops.training import graphs, kernels
 from sdops.training.config import read as settings
@@ -227,6 +229,37 @@ def test_a_short_text_beside_a_long_one_is_filled_with_empty_chunks(train, circl
     start = train("ti", **common, tokens=("it",), init=("it",), lr=1e-30)
     assert start
     assert not torch.equal(words, torch.load(tmp_path / "out.pt")["string_to_param"]["*"])
+
+
+@pytest.mark.parametrize(("dtype", "saved"), [("bf16", "BF16"), ("fp16", "F16")])
+def test_half_precision_learns_what_full_precision_learns(train, tmp_path, dtype, saved):
+    """What learns, its moments and the alphas stay float32; the gradients' scale of float16 does not show."""
+    given = {"steps": 3, "batch": 1, "rank": 2, "lr": 1e-2, "validate_every": 3, "validation": 1}
+    full = train("lora", **given).data["losses"]
+    half = train("lora", **given, dtype=dtype, save_dtype=dtype).data["losses"]
+    assert full["0"] - full["3"] > 0.005
+    assert half["0"] - half["3"] == pytest.approx(full["0"] - full["3"], rel=0.1)
+    with contextlib.closing(open_source(tmp_path / "out.safetensors")) as source:
+        dtypes = {key.rpartition(".")[2]: spec.dtype for key, spec in source.specs.items()}
+        assert dtypes == {"weight": saved, "alpha": "F32"}
+        assert source.metadata["ss_mixed_precision"] == dtype
+    with contextlib.closing(open_source(tmp_path / "out.state.safetensors")) as source:
+        assert {spec.dtype for spec in source.specs.values()} == {"F32"}
+
+
+def test_blocks_learn_at_their_own_rates(built, train, tmp_path):
+    blocks = "1,IN01=0,OUT03=0.5"
+    _, made, parameters = built(lr=1e-2, block_lr=blocks)
+    rates = {part.name: part.lr for part in made.parameters()}
+    for block, rate in (("down_blocks.0.attentions.0", 0), ("up_blocks.1.attentions.0", 0.005)):
+        assert {each for name, each in rates.items() if name.startswith(f"unet:{block}.")} == {rate}
+    assert {group.lr for group in parameters.groups} == {0, 0.005, 0.01}
+    given = {"steps": 2, "batch": 1, "rank": 2, "lr": 1e-2, "block_lr": blocks, "validate_every": 0}
+    train("lora", **given)
+    with contextlib.closing(open_source(tmp_path / "out.safetensors")) as source:
+        changed = {key: any(bytes(read(source, key))) for key in source.specs if "lora_up" in key}
+    assert {key for key in changed if not changed[key]} == {key for key in changed if "_down_blocks_0_" in key}
+    assert len(set(changed.values())) == 2
 
 
 def test_the_average_is_that_of_the_decay():
