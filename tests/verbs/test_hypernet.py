@@ -262,4 +262,5 @@ def test_the_examples_of_the_documentation_run(sd1, tmp_path, monkeypatch):
         files.write(tmp_path / f"{name}.pt", made, layer_structure=[1, 0.05, 1])
     sd1.rename("sd15.safetensors")
     examples.run(hypernet)
-    assert open_network("both.pt").network.structure == (1, 0.098958333, 1)
+    width, inner, last = open_network("both.pt").network.structure
+    assert (width, int(768 * inner), last) == (1, 2 * int(768 * 0.05), 1)  # hidden units side by side
