@@ -235,4 +235,7 @@ def _report(
     }
     heading = f"{'would write' if dry_run else 'wrote'} {count(len(paths), 'file')} ({to})"
     sections = [Section(heading, [[str(path)] for path in paths]), Section("Embeddings", rows)]
-    return Report("embed convert", data, sections, result=[str(path) for path in paths])
+    report = Report("embed convert", data, sections, result=[str(path) for path in paths])
+    if to == "diffusers" and len(embeddings) > len(paths):
+        report.hints.append("diffusers itself loads one word from a file: `--only NAME` writes a file for one of them")
+    return report

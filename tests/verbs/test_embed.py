@@ -283,3 +283,11 @@ def test_the_examples_of_the_documentation_run(model, tmp_path, monkeypatch):
     found = examples.run(sdops.embed)
     assert "painting" in str(found[3])
     assert open_embeddings("both.pt").embeddings[0].rows == 4
+
+
+def test_converting_several_words_tells_what_diffusers_loads(tmp_path):
+    save_file({"<a>": torch.randn(768), "<b>": torch.randn(768)}, tmp_path / "two.safetensors")
+    both = embed.convert(tmp_path / "two.safetensors", to="diffusers", output=tmp_path / "both.bin")
+    assert any("--only NAME" in hint for hint in both.hints)
+    one = embed.convert(tmp_path / "two.safetensors", to="diffusers", output=tmp_path / "a.bin", only="<a>")
+    assert not one.hints
