@@ -53,7 +53,7 @@ class Table:
     @property
     def width(self) -> int:
         """Numbers per row."""
-        return self.rows.shape[1]
+        return int(self.rows.shape[1])
 
     @cached_property
     def norms(self) -> NDArray[np.float32]:
