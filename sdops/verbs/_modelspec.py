@@ -18,6 +18,9 @@ PREFIX = "modelspec."
 VERSION = "1.0.1"
 REQUIRED = ("architecture", "implementation", "title")  # beside the version, which is always written
 
+# Layout of the tensors -> the program whose names they are, in the words that ComfyUI and kohya's trainer write.
+IMPLEMENTATIONS = {"ldm": "sgm", "sgm": "sgm", "sai": "sgm", "diffusers": "diffusers"}
+
 _ANY = (r".*", "a text")
 _SOME = (r"(?s)\s*\S.*", "a text")
 _NUMBER = (r"\d+", "a whole number")
@@ -47,6 +50,10 @@ FIELDS: dict[str, tuple[str, str]] = {
     "is_negative_embedding": (r"true|false", "true or false"),
     "unet_dtype": _ANY,
     "vae_dtype": _ANY,
+    "data_format": _ANY,  # this and the following of language models
+    "format_type": _ANY,
+    "language": _ANY,
+    "format_template": _ANY,
 }
 
 _IMAGES = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"GIF8": "gif"}
@@ -68,6 +75,8 @@ def check(name: str, value: str) -> None:
     field = name.removeprefix(PREFIX)
     if field == name:
         return
+    if field.startswith("hash_") and field not in FIELDS:
+        raise UsageError(f"sdops cannot tell whether `{name}` is true", hint="`hash_sha256` is checked")
     if field not in FIELDS:
         close = suggest(field, FIELDS)
         hint = f"did you mean `{close}`?" if close else f"it has {' '.join(FIELDS)}"
@@ -79,10 +88,14 @@ def check(name: str, value: str) -> None:
 
 
 def lacking(metadata: Mapping[str, str]) -> list[str]:
-    """What ModelSpec requires and is not there; nothing where no ModelSpec is used."""
+    """What ModelSpec requires and is not there; nothing where no ModelSpec is used.
+
+    A resolution is required of image models, but not of adapters and components, whose architecture has a slash.
+    """
     if not any(key.startswith(PREFIX) for key in metadata):
         return []
-    return [field for field in REQUIRED if not metadata.get(PREFIX + field)]
+    whole = "/" not in metadata.get(f"{PREFIX}architecture", "/") and f"{PREFIX}data_format" not in metadata
+    return [field for field in (*REQUIRED, *["resolution"] * whole) if not metadata.get(PREFIX + field)]
 
 
 def thumbnail(image: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,6 +24,12 @@ from sdops.verbs._traits import metadata_order
 
 _VALUE = 160  # characters of a value that are shown; all with `-v`
 _LEGACY = "sshs_legacy_hash"
+
+# What names of LoRA layers of a UNet tell about the model that they are for.
+_LAYOUTS = (
+    (re.compile(r"(input|output)_blocks"), "ldm"),
+    (re.compile(r"(down|up)_blocks"), "diffusers"),
+)
 
 
 def meta(
@@ -152,39 +159,73 @@ def _read_json(path: FilePath | None) -> dict[str, str | None]:
 
 def _completed(source: FileSource, new: dict[str, str]) -> list[str]:
     """Add what every ModelSpec has and what can be told from the tensors; returns what does not fit."""
-    if not any(key.startswith(_modelspec.PREFIX) for key in new) or new == source.metadata:
+    if not any(key.startswith(_modelspec.PREFIX) and new[key] != source.metadata.get(key) for key in new):
         return []
-    from sdops.archs.detect import detect
-
-    known = detect(source.specs).modelspec
-    added = {"sai_model_spec": _modelspec.VERSION} | ({"architecture": known} if known else {})
-    for field, value in added.items():
+    found = _told_by_tensors(source)
+    for field, value in {"sai_model_spec": _modelspec.VERSION, **found}.items():
         new.setdefault(_modelspec.PREFIX + field, value)
-    stated = new.get(f"{_modelspec.PREFIX}architecture", "")
+    known, stated = found.get("architecture", ""), new.get(f"{_modelspec.PREFIX}architecture", "")
     if known and stated.partition("/")[0] != known.partition("/")[0]:
         return [f"`{stated}` is written as the architecture; the tensors look like `{known}`"]
     return []
 
 
+def _told_by_tensors(source: FileSource) -> dict[str, str]:
+    """Architecture and implementation in the words of ModelSpec, as far as the tensors tell them."""
+    from sdops.archs.detect import detect
+
+    found = detect(source.specs)
+    architecture, layout = found.modelspec, found.layout
+    if found.family == "adapter":
+        base = _base_of_adapter(source)
+        architecture = base and f"{base}/lora"
+        layout = next((layout for words, layout in _LAYOUTS if any(words.search(key) for key in source.specs)), "")
+    if not architecture:
+        return {}
+    implementation = _modelspec.IMPLEMENTATIONS.get(layout)
+    return {"architecture": architecture} | ({"implementation": implementation} if implementation else {})
+
+
+def _base_of_adapter(source: FileSource) -> str:
+    """The architecture that a LoRA is for; empty if its family has several, or the file is not understood."""
+    from sdops.archs.tables import tables
+    from sdops.verbs._adapters import read_adapter
+
+    try:
+        family = read_adapter(source).architecture
+    except SdopsError:
+        return ""
+    return next((table.modelspec.get("default", "") for table in tables() if table.family == family), "")
+
+
 def _kept_true(source: SafetensorsFile, new: dict[str, str], progress: Progress) -> list[str]:
-    """See to it that hashes inside the file say the truth. Those of the tensors alone do so anyhow."""
-    key = f"{_modelspec.PREFIX}hash_sha256"
-    if new.get(key, "") != source.metadata.get(key, "") and key in new:
+    """See to it that hashes inside the file say the truth: given ones are checked, kohya's follows its `ss_` keys."""
+    from sdops.verbs.hash import OF_TENSORS, STORED, training_legacy
+
+    given = [key for key in STORED if key in new and new[key] != source.metadata.get(key)]
+    if any(key in OF_TENSORS for key in given):
         from sdops.core.hashing import digests
 
-        true = f"0x{digests(source.path, progress).tensors}"
-        if new[key] != true:
-            raise UsageError(f"`{new[key]}` is not the hash of the tensors", hint=f"it is {true}")
-    if _LEGACY not in new or _training(new) == _training(source.metadata):
+        _check_given(new, [key for key in given if key in OF_TENSORS], digests(source.path, progress).tensors or "")
+    if _LEGACY not in new or (_LEGACY not in given and _training(new) == _training(source.metadata)):
         return []
-    from sdops.verbs.hash import training_legacy
-
-    true_legacy = training_legacy(source.path, {"__metadata__": new, **_entries(source)})
-    if true_legacy is None:
+    true = training_legacy(source.path, {"__metadata__": new, **_entries(source)})
+    if _LEGACY in given:
+        _check_given(new, [_LEGACY], true)
+        return []
+    if true is None:
         del new[_LEGACY]
         return [f"removed `{_LEGACY}`: it depends on the `ss_` keys and cannot be computed anew"]
-    new[_LEGACY] = true_legacy
+    new[_LEGACY] = true
     return [f"updated `{_LEGACY}`: it depends on the `ss_` keys"]
+
+
+def _check_given(new: Mapping[str, str], keys: Iterable[str], true: str | None) -> None:
+    for key in keys:
+        value = f"0x{true}" if key.startswith(_modelspec.PREFIX) else true
+        if new[key] != value:
+            hint = f"it is {value}" if value else "a file with so long a header has none: leave it out"
+            raise UsageError(f"`{new[key]}` is not the `{key}` of the tensors", hint=hint)
 
 
 def _training(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -283,8 +324,7 @@ def _shown(source: FileSource) -> Report:
     report.result = [f"{key}={source.metadata[key]}" for key in sorted(source.metadata, key=metadata_order)]
     report.sections = list(_tables(source.path, source.metadata))
     report.sections.append(Section("Tells more than needed", [[key, what] for key, what in private.items()]))
-    if lacking := _modelspec.lacking(source.metadata):
-        report.warnings.append(f"ModelSpec asks for {', '.join(f'`{name}`' for name in lacking)} as well")
+    report.warnings += _lacking(source.metadata)
     removers = {
         "--strip-workflow": _private.workflow_keys(private),
         "--strip-training": _private.training_keys(private),
@@ -292,6 +332,11 @@ def _shown(source: FileSource) -> Report:
     if chosen := " ".join(option for option, keys in removers.items() if keys):
         report.hints.append(f"`sdops meta {source.path} {chosen}` removes it")
     return report
+
+
+def _lacking(metadata: Mapping[str, str]) -> list[str]:
+    names = ", ".join(f"`{name}`" for name in _modelspec.lacking(metadata))
+    return [f"ModelSpec asks for {names} as well"] if names else []
 
 
 def _tables(path: Path, metadata: Mapping[str, str]) -> Iterable[Section]:
@@ -303,7 +348,7 @@ def _tables(path: Path, metadata: Mapping[str, str]) -> Iterable[Section]:
 
 def _changed(source: SafetensorsFile, new: Mapping[str, str], how: str, notes: list[str]) -> Report:
     old = source.metadata
-    report = Report("meta", warnings=notes)
+    report = Report("meta", warnings=[*notes, *_lacking(new)])
     added, removed = [k for k in new if k not in old], [k for k in old if k not in new]
     changed = [k for k in new if k in old and new[k] != old[k]]
     report.data = {

@@ -61,15 +61,33 @@ def test_what_does_not_fit_makes_a_new_file_with_room(path):
 
 
 def test_modelspec_is_completed_from_the_tensors(path):
-    meta(path, set_={"title": "Mine"})
+    lacking = ["ModelSpec asks for `title`, `resolution` as well"]
+    assert meta(path, set_={"author": "me"}).warnings == meta(path).warnings == lacking
     found = tiny.metadata_of(path)
     assert found["modelspec.sai_model_spec"] == "1.0.1"
     assert found["modelspec.architecture"] == "stable-diffusion-v1"
-    assert meta(path).warnings == ["ModelSpec asks for `implementation` as well"]
+    assert found["modelspec.implementation"] == "sgm"
+    assert meta(path, set_={"title": "Mine", "resolution": "512x512"}).warnings == []
+
+
+def test_modelspec_of_a_lora_names_what_it_is_for(tmp_path):
+    up, down = ("F16", np.ones((320, 4), "f2")), ("F16", np.ones((4, 768), "f2"))
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    path = tiny.write(tmp_path / "l.safetensors", {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down})
+    report = meta(path, set_={"trigger_phrase": "sks"})
+    assert tiny.metadata_of(path)["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert tiny.metadata_of(path)["modelspec.implementation"] == "diffusers"
+    assert report.warnings == ["ModelSpec asks for `title` as well"]
+    assert "modelspec.sai_model_spec" not in meta(path, strip=["modelspec.*"]).data["metadata"]
+
+
+def test_stripping_adds_nothing(tmp_path):
+    path = tiny.write(tmp_path / "m.safetensors", tiny.checkpoint(1), {"modelspec.title": "x", "workflow": "{}"})
+    assert meta(path, strip_workflow=True).data["metadata"] == {"modelspec.title": "x"}
 
 
 def test_an_architecture_that_is_not_that_of_the_tensors_is_told(path):
-    (warning,) = meta(path, set_={"architecture": "stable-diffusion-xl-v1-base"}).warnings
+    warning, _lacking = meta(path, set_={"architecture": "stable-diffusion-xl-v1-base"}).warnings
     assert "the tensors look like `stable-diffusion-v1`" in warning
 
 
@@ -82,6 +100,7 @@ def test_an_architecture_that_is_not_that_of_the_tensors_is_told(path):
         ("timestep_range", "0"),
         ("hash_sha256", "abc"),
         ("modelspec.titel", "x"),
+        ("modelspec.hash_md5", "0x" + "0" * 32),
         ("title", "  "),
         ("modelspec.is_negative_embedding", "maybe"),
         ("encoder_layer", "two"),
@@ -110,12 +129,23 @@ def test_good_values_are_written(path, key, value):
     assert tiny.metadata_of(path)[f"modelspec.{key}"] == value
 
 
-def test_the_stored_hash_must_be_true(path):
-    with pytest.raises(UsageError, match="is not the hash"):
-        meta(path, set_={"hash_sha256": "0x" + "0" * 64})
-    true = "0x" + hashlib.sha256(data(path)).hexdigest()
-    meta(path, set_={"hash_sha256": true})
-    assert tiny.metadata_of(path)["modelspec.hash_sha256"] == true
+@pytest.mark.parametrize(("key", "false"), [("modelspec.hash_sha256", "0x" + "0" * 64), ("sshs_model_hash", "0" * 64)])
+def test_the_stored_hash_must_be_true(path, key, false):
+    with pytest.raises(UsageError, match="is not the `" + key) as caught:
+        meta(path, set_={key: false})
+    true = hashlib.sha256(data(path)).hexdigest()
+    assert caught.value.hint.endswith(true)
+    meta(path, set_={key: false[:-64] + true})
+    assert tiny.metadata_of(path)[key] == false[:-64] + true
+
+
+def test_the_legacy_hash_must_be_true(tmp_path):
+    large = {"w": ("F16", np.arange(700_000, dtype=np.float16))}
+    path = tiny.write(tmp_path / "l.safetensors", large, {"ss_note": "a" * 50})
+    with pytest.raises(UsageError, match="is not the `sshs_legacy_hash`") as caught:
+        meta(path, set_={"sshs_legacy_hash": "00000000"})
+    meta(path, set_={"sshs_legacy_hash": caught.value.hint.removeprefix("it is ")})
+    assert hash_files(path, verify=True).data["files"][0]["stored"]["sshs_legacy_hash"]["state"] == "ok"
 
 
 def test_hashes_of_the_tensors_stay_and_those_of_training_are_renewed(tmp_path):
@@ -128,7 +158,7 @@ def test_hashes_of_the_tensors_stay_and_those_of_training_are_renewed(tmp_path):
     assert hash_files(path).data["files"][0]["AutoV3"] == hashes
     stored = hash_files(path, verify=True).data["files"][0]["stored"]
     assert stored["sshs_legacy_hash"]["state"] == "ok"
-    assert meta(path, set_={"title": "x"}).warnings == []
+    assert meta(path, set_={"other": "x"}).warnings == []
 
 
 def test_strip_training_keeps_what_is_needed_to_use_the_file(path):
