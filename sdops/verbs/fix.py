@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from sdops import standin
 from sdops.archs.detect import detect
 from sdops.core.run import default_jobs, run
 from sdops.core.sink import check_inputs, check_target, in_safetensors_order
@@ -82,6 +83,10 @@ def fix(
         if done:
             _write(source, draft, done, target, in_place, force, dry_run, progress)
         report = _report(path, target, done, left, dry_run)
+        if not done and output is not None:
+            report.warnings.append(f"nothing was to be repaired, so `{output}` was not written")
+        if set(done) == {"permissions"} and not in_place:
+            report.hints.append(f"`sdops fix {path} --in-place` changes the permissions without a copy")
         if recovered:
             report.warnings.append(f"an earlier change of `{path}` was cut short; its header was put right")
         return report
@@ -113,10 +118,14 @@ def _open(path: Path) -> FileSource:
 
 
 def _draft(source: FileSource) -> Draft:
+    """The file as it is; of what is not safetensors, as it will be at least: with `format` and usual permissions."""
     draft = Draft(source, detect(source.specs), {key: key for key in source.specs}, dict(source.metadata))
-    draft.mode = stat.S_IMODE(os.stat(source.path).st_mode)
-    if isinstance(source, SafetensorsFile):
-        draft.surplus, draft.offsets = source.surplus, source.offsets
+    if not isinstance(source, SafetensorsFile):
+        draft.metadata.setdefault("format", "pt")
+        return draft
+    draft.surplus, draft.offsets = source.surplus, source.offsets
+    if not standin.find(source.path):
+        draft.mode = stat.S_IMODE(os.stat(source.path).st_mode)
     return draft
 
 

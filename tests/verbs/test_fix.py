@@ -207,6 +207,7 @@ def test_permissions(write, model):
     path = write(model)
     path.chmod(0o600)
     before, inode = path.read_bytes(), path.stat().st_ino
+    assert "--in-place" in fix(path, dry_run=True).hints[0]
     report = fix(path, in_place=True)
     umask = os.umask(0)
     os.umask(umask)
@@ -265,10 +266,21 @@ def test_a_torch_file_becomes_safetensors(tmp_path):
     path = tmp_path / "m.ckpt"
     torch.save({"state_dict": {"w": torch.ones(2), "text_model.embeddings.position_ids": torch.arange(1, 78.0)}}, path)
     done, made = fixed(path)
-    assert set(done) == {"position-ids", "format"}
+    assert set(done) == {"position-ids"}
     assert made["w"][1].tolist() == [1, 1]
+    assert tiny.metadata_of(path.with_name("m.fixed.safetensors"))["format"] == "pt"
     with pytest.raises(FormatError, match="not a safetensors file"):
         fix(path, in_place=True)
+
+
+def test_a_sound_torch_file_is_left_alone(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.ones(2)}, tmp_path / "m.pt")
+    (tmp_path / "m.pt").chmod(0o600)
+    report = fix(tmp_path / "m.pt", output=tmp_path / "wanted.safetensors")
+    assert report.data["repairs"] == {}
+    assert "was not written" in report.warnings[0]
+    assert os.listdir(tmp_path) == ["m.pt"]
 
 
 def test_every_repair_explains_itself_in_one_line():
