@@ -27,6 +27,7 @@ from sdops.core import native
 from sdops.core.fp8 import WRITABLE, fp8_values
 from sdops.core.precision import FORMATS, Doubles, Raw
 from sdops.core.spec import DTYPE_BITS, FP8
+from sdops.core.tape import Op, Program
 
 BLOCK = 1 << 17  # elements: buffers of 512 kB stay in the cache, the overhead of a call vanishes
 
@@ -86,17 +87,17 @@ def cast(raw: Raw, source: str, out: Raw, target: str, noise: NDArray[np.uint32]
 
 
 def _compiled(raw: Raw, source: str, out: Raw, target: str) -> int | None:
-    """Cast finite numbers as a sum of one term (core.native); None where there is no compiled code or more to count."""
-    bounds = native.bounds(raw, source)
-    copy = _copy(source, target)
-    if bounds is None or copy is None or bounds[0] >= FORMATS[source].infinity:
+    """Cast finite numbers in compiled code; None where there is none, or more than overflow to count."""
+    if native.library() is None or not {source, target} <= set(native.DTYPES):
         return None
-    return copy([raw], out, np.empty(0, np.uint32), exact=True)[0]
+    overflow = _copy(source, target)([raw], out, (), 0)
+    return overflow if overflow >= 0 else None
 
 
 @cache
-def _copy(source: str, target: str) -> native.NativeSum | None:
-    return native.make_sum([(0, 1.0)], [source], target)
+def _copy(source: str, target: str) -> native.NativeTape:
+    """A tape (core/tape.c) that loads a number and stores it."""
+    return native.NativeTape(Program([(Op.LOAD, 0, 0, 0, 0)], constants=(), result=0, draws=()), [source], target)
 
 
 def _cast_block(raw: Raw, source: str, out: Raw, target: str, noise: NDArray[np.uint32] | None) -> Counts:
