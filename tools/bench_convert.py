@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_merge import GB, HERE, SDOPS, Series, machine, say, settle
+from bench_merge import GB, HERE, SDOPS, Series, machine, memory, say, settle
 from measure import run
 
 MAKE = [sys.executable, str(HERE.parent / "fixtures" / "make.py")]
@@ -300,8 +300,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--diffusers-python", help="the Python that has diffusers and safetensors")
     parser.add_argument("--kohya", type=Path, help="folder of kohya-ss/sd-scripts")
     parser.add_argument("--kohya-python", default=sys.executable)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
-    parser.add_argument("--peer-memory", type=float, default=0.75 * memory, metavar="GB", help="more is killed")
+    parser.add_argument("--peer-memory", type=float, default=0.75 * memory() / GB, metavar="GB", help="more is killed")
     parser.add_argument("--small", action="store_true", help="small models in a folder of their own: does all work?")
     parser.add_argument("--output", type=Path, help="convert.json and convert.md go there; default: the folder")
     return parser.parse_args()

@@ -264,7 +264,7 @@ class Bench:
 
 
 def settle(folder: Path, inputs: set[Path]) -> None:
-    """Fill free memory with the page cache of other models in the folder, then read the inputs.
+    """Fill free memory with the page cache of other models in the folder, then read the inputs that fit with an output.
 
     A virtual machine may have given free memory back to its host, and getting it again costs more than the
     merge: with memory full of cache every run finds the same state.
@@ -275,13 +275,18 @@ def settle(folder: Path, inputs: set[Path]) -> None:
         if path.stat().st_blocks * 512 >= path.stat().st_size:  # no holes
             read(path)
     for path in inputs:
-        if path.stat().st_size < 10 * GB:
+        if path.stat().st_size < 0.7 * memory():
             read(path)
 
 
 def free_memory() -> int:
     """Bytes that hold nothing, not even cache."""
     return int(Path("/proc/meminfo").read_text().partition("MemFree:")[2].split()[0]) * 1024
+
+
+def memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def read(path: Path) -> None:
@@ -308,13 +313,12 @@ def peer_commands(options: argparse.Namespace) -> dict[str, list[str]]:
 def machine(folder: Path, peers_python: str | None) -> dict[str, str]:
     """What was measured on."""
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     kind = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], check=False, capture_output=True, text=True)
     ours = {name: metadata.version(name) for name in ("sdops", "numpy", "torch")}
     found = {
         "processor": cpu.partition(": ")[2] or platform.processor(),
         "cores": str(len(os.sched_getaffinity(0))),
-        "memory": f"{total / GB:.0f} GB",
+        "memory": f"{memory() / GB:.0f} GB",
         "file system": kind.stdout.strip(),
         "kernel": platform.release(),
         "python": platform.python_version(),
@@ -382,8 +386,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer-rounds", type=int, default=1, help="other programs take minutes, not seconds")
     parser.add_argument("--peers-python", help="the Python that has sd-mecha and mergekit")
     parser.add_argument("--kohya", type=Path, help="merge_models.py of kohya-ss/sd-scripts")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
-    parser.add_argument("--peer-memory", type=float, default=0.75 * memory, metavar="GB", help="more is killed")
+    parser.add_argument("--peer-memory", type=float, default=0.75 * memory() / GB, metavar="GB", help="more is killed")
     parser.add_argument("--small", action="store_true", help="small models in a folder of their own: does all work?")
     parser.add_argument("--output", type=Path, help="results.json and results.md go there; default: the folder")
     return parser.parse_args()
