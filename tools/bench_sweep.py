@@ -7,7 +7,8 @@ one core        one command, builds one after another, each with one thread
 one worker      one command, builds one after another, each with a thread per core
 two workers     one command, two processes with one thread each
 
-All but the first also measure the distances of the results for the sheet. Every round deletes what it wrote.
+All but the first also measure the distances of the results for the sheet. Every round deletes what it wrote. "CPU s"
+are those of all processes: where they are much less than the wall's seconds times the workers, it waits for the disk.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from bench_recipe import prepare
 from measure import run
 
 SDOPS = [sys.executable, "-m", "sdops"]
-VALUES = [f"{0.1 * number:g}" for number in range(1, 9)]
 RECIPE = """
 name = "swept"
 [inputs]
@@ -39,11 +39,12 @@ density = "$density"
 """
 
 
-def ways(recipe: Path, folder: Path) -> dict[str, list[list[str]]]:
-    """Name -> the commands that it takes."""
+def ways(recipe: Path, folder: Path, number: int) -> dict[str, list[list[str]]]:
+    """Name -> the commands that it takes to make so many results."""
+    values = [f"{(index + 1) / 10:g}" for index in range(number)]
     build = [*SDOPS, "build", str(recipe), "-q"]
-    sweep = [*build, "--set", f"density={','.join(VALUES)}", "-o", str(folder)]
-    single = [[*build, "--set", f"density={value}", "-o", str(folder / f"{value}.safetensors")] for value in VALUES]
+    sweep = [*build, "--set", f"density={','.join(values)}", "-o", str(folder)]
+    single = [[*build, "--set", f"density={value}", "-o", str(folder / f"{value}.safetensors")] for value in values]
     return {
         "commands": single,
         "one core": [[*sweep, "--workers", "1", "--jobs", "1"]],
@@ -57,20 +58,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("bench-data"))
     parser.add_argument("--method", default="dare-ties", help="one with `density`")
+    parser.add_argument("--results", type=int, default=8, choices=range(2, 10), metavar="2 to 9")
     parser.add_argument("--ways", default="commands,one core,one worker,two workers")
     options = parser.parse_args()
     folder: Path = options.folder
     prepare(folder)
     recipe, results = folder / "swept.toml", folder / "swept"
     recipe.write_text(RECIPE.format(method=options.method))
-    for name, commands in ways(recipe, results).items():
+    for name, commands in ways(recipe, results, options.results).items():
         if name not in options.ways.split(","):
             continue
         results.mkdir()
         costs = [run(command, environment={"SDOPS_CACHE": str(folder / "cache")}) for command in commands]
         written = len(list(results.glob("*.safetensors")))
         shutil.rmtree(results)
-        print(f"{name}: {sum(cost.wall for cost in costs):.1f} s, {written} files {costs[-1].error}", flush=True)
+        wall, cpu = sum(cost.wall for cost in costs), sum(cost.user + cost.system for cost in costs)
+        print(f"{name}: {wall:.1f} s, {cpu:.1f} CPU s, {written} files {costs[-1].error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,7 @@ class FileSink:
         """Write what depends on the tensors' bytes."""
 
     def __enter__(self) -> Self:
-        for leftover, _ in _leftovers(self.target):
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(self.target)
         try:
             while not self._create():
                 self._discard()
@@ -389,6 +388,12 @@ def _remove(temporary: Path) -> None:
 def tag(target: Path) -> str:
     """What the names of temporary files for one target have in common: short, for a name may have 255 bytes."""
     return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
+
+
+def remove_leftovers(target: Path) -> None:
+    """Take away what killed runs left of a file; symbolic links are resolved."""
+    for leftover, _ in _leftovers(Path(os.path.realpath(target))):
+        leftover.unlink(missing_ok=True)
 
 
 def _leftovers(target: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -65,7 +65,7 @@ def build_folder(
         UsageError: a recipe makes no sense, or none has a parameter or input that is given.
         SdopsError: as `build_many`.
     """
-    from sdops.verbs._many import build_many
+    from sdops.verbs._many import build_many, is_there
     from sdops.verbs._many_jobs import Build
     from sdops.verbs._recipe_build import derived_name
     from sdops.verbs.build import build
@@ -85,7 +85,9 @@ def build_folder(
         builds.append(replace(build_, output=str(place / derived_name(build_.checked(), own, files))))
     if dry_run:
         done: list[Report | SdopsError] = [
-            build(one.recipe, set_=one.settings, inputs=one.inputs, output=one.output, dry_run=True, **options)
+            Report("build", data={"kept": True})
+            if is_there(one, progress)
+            else build(one.recipe, set_=one.settings, inputs=one.inputs, output=one.output, dry_run=True, **options)
             for one in builds
         ]
         return many_report(builds, done, 0, dry_run=True)
@@ -108,23 +110,8 @@ def build_all(jobs: Sequence[Job], running: Mapping[str, Any]) -> list[tuple[Rep
         SdopsError: as the builds, or as `build_many`.
     """
     from sdops.verbs._many import build_many
-    from sdops.verbs._many_jobs import Build
 
-    names = ("hash_inputs", "jobs", "memory", "force")
-    how = {name: running[name] for name in names}
-    builds = [
-        Build(
-            job.recipe,
-            job.settings,
-            {name: os.fspath(file) for name, file in job.inputs.items()},
-            str(job.output),
-            tuple(os.fspath(one) for one in job.root),
-            job.ignore_hashes,
-            measured=True,
-            **how,
-        )
-        for job in jobs
-    ]
+    builds = [replace(_build_of(job, running), measured=True) for job in jobs]
     done = []
     results = build_many(builds, workers=running["workers"], cluster=running["cluster"], progress=running["progress"])
     for job, result in zip(jobs, results, strict=True):
@@ -132,6 +119,34 @@ def build_all(jobs: Sequence[Job], running: Mapping[str, Any]) -> list[tuple[Rep
             raise result
         done.append((result, replace(result.data.pop("cell"), output=job.output)))
     return done
+
+
+def try_all(jobs: Sequence[Job], running: Mapping[str, Any]) -> list[tuple[Report, Cell]]:
+    """The same as a trial: nothing is written or measured."""
+    from sdops.verbs._many import is_there
+    from sdops.verbs._recipe_build import build_job
+    from sdops.verbs._recipe_sheet import Cell
+
+    done = []
+    for job in jobs:
+        kept = is_there(_build_of(job, running), running["progress"])
+        report = Report("build", data={"kept": True}) if kept else build_job(job, running)
+        done.append((report, Cell(job.settings, job.output, 0.0, {})))
+    return done
+
+
+def _build_of(job: Job, running: Mapping[str, Any]) -> Build:
+    from sdops.verbs._many_jobs import Build
+
+    return Build(
+        job.recipe,
+        job.settings,
+        {name: os.fspath(file) for name, file in job.inputs.items()},
+        str(job.output),
+        tuple(os.fspath(one) for one in job.root),
+        job.ignore_hashes,
+        **{name: running[name] for name in ("hash_inputs", "jobs", "memory", "force")},
+    )
 
 
 def _check_names(given: Iterable[str], known: set[str], what: str, folder: FilePath) -> None:
@@ -162,9 +177,9 @@ def many_report(
         else:
             took = result.data.get("seconds", 0)
             nbytes = Path(build.output).stat().st_size if Path(build.output).is_file() and not dry_run else 0
-            state = "would be built" if dry_run else "built"
+            state = "there already" if result.data.get("kept") else "would be built" if dry_run else "built"
             rows.append([build.recipe.name, build.output, size(nbytes) if nbytes else "", duration(took), state])
-            facts |= {"seconds": took, "bytes": nbytes}
+            facts |= {"seconds": took, "bytes": nbytes, "kept": result.data.get("kept", False)}
             report.result += result.result
             report.warnings += [text for text in result.warnings if text not in report.warnings]
         report.data["builds"].append(facts)

@@ -4,14 +4,13 @@ build_many([Build(...), ...], workers=2)                           processes of 
 build_many([Build(...), ...], cluster="tcp://10.0.0.1:8786")       workers of a dask cluster
 
 The engine is dask.distributed (`pip install sdops[cluster]`). It does a job again whose worker was killed; finished
-outputs are files, and stay. What is written does not depend on how many workers there are, or on which does what.
+outputs are files, and stay: the next run takes them as they are. What is written does not depend on how many workers
+there are, or on which does what.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +19,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sdops.core.run import FORK_BYTES, default_jobs
-from sdops.core.sink import tag
+from sdops.core.sink import remove_leftovers
 from sdops.errors import OutputError, SdopsError, UsageError
 from sdops.report import Progress, Report, silent
 from sdops.text import count
+from sdops.verbs._many_finished import is_finished
 from sdops.verbs._many_jobs import Build, Failed, PlannedWithStored, guarded, step_keys
+from sdops.verbs._many_place import place
+from sdops.verbs._recipe_check import Checked
 
 Result = Report | str | Failed
 
@@ -76,27 +78,29 @@ def build_many(
     """
     if not builds:
         return []
-    sizes = _checked(builds)
     given = [build.output for build in builds]
-    builds = [build.anywhere() for build in builds]
-    usual = default_jobs() if min(sizes) >= FORK_BYTES else 1  # starting processes takes seconds
-    wanted = min(workers or usual, len(builds)) if cluster is None else 0
-    if wanted > 1 and find_spec("distributed") is None:
-        if workers is not None:
-            raise _not_installed()
-        wanted = 1
-    with _store(Path(builds[0].output)) as store, _engine(wanted, cluster) as (engine, threads):
-        tasks = _tasks(builds, sizes, store, threads)
-        label = f"building {count(len(builds), 'file')}"
-        done: dict[str, Result] = {}
+    builds, sizes = _checked([build.anywhere() for build in builds], progress)
+    wanted = _number_of(workers, sizes) if cluster is None else 0
+    done: dict[str, Result] = {}
+    with place(Path(builds[0].output)) as shared:
         try:
-            with progress(label, sum(task.nbytes for task in tasks)) as advance:
-                for task, result in engine(tasks):
-                    done[task.name] = result
-                    advance(task.nbytes)
+            with _engine(wanted, cluster) as (engine, threads):
+                tasks = _tasks(builds, sizes, shared, threads)
+                with progress(f"building {count(len(builds), 'file')}", sum(task.nbytes for task in tasks)) as advance:
+                    for task, result in engine(tasks):
+                        done[task.name] = result
+                        advance(task.nbytes)
         finally:
-            _remove_drafts(build for i, build in enumerate(builds) if not isinstance(done.get(f"build {i}"), Report))
+            for build in builds:  # what killed workers left
+                remove_leftovers(Path(build.output))
     return [_outcome(done[f"build {i}"], given[i], builds[i].output) for i in range(len(builds))]
+
+
+def _number_of(workers: int | None, sizes: Sequence[int]) -> int:
+    """How many processes of this machine shall work."""
+    usual = default_jobs() if min(sizes) >= FORK_BYTES else 1  # starting processes takes seconds
+    wanted = min(workers or usual, len(sizes))
+    return wanted if workers or find_spec("distributed") else 1
 
 
 def _outcome(result: Result, given: str, output: str) -> Report | SdopsError:
@@ -113,39 +117,54 @@ def _outcome(result: Result, given: str, output: str) -> Report | SdopsError:
     return result
 
 
-def _checked(builds: Sequence[Build]) -> list[int]:
-    """Plan every build from headers; returns the sizes of their outputs."""
+def _checked(builds: Sequence[Build], progress: Progress) -> tuple[list[Build], list[int]]:
+    """Plan every build from headers; returns them, told which are finished, and the sizes of their outputs."""
     targets = Counter(os.path.realpath(build.output) for build in builds)
     twice = next((build.output for build in builds if targets[os.path.realpath(build.output)] > 1), None)
     if twice is not None:
         raise OutputError(f"`{twice}` would be written by {targets[os.path.realpath(twice)]} builds", hint="rename one")
-    sizes = []
-    for build in builds:
-        path, checked = Path(build.output), build.checked()
-        planned = PlannedWithStored(checked, build.found(checked), path.parent, {}, build.memory)
-        try:
+    found = [_checked_one(build, progress) for build in builds]
+    return [build for build, _ in found], [nbytes for _, nbytes in found]
+
+
+def _checked_one(build: Build, progress: Progress) -> tuple[Build, int]:
+    path, checked = Path(build.output), build.checked()
+    planned = PlannedWithStored(checked, build.found(checked), path.parent, {}, build.memory)
+    try:
+        finished = path.exists() and not build.force and is_finished(planned, path, progress)
+        lazy = planned.result.lazy() if planned.result.is_lazy else None
+        if not finished:
             planned.check(path, force=build.force)
-            lazy = planned.result.lazy() if planned.result.is_lazy else None
             if lazy is not None:
                 lazy.check(path, force=build.force)
-            sizes.append(sum(spec.nbytes for spec in lazy.specs.values()) if lazy else 1)
-        finally:
-            planned.close()
-    return sizes
+        return replace(build, finished=finished), sum(spec.nbytes for spec in lazy.specs.values()) if lazy else 1
+    finally:
+        planned.close()
 
 
-def _tasks(builds: Sequence[Build], sizes: Sequence[int], store: Path, threads: int | None) -> list[Task]:
+def is_there(build: Build, progress: Progress) -> bool:
+    """Whether `build_many` would find a build finished; for trial runs.
+
+    Raises:
+        SdopsError: as `build_many`.
+    """
+    return _checked_one(build.anywhere(), progress)[0].finished
+
+
+def _tasks(builds: Sequence[Build], sizes: Sequence[int], folder: Path, threads: int | None) -> list[Task]:
     """All jobs, those that make shared steps first."""
     shared = _shared_steps(builds)
-    stored = {key: str(store / f"{key}.safetensors") for key in shared}
-    ready = [replace(build, stored=stored, force=True, jobs=build.jobs or threads) for build in builds]
+    stored = {key: str(folder / f"{key}.safetensors") for key in shared}
+    ready = [
+        replace(build, stored=stored, place=str(folder), force=True, jobs=build.jobs or threads) for build in builds
+    ]
     tasks = [
         Task(f"store {key}", "store", (ready[index], key), tuple(f"store {name}" for name in needs), sizes[index])
         for key, (index, needs) in shared.items()
     ]
     for index, build in enumerate(ready):
         checked = build.checked()
-        keys = step_keys(checked, build.found(checked)).values()
+        keys = () if build.finished else step_keys(checked, build.found(checked)).values()
         after = tuple(f"store {key}" for key in keys if key in shared)
         tasks.append(Task(f"build {index}", "build", (build,), after, sizes[index]))
     return tasks
@@ -157,11 +176,12 @@ def _shared_steps(builds: Sequence[Build]) -> dict[str, tuple[int, tuple[str, ..
     Worth a file is what several builds have in common, where it meets what they do not: a step before that is read on
     the way, once.
     """
-    plans = [build.checked() for build in builds]
-    keys = [step_keys(plan, build.found(plan)) for plan, build in zip(plans, builds, strict=True)]
-    times = Counter(key for own in keys for key in set(own.values()))
+    plans = {index: build.checked() for index, build in enumerate(builds) if not build.finished}
+    keys = {index: step_keys(plan, builds[index].found(plan)) for index, plan in plans.items()}
+    times = Counter(key for own in keys.values() for key in set(own.values()))
     found: dict[str, tuple[int, tuple[str, ...]]] = {}
-    for index, (plan, own) in enumerate(zip(plans, keys, strict=True)):
+    for index, plan in plans.items():
+        own = keys[index]
         common = {step.id for step in plan.steps if times[own[step.id]] > 1} - {plan.result.id}
         edge = {name for step in plan.steps if step.id not in common for name in step.uses if name in common}
         for step in plan.steps:  # what a step reads comes before it
@@ -170,9 +190,9 @@ def _shared_steps(builds: Sequence[Build]) -> dict[str, tuple[int, tuple[str, ..
     return found
 
 
-def _ancestors(plan: object, name: str) -> set[str]:
+def _ancestors(plan: Checked, name: str) -> set[str]:
     """All steps that a step reads, directly or not."""
-    uses = {step.id: step.uses for step in getattr(plan, "steps", ())}
+    uses = {step.id: step.uses for step in plan.steps}
     found: set[str] = set()
     waiting = [name]
     while waiting:
@@ -181,16 +201,6 @@ def _ancestors(plan: object, name: str) -> set[str]:
                 found.add(used)
                 waiting.append(used)
     return found
-
-
-@contextmanager
-def _store(output: Path) -> Iterator[Path]:
-    """A folder for what builds share, beside the first output: where workers of other machines see it, too."""
-    folder = Path(tempfile.mkdtemp(prefix=".sdops-shared-", dir=os.path.realpath(output.parent)))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -210,14 +220,6 @@ def _engine(workers: int, cluster: str | None) -> Iterator[tuple[Engine, int | N
 def _one_after_the_other(tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
     for task in tasks:
         yield task, guarded(task.kind, *task.arguments)
-
-
-def _remove_drafts(builds: Iterator[Build]) -> None:
-    """Take away what killed workers left of outputs that were not finished."""
-    for build in builds:
-        target = Path(os.path.realpath(build.output))
-        for draft in target.parent.glob(f".sdops-{tag(target)}-*.tmp"):
-            draft.unlink(missing_ok=True)
 
 
 def _not_installed() -> UsageError:

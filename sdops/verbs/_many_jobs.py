@@ -49,6 +49,8 @@ class Build:
         root: More folders to look for inputs in.
         ignore_hashes, hash_inputs, jobs, memory, force: As in `sdops.build`.
         measured: Whether to measure the result, too: it is in memory still, and workers share that work.
+        finished: Whether the output is there already.
+        place: A folder for what is worked out on the way; default: the output's own.
         stored: Key of a step (see `step_keys`) -> file that holds its result, or will.
     """
 
@@ -63,6 +65,8 @@ class Build:
     memory: int | None = None
     force: bool = False
     measured: bool = False
+    finished: bool = False
+    place: str = ""
     stored: Mapping[str, str] = field(default_factory=dict)
 
     def anywhere(self) -> Build:
@@ -197,11 +201,19 @@ def _resolved(value: Any, keys: Mapping[str, str]) -> Any:
 
 
 def run_build(build: Build) -> Report:
-    """Do one build.
+    """Do one build, if that is not finished, and measure the result, if that is asked for.
 
     Raises:
         SdopsError: as `sdops.build`.
     """
+    report = Report("build", result=[build.output]) if build.finished else _built(build)
+    report.data["kept"] = build.finished
+    if build.measured:
+        report.data["cell"] = _measured(build)
+    return report
+
+
+def _built(build: Build) -> Report:
     from sdops.verbs._recipe_report import build_report
 
     begin, checked = time.monotonic(), build.checked()
@@ -210,11 +222,8 @@ def run_build(build: Build) -> Report:
     try:
         if not build.ignore_hashes:
             check_hashes(found.values(), silent)
-        done, asked = build_recipe(planned, path, _running(build))
-        report = build_report(planned, path, done, asked, time.monotonic() - begin, dry_run=False)
-        if build.measured:
-            report.data["cell"] = _measured(build)
-        return report
+        done, asked = build_recipe(planned, path, _running(build), Path(build.place or path.parent))
+        return build_report(planned, path, done, asked, time.monotonic() - begin, dry_run=False)
     finally:
         planned.close()
 

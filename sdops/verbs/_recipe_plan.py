@@ -166,13 +166,16 @@ def plan_recipe(checked: Checked, found: Mapping[str, Found], folder: Path, memo
     return Planned(checked, found, folder, memory)
 
 
-def build_recipe(planned: Planned, output: Path, running: Mapping[str, Any]) -> tuple[Report, dict[str, Report]]:
+def build_recipe(
+    planned: Planned, output: Path, running: Mapping[str, Any], place: Path | None = None
+) -> tuple[Report, dict[str, Report]]:
     """Write the result; before it, the outputs that steps ask for.
 
     Args:
         planned: The recipe.
         output: Where the result goes.
         running: jobs, memory, force, hash_inputs, dry_run, progress.
+        place: Where LoRAs lie until they are used; default: beside the output.
 
     Returns:
         The last step's report, and those of the steps that wrote a file.
@@ -182,7 +185,7 @@ def build_recipe(planned: Planned, output: Path, running: Mapping[str, Any]) -> 
     """
     planned.check(output, force=running["force"])
     if planned.is_trial and not running["dry_run"]:
-        with worker(output.absolute().parent, running) as work:
+        with worker(place or output.absolute().parent, running) as work:
             return _write(planned.again(work), output, running)
     return _write(planned, output, running)
 

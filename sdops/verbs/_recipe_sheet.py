@@ -115,27 +115,35 @@ def _relative(measure: Measure) -> float:
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
-def sheet_report(name: str, found: Sequence[Cell], seconds: float, *, dry_run: bool) -> Report:
+def sheet_report(name: str, found: Sequence[Cell], kept: Sequence[Path], seconds: float, *, dry_run: bool) -> Report:
     """The report of a sweep.
 
     Args:
         name: The recipe's.
         found: All results.
+        kept: Those of them that were there already.
         seconds: What it took.
         dry_run: Whether nothing was written.
     """
     report = Report("build", result=[str(cell.output) for cell in found])
-    report.data = {"recipe": name, "dry_run": dry_run, "seconds": round(seconds, 3), "cells": list(map(_facts, found))}
+    report.data = {
+        "recipe": name,
+        "dry_run": dry_run,
+        "seconds": round(seconds, 3),
+        "cells": [_facts(cell) | {"kept": cell.output in kept} for cell in found],
+    }
     knobs, inputs = list(found[0].settings), list(found[0].distances)
     verb = "would write" if dry_run else "wrote"
     took = "" if dry_run else f" in {duration(seconds)}"
+    wrote = [(verb, f"{count(len(found) - len(kept), 'file')}{took}")]
+    wrote += [("kept", f"{count(len(kept), 'file')} of an earlier run")] if kept else []
     rows = [
         [*(spelled(value) for value in cell.settings.values()), *_numbers(cell), str(cell.output)] for cell in found
     ]
     columns = [*(f"{knob}>" for knob in knobs), *(["norm>"] if inputs else [])]
     columns += [*(f"from {each}>" for each in inputs), "file"]
     report.sections = [
-        Section("", [("recipe", name), (verb, f"{count(len(found), 'file')}{took}")]),
+        Section("", [("recipe", name), *wrote]),
         Section("Distances ||result - input|| / ||input||" if inputs else "", rows, columns),
         *(_blocks(found, each) for each in inputs),
     ]

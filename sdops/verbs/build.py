@@ -48,7 +48,8 @@ def build(
     """Build a recipe, or for every combination of some parameters' values.
 
     The steps are composed, not run one after the other: every tensor goes through all of them while it is read, and the
-    bytes are those that the same commands would give with a file after each step.
+    bytes are those that the same commands would give with a file after each step. Of a sweep or a folder, outputs that
+    are there already and record the same inputs and parameters are kept: a run that was cut short goes on.
 
     Args:
         recipe: A TOML file or a folder of them, here or on the Hub, the name of a preset, or a Recipe.
@@ -127,20 +128,17 @@ def _sweep(
     """Build every combination, and measure the results."""
     begin = time.monotonic()
     jobs = sweep_jobs(recipe, settings, inputs, output, root, ignore_hashes=ignore_hashes)
-    from sdops.verbs._build_folder import build_all
-    from sdops.verbs._recipe_build import build_job
-    from sdops.verbs._recipe_sheet import Cell, sheet_report
+    from sdops.verbs._build_folder import build_all, try_all
+    from sdops.verbs._recipe_sheet import sheet_report
 
     _check_page(html, force=running["force"])
     with _folder(jobs[0].output.parent, make=not running["dry_run"]):
         if not ignore_hashes:  # once, before the first is built
             _check_hashes(recipe, inputs, root, running["progress"])
-        if running["dry_run"]:
-            done = [(build_job(job, running), Cell(job.settings, job.output, 0.0, {})) for job in jobs]
-        else:
-            done = build_all(jobs, running)
+        done = (try_all if running["dry_run"] else build_all)(jobs, running)
     sheet = [cell for _, cell in done]
-    report = sheet_report(recipe.name, sheet, time.monotonic() - begin, dry_run=running["dry_run"])
+    kept = [cell.output for one, cell in done if one.data.get("kept")]
+    report = sheet_report(recipe.name, sheet, kept, time.monotonic() - begin, dry_run=running["dry_run"])
     report.warnings = list(dict.fromkeys(text for one, _ in done for text in one.warnings))
     if html is not None and not running["dry_run"]:
         from sdops.verbs._recipe_sheet_page import write_page

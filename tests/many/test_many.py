@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sdops.core.sink import tag
 from sdops.errors import OutputError, SdopsError, UsageError
 from sdops.report import Report
 from sdops.verbs import _many
@@ -45,6 +48,23 @@ verb = "merge"
 models = ["both", "b"]
 alpha = "$alpha"
 lora = ["lora:$alpha"]
+"""
+SHARED = """
+[inputs]
+a = { about = "a model" }
+b = { about = "another" }
+[parameters]
+alpha = { default = 0.5 }
+[[steps]]
+id = "both"
+verb = "merge"
+models = ["a", "b"]
+method = "slerp"
+alpha = 0.3
+[[steps]]
+verb = "merge"
+models = ["both", "b"]
+alpha = "$alpha"
 """
 SIMPLE = """
 [inputs]
@@ -123,6 +143,49 @@ def test_what_is_wrong_is_told_before_anything_is_done(models, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["2.safetensors"]
     with pytest.raises(OutputError, match="written by 2 builds"):
         build_many([builds[0], builds[0]], workers=1)
+
+
+def test_what_is_finished_is_kept(models, tmp_path, monkeypatch):
+    builds = sweep(SHARED, models, tmp_path, 3)
+    build_many(builds, workers=1)
+    paths = [Path(one.output) for one in builds]
+    whole, marks = outputs(builds), [path.stat().st_mtime_ns for path in paths]
+    paths[1].unlink()
+    (tmp_path / ".sdops-shared-killed").mkdir()  # as a killed run leaves them
+    (tmp_path / ".sdops-shared-killed" / "lock").touch()
+    (tmp_path / f".sdops-{tag(paths[0])}-12345678.tmp").touch()
+    done: list[str] = []
+    real = _many.guarded
+    monkeypatch.setattr(_many, "guarded", lambda kind, *arguments: done.append(kind) or real(kind, *arguments))
+    reports = build_many(builds, workers=1)
+    assert [one.data["kept"] for one in reports] == [True, False, True]
+    assert done == ["build"] * 3  # nothing is shared any more
+    assert [one.result for one in reports] == [[one.output] for one in builds]
+    assert outputs(builds) == whole
+    now = [path.stat().st_mtime_ns for path in paths]
+    assert [new == old for new, old in zip(now, marks, strict=True)] == [True, False, True]
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+@pytest.mark.parametrize("other", ["parameter", "input", "no hashes", "no record", "no model"])
+def test_an_output_that_may_be_another_one_is_not_kept(models, tmp_path, other, small_checkpoint):
+    one = sweep(SIMPLE, models, tmp_path, 1)[0]
+    path = Path(one.output)
+    if other == "parameter":
+        build_many([replace(one, settings={"alpha": 0.126})])
+    elif other == "input":
+        build_many([one])
+        shutil.copy(small_checkpoint("sd15", tuned=2), tmp_path / Path(models["b"]).name)
+        one = replace(one, inputs={**models, "b": str(tmp_path / Path(models["b"]).name)})
+    elif other == "no hashes":
+        build_many([replace(one, hash_inputs=False)])
+    else:
+        shutil.copy(models["a"], path) if other == "no record" else path.write_bytes(b"mine")
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="exists already"):
+        build_many([one])
+    assert path.read_bytes() == before
+    assert not build_many([replace(one, force=True)])[0].data["kept"]
 
 
 def test_without_the_engine_several_workers_are_refused(models, tmp_path, monkeypatch):

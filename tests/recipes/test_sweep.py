@@ -97,6 +97,24 @@ def test_a_sweep_builds_the_grid_and_measures_it(recipe):
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
 
 
+def test_a_sweep_goes_on_where_it_was_cut_short(recipe):
+    sdops.build(recipe, set_={"alpha": [0.1, 0.5]}, output="out", workers=1)
+    before = Path("out/mix.alpha0.1.safetensors").stat().st_mtime_ns
+    trial = sdops.build(recipe, set_={"alpha": [0.1, 0.5, 0.9]}, output="out", dry_run=True)
+    assert [cell["kept"] for cell in trial.data["cells"]] == [True, True, False]
+    report = sdops.build(recipe, set_={"alpha": [0.1, 0.5, 0.9]}, output="out", workers=1)
+    assert [cell["kept"] for cell in report.data["cells"]] == [True, True, False]
+    assert Path("out/mix.alpha0.1.safetensors").stat().st_mtime_ns == before
+    assert report.sections[0].rows[1][1].startswith("1 file in")
+    assert report.sections[0].rows[2] == ("kept", "2 files of an earlier run")
+    Path("out/mix.alpha0.9.safetensors").unlink()
+    again = sdops.build(recipe, set_={"alpha": [0.1, 0.5, 0.9]}, output="out", workers=1)
+    measured = [
+        [{key: cell[key] for key in ("norm", "distances")} for cell in one.data["cells"]] for one in (report, again)
+    ]
+    assert measured[0] == measured[1]
+
+
 def test_nothing_is_built_if_one_cell_cannot_be(recipe):
     Path("out").mkdir()
     Path("out/mix.alpha0.5.safetensors").write_bytes(b"mine")
