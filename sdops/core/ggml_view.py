@@ -20,22 +20,23 @@ _SMALL = 1024  # numbers; tensors of no more stay in F32, as ComfyUI-GGUF has it
 
 
 def choose_types(
-    specs: Mapping[str, Spec], wanted: str, delicate: Container[str] = ()
+    specs: Mapping[str, Spec], wanted: Mapping[str, str], delicate: Container[str] = ()
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (GGML type, shape) for `GgufSink`: `wanted` where it fits, F16 or F32 elsewhere.
+    """Name -> (GGML type, shape) for `GgufSink`: what is wanted where it fits, F16 or F32 elsewhere.
 
     Vectors and small tensors become F32; delicate tensors, and matrices whose rows are no whole number of blocks, F16
-    (BF16 if they are bf16, whose range F16 lacks). Integers stay as they are where GGUF has their type.
+    (BF16 if they are bf16, whose range F16 lacks). Integers stay as they are where GGUF has their type. With "" others
+    stay as they are, too, and fp8 becomes F16, which holds all its values.
 
     Args:
         specs: The tensors.
-        wanted: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0.
+        wanted: Name -> F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0 or "".
         delicate: Tensors to keep out of blocks.
 
     Raises:
         UsageError: a dtype has no type in GGUF.
     """
-    return {key: (_type(key, spec, wanted, key in delicate), spec.shape) for key, spec in specs.items()}
+    return {key: (_type(key, spec, wanted[key], key in delicate), spec.shape) for key, spec in specs.items()}
 
 
 def _type(key: str, spec: Spec, wanted: str, delicate: bool) -> str:
@@ -45,6 +46,8 @@ def _type(key: str, spec: Spec, wanted: str, delicate: bool) -> str:
         raise UsageError(f"GGUF has no type for `{key}` of dtype {spec.dtype}", hint="leave this tensor out")
     if len(spec.shape) <= 1 or spec.numel <= _SMALL:
         return "F32"
+    if not wanted:
+        return spec.dtype if spec.dtype in PLAIN else "F16"
     if wanted in PLAIN:
         return wanted
     if delicate or spec.shape[-1] % TYPES[wanted].block:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -37,10 +37,9 @@ class Quantised(Computing):
 
     Args:
         source: What is looked at.
-        keys: Weights `X.weight` of any float dtype to quantise.
-        dtype: F8_E4M3 or F8_E5M2.
+        weights: Names `X.weight`, of any float dtype, to quantise -> F8_E4M3 or F8_E5M2.
         spelling: "old" or "new".
-        prefix: Of the model in the file, for the name of the old marker: `model.diffusion_model.` or "".
+        prefixes: Of the models in the file, for the names of the old markers: `model.diffusion_model.`, "".
         seed: Round at random instead of to nearest.
 
     Raises:
@@ -50,31 +49,30 @@ class Quantised(Computing):
     def __init__(
         self,
         source: Source,
-        keys: Iterable[str],
-        dtype: str = "F8_E4M3",
+        weights: Mapping[str, str],
         *,
         spelling: Literal["old", "new"] = "new",
-        prefix: str = "",
+        prefixes: Iterable[str] = ("",),
         seed: int | None = None,
     ) -> None:
-        self.weights = {key: number for number, key in enumerate(keys)}
+        self.weights = {key: number for number, key in enumerate(weights)}
         scale = "scale_weight" if spelling == "old" else "weight_scale"
         specs = dict(source.specs)
         self.scales: dict[str, str] = {}
         self.values: dict[str, bytes] = {}
         for key in self.weights:
-            specs[key] = Spec(dtype, specs[key].shape)
+            specs[key] = Spec(weights[key], specs[key].shape)
             stem = key.removesuffix("weight")
             self.scales[stem + scale] = key
             if spelling == "new":
-                self.values[f"{stem}comfy_quant"] = json.dumps({"format": _NAMES[dtype]}).encode()
+                self.values[f"{stem}comfy_quant"] = json.dumps({"format": _NAMES[weights[key]]}).encode()
         specs |= dict.fromkeys(self.scales, Spec("F32", ()))
         specs |= {name: Spec("U8", (len(value),)) for name, value in self.values.items()}
-        if spelling == "old" and self.weights:
-            self.values[f"{prefix}scaled_fp8"] = bytes(2)
-            specs[f"{prefix}scaled_fp8"] = Spec(dtype, (2,))
+        for prefix in prefixes if spelling == "old" else ():
+            if first := next((key for key in weights if key.startswith(prefix)), None):
+                self.values[f"{prefix}scaled_fp8"] = bytes(2)
+                specs[f"{prefix}scaled_fp8"] = Spec(weights[first], (2,))
         super().__init__(source, specs)
-        self.dtype = dtype
         self._seed = seed
         # shared with forked processes; all of them would write the same number
         shared = mmap.mmap(-1, max(4 * len(self.weights), 1))
@@ -119,7 +117,7 @@ class Quantised(Computing):
                 hint="`sdops verify` lists such tensors; leave them out of the quantisation",
                 key=key,
             )
-        scale = np.float32(self._found[number] / np.float32(WRITABLE[self.dtype][2]))
+        scale = np.float32(self._found[number] / np.float32(WRITABLE[self.specs[key].dtype][2]))
         return scale if scale > 0 else np.float32(1)
 
     def _singles(self, key: str, first: int, count: int) -> np.ndarray:
@@ -148,4 +146,4 @@ class Quantised(Computing):
             values = self._singles(key, first + begin, len(part))
             np.divide(values, scale, out=values)
             noise = None if self._seed is None else Noise(self._seed, key, first + begin).words(0, len(part))
-            cast(values.view(np.uint32), "F32", part, self.dtype, noise)
+            cast(values.view(np.uint32), "F32", part, self.specs[key].dtype, noise)

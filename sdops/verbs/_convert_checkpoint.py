@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdops import __version__, standin
-from sdops.archs.detect import Detection, detect
+from sdops.archs.detect import MARKER, Detection, detect
 from sdops.core.run import default_jobs, run
 from sdops.core.sink import Sink
 from sdops.core.source import Source
@@ -33,7 +33,7 @@ from sdops.verbs._convert_output import (
     folder_sink,
 )
 from sdops.verbs._convert_report import done, planned
-from sdops.verbs._convert_select import select, take
+from sdops.verbs._convert_select import Selection, select, take
 from sdops.verbs._convert_wish import ALL, DTYPES, Wish
 
 FilePath = str | os.PathLike[str]
@@ -78,6 +78,9 @@ class Conversion:
         self.extra = _convert_extra.open_extra(origin.path) if self.is_folder else None
         self.relay = wish.to in ("diffusers", "original") or (origin.path / "model_index.json").is_file()
         self.source, self.detection = self._readable(origin)
+        main = self.detection.main
+        if wish.to == "gguf" and main and main.kind == "model":
+            self.relay = True  # programs look for the original names in GGUF files
         check_output(self.path, [file for each in self._inputs() for file in each.files])
         self.draft = self._draft()
         self.dtypes: dict[str, str] = {}
@@ -150,12 +153,13 @@ class Conversion:
 
     def _draft(self) -> Draft:
         wish = self.wish
+        to_gguf = wish.to == "gguf"
+        components = wish.components or (self._only() if to_gguf else ())
         selection = select(
-            self.source, self.detection, components=wish.components or self._only(), ema=wish.ema, prune=wish.prune
+            self.source, self.detection, components=components, ema=wish.ema, prune=wish.prune or to_gguf
         )
-        if wish.to == "gguf" and not wish.components:
-            alone = f"a GGUF file holds the {selection.parts[0].name} alone" if selection.parts else ""
-            selection.dropped = dict.fromkeys(selection.dropped, alone)
+        if to_gguf:
+            self._leave_to_gguf(selection)
         whole = pipeline(self.detection.family)
         for kind, donor in self.donors:
             before = {each.name: each for each in selection.parts}
@@ -182,7 +186,23 @@ class Conversion:
     def _only(self) -> list[str]:
         """A GGUF file holds one model."""
         main = self.detection.main
-        return [main.name] if self.wish.to == "gguf" and main else []
+        return [main.name] if main else []
+
+    def _leave_to_gguf(self, selection: Selection) -> None:
+        """Drop other components and what GGUF cannot hold: tensors without numbers, texts in bytes."""
+        from sdops.core.ggml import PLAIN
+
+        kept = {each.name for each in selection.parts}
+        others = [part for part in self.detection.components if part.name not in kept]
+        if not self.wish.components and others:
+            alone = f"a GGUF file holds the {', '.join(kept)} alone"
+            selection.dropped |= dict.fromkeys((key for part in others for key in part.keys), alone)
+        for key in [key for key, kind in selection.others.items() if kind == MARKER]:
+            spec = self.source.specs[key]
+            if not spec.numel or spec.dtype not in PLAIN:
+                del selection.others[key]
+                selection.dropped[key] = "a GGUF file cannot hold it"
+                selection.notes.append(f"`{key}`, which says something of the model, has no place in a GGUF file")
 
     def _sink(self, *, force: bool) -> tuple[Source, Sink]:
         """The chain of Sources, and where it ends."""
@@ -192,10 +212,10 @@ class Conversion:
             tensors |= self._side_file()
         self.dtypes = wanted_dtypes(tensors, self.detection, wish) if wish.dtypes else {}
         source: Source = assembled(self.name, tensors)
-        weights = [
-            key for key, dtype in self.dtypes.items() if wish.scaled and dtype in FP8 and key.endswith(".weight")
-        ]
-        cast = {key: dtype for key, dtype in self.dtypes.items() if key not in set(weights)}
+        weights = {
+            key: dtype for key, dtype in self.dtypes.items() if wish.scaled and dtype in FP8 and key.endswith(".weight")
+        }
+        cast = {key: dtype for key, dtype in self.dtypes.items() if key not in weights}
         if cast:
             from sdops.core.cast_view import Cast
 
@@ -211,17 +231,15 @@ class Conversion:
         self.cast = casts(tensors, source)
         return source, sink
 
-    def _scaled(self, source: Source, weights: list[str]) -> Source:
+    def _scaled(self, source: Source, weights: Mapping[str, str]) -> Source:
         """Weights as fp8 with scales, which are told as invented."""
         from sdops.core.quantised_views import Quantised
 
-        entry = self.draft.tensors[weights[0]]
         quantised = Quantised(
             source,
             weights,
-            self.dtypes[weights[0]],
             spelling="old" if self.wish.scaled == "old" else "new",
-            prefix=weights[0].removesuffix(entry.name),
+            prefixes=dict.fromkeys(key.removesuffix(self.draft.tensors[key].name) for key in weights),
             seed=self.wish.seed,
         )
         new = [key for key in quantised.specs if key not in source.specs]

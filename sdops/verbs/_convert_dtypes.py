@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
+from sdops.archs.delicate import is_coarse
 from sdops.archs.detect import MARKER, Detection
 from sdops.core.source import Source
-from sdops.core.spec import FP8, Spec
+from sdops.core.spec import FP8
 from sdops.core.view import View
 from sdops.errors import UsageError
 from sdops.text import suggest
 from sdops.verbs._convert_draft import Entry
 from sdops.verbs._convert_wish import ALL, Wish
 
-# Of fp8 outputs: matrices of linear layers inside the blocks, and no others. Everything near the ends of a network, and
-# whatever carries position, time or scale, keeps its dtype (as diffusers' layerwise casting and ComfyUI do).
-_DELICATE = re.compile(
-    r"norm|embed|modulation|(^|\.)(proj_in|proj_out|final_layer|shared|relative_attention_bias|time_in|vector_in|guidance_in"
-    r"|img_in|txt_in|txt_norm|scale_shift_table|pos_embed|label_emb|time_embed|condition_embedder|distilled_guidance_layer"
-    r"|refiner|head)(\.|$)"
-)
-_IN_BLOCK = re.compile(r"\.\d+\.")
 _NEVER = (MARKER, "schedule", "training")
 
 
@@ -44,9 +36,9 @@ def wanted_dtypes(tensors: Mapping[str, Entry], detection: Detection, wish: Wish
         dtype = _of_component(entry.component, kinds.get(entry.component, ""), wish)
         if not dtype or dtype == spec.dtype or entry.component in _NEVER or not castable(key, spec):
             continue
-        if not _matches(key, wish):
+        if not asked_for(key, wish):
             continue
-        if dtype in FP8 and (kinds.get(entry.component) == "vae" or not is_linear(entry.name, spec)):
+        if dtype in FP8 and (kinds.get(entry.component) == "vae" or not is_coarse(entry.name, spec)):
             continue
         found[key] = dtype
     return found
@@ -54,25 +46,20 @@ def wanted_dtypes(tensors: Mapping[str, Entry], detection: Detection, wish: Wish
 
 def casts(tensors: Mapping[str, Entry], output: Source) -> dict[str, tuple[str, str]]:
     """Tensor -> its type in the input and in the output, where they differ: dtypes, or GGML's types of a GGUF file."""
-    found = {}
-    for key, entry in tensors.items():
-        source = entry.made.ranges[0].source
-        file = source.source if isinstance(source, View) else source  # fp8 that is multiplied by its scales is fp8
-        types = _type_of(file, entry.made.ranges[0].key), _type_of(output, key)
-        if types[0] != types[1]:
-            found[key] = types
-    return found
+    types = {key: (type_before(entry), type_in(output, key)) for key, entry in tensors.items()}
+    return {key: (old, new) for key, (old, new) in types.items() if old != new}
 
 
-def _type_of(source: Source, key: str) -> str:
+def type_before(entry: Entry) -> str:
+    """A tensor's type in its file: that of fp8 which is multiplied by its scales is fp8."""
+    first = entry.made.ranges[0]
+    return type_in(first.source.source if isinstance(first.source, View) else first.source, first.key)
+
+
+def type_in(source: Source, key: str) -> str:
+    """A tensor's dtype, or its GGML type in a GGUF file."""
     kind: str = getattr(source, "types", {}).get(key) or source.specs[key].dtype
     return kind
-
-
-def is_linear(name: str, spec: Spec) -> bool:
-    """Whether a tensor is the matrix of a linear layer inside a block."""
-    inside = _IN_BLOCK.search(name) is not None and _DELICATE.search(name) is None
-    return inside and name.endswith((".weight", "in_proj_weight")) and len(spec.shape) == 2
 
 
 def _of_component(component: str, kind: str, wish: Wish) -> str:
@@ -82,7 +69,8 @@ def _of_component(component: str, kind: str, wish: Wish) -> str:
     return wish.dtypes.get(ALL, "")
 
 
-def _matches(key: str, wish: Wish) -> bool:
+def asked_for(key: str, wish: Wish) -> bool:
+    """Whether the patterns let a tensor be cast."""
     included = not wish.include or any(fnmatchcase(key, pattern) for pattern in wish.include)
     return included and not any(fnmatchcase(key, pattern) for pattern in wish.exclude)
 

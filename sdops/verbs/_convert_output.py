@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -134,30 +135,47 @@ def carried_metadata(metadata: Mapping[str, str], made: Mapping[str, Any] | None
 
 
 def _gguf(source: Source, draft: Draft, path: Path, wish: Wish, family: str, *, force: bool) -> tuple[Source, Sink]:
-    from sdops.core.ggml import PLAIN
-    from sdops.core.ggml_view import Packed, choose_types
+    from sdops.core.ggml_view import Packed
     from sdops.core.sink_gguf import FILE_TYPES, GgufSink
-    from sdops.verbs._convert_dtypes import is_linear
 
-    specs = dict(source.specs)
-    delicate = {key for key, entry in draft.tensors.items() if not is_linear(entry.name, entry.made.spec)}
-    for key, entry in draft.tensors.items() if wish.gguf_type not in PLAIN else ():
-        if _CONVOLUTION.match(entry.name) and (flat := _in_rows(specs[key])):  # these are half of a U-Net
-            specs[key] = flat
-            delicate.discard(key)
-    types = choose_types(specs, wish.gguf_type, delicate)
+    types = _gguf_types(source, draft, wish)
+    sizes: Counter[str] = Counter()
+    for key, (kind, _) in types.items():
+        sizes[kind] += source.specs[key].numel
     fields: dict[str, Any] = {
         "general.architecture": _GGUF_NAMES.get(family, family),
         "general.quantization_version": 2,
-        "general.file_type": FILE_TYPES[wish.gguf_type],
+        "general.file_type": FILE_TYPES.get(wish.gguf_type or max(sizes, key=sizes.__getitem__, default=""), 0),
     }
-    for key, (kind, shape) in types.items():
-        if specs[key] != source.specs[key]:
+    for key, (_, shape) in types.items():
+        if shape != source.specs[key].shape:
             fields[f"comfy.gguf.orig_shape.{key}"] = list(source.specs[key].shape)
-        if len(shape) > 4:  # GGUF has four dimensions; ComfyUI-GGUF reads the shape that it was
-            fields[f"comfy.gguf.orig_shape.{key}"] = list(shape)
-            types[key] = kind, (*shape[:3], prod(shape[3:]))
     return Packed(source, types), GgufSink(path, types, fields, force=force)
+
+
+def _gguf_types(source: Source, draft: Draft, wish: Wish) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (GGML type, shape in the file)."""
+    from sdops.archs.delicate import is_coarse
+    from sdops.core.ggml import PLAIN, TYPES
+    from sdops.core.ggml_view import choose_types
+    from sdops.verbs._convert_dtypes import asked_for, type_before
+
+    specs, wanted, delicate = dict(source.specs), {}, set()
+    in_blocks = wish.gguf_type != "" and TYPES[wish.gguf_type].block > 1
+    for key, entry in draft.tensors.items():
+        wanted[key] = wish.gguf_type if asked_for(key, wish) else ""
+        if not wanted[key] and specs[key].dtype == "F32" and type_before(entry) not in PLAIN:
+            wanted[key] = "F16"  # its blocks, or fp8 and its scale, were made float32
+        flat = _in_rows(specs[key]) if in_blocks and wanted[key] and _CONVOLUTION.match(entry.name) else None
+        if flat:  # these are half of a U-Net
+            specs[key] = flat
+        elif not is_coarse(entry.name, entry.made.spec):
+            delicate.add(key)
+    types = choose_types(specs, wanted, delicate)
+    # GGUF has four dimensions; ComfyUI-GGUF reads the shape that it was
+    return {
+        key: (kind, shape if len(shape) <= 4 else (*shape[:3], prod(shape[3:]))) for key, (kind, shape) in types.items()
+    }
 
 
 def _in_rows(spec: Spec) -> Spec | None:

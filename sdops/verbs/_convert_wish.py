@@ -35,7 +35,7 @@ class Wish:
     Attributes:
         to: One of TARGETS.
         dtypes: Component -> safetensors dtype; ALL for the others.
-        gguf_type: GGML type of a GGUF output.
+        gguf_type: GGML type of a GGUF output; "" = as the tensors are.
         scaled: Whether fp8 weights get scales: "" | new | old (the two spellings of ComfyUI).
         include, exclude: Patterns of names: cast only these, do not cast those.
         components: Those to convert; none = all.
@@ -53,7 +53,7 @@ class Wish:
 
     to: str
     dtypes: Mapping[str, str] = field(default_factory=dict)
-    gguf_type: str = "F16"
+    gguf_type: str = ""
     scaled: str = ""
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -99,7 +99,7 @@ def parse_dtypes(text: str | None, to: str) -> tuple[dict[str, str], str, str]:
         UsageError: there is no such dtype.
     """
     found: dict[str, str] = {}
-    gguf, scaled = "F16", ""
+    gguf, scaled = "", ""
     for item in filter(None, map(str.strip, (text or "").lower().split(","))):
         component, equals, name = item.rpartition("=")
         name, old = name.removesuffix("_old"), name.endswith("_scaled_old")

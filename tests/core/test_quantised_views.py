@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdops.archs.delicate import coarse
+from sdops.archs.delicate import is_coarse
 from sdops.archs.quantised import quantised
 from sdops.core import run as module
 from sdops.core.quantised_views import Quantised
@@ -31,7 +31,7 @@ MODEL: Model = {
     "p.a.bias": ("F32", np.ones(300, "f4")),
     "ids": ("I64", np.arange(4)),
 }
-WEIGHTS = ["p.a.weight", "p.b.weight", "p.zero.weight"]
+WEIGHTS = dict.fromkeys(["p.a.weight", "p.b.weight", "p.zero.weight"], "F8_E4M3")
 
 
 def fp8(key: str, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[bytes, np.float32]:
@@ -44,7 +44,7 @@ def fp8(key: str, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[bytes, np.f
 @pytest.mark.parametrize("spelling", ["old", "new"])
 @pytest.mark.parametrize(("name", "dtype"), [("F8_E4M3", torch.float8_e4m3fn), ("F8_E5M2", torch.float8_e5m2)])
 def test_values_scales_and_markers(spelling, name, dtype):
-    view = Quantised(Memory(MODEL), WEIGHTS, name, spelling=spelling, prefix="p.")
+    view = Quantised(Memory(MODEL), dict.fromkeys(WEIGHTS, name), spelling=spelling, prefixes=["p.", "q."])
     scale_name = "scale_weight" if spelling == "old" else "weight_scale"
     for key in WEIGHTS:
         values, scale = fp8(key, dtype)
@@ -108,7 +108,7 @@ def test_a_weight_that_is_not_finite_is_refused(value):
     array = np.ones((3, 3), "f4")
     array[1, 1] = value
     with pytest.raises(FormatError, match=r"x\.weight"):
-        read(Quantised(Memory({"x.weight": ("F32", array)}), ["x.weight"]), "x.weight_scale")
+        read(Quantised(Memory({"x.weight": ("F32", array)}), {"x.weight": "F8_E4M3"}), "x.weight_scale")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_weight_that_is_not_finite_is_refused(value):
 )
 def test_what_is_coarse_is_most_of_a_model_and_none_of_its_ends(name, share):
     specs = lists.load(name)
-    chosen = coarse(specs)
+    chosen = [key for key, spec in specs.items() if is_coarse(key.removeprefix("model.diffusion_model."), spec)]
     assert sum(specs[key].nbytes for key in chosen) >= share * sum(spec.nbytes for spec in specs.values())
     assert all(len(specs[key].shape) == 2 for key in chosen)
     ends = (
@@ -138,8 +138,24 @@ def test_what_is_coarse_is_most_of_a_model_and_none_of_its_ends(name, share):
     assert not [key for key in chosen if key.startswith(ends)]
 
 
-def test_layouts_agree_on_what_is_coarse():
+@pytest.mark.parametrize(
+    ("original", "diffusers", "prefixes"),
+    [
+        ("flux1-dev-bfl-transformer", "flux1-dev-diffusers", ("", "transformer/")),
+        ("chroma-bfl-transformer", "chroma-diffusers-transformer", ("", "")),
+        ("flux2-klein4b-bfl-transformer", "flux2-klein4b-diffusers-transformer", ("", "")),
+        ("z-image-comfy-transformer", "z-image-diffusers-transformer", ("", "")),
+        ("wan21-t2v-1.3b-native-transformer", "wan21-t2v-1.3b-diffusers-transformer", ("", "")),
+        ("sd35-medium-sai", "sd35-medium-diffusers", ("model.diffusion_model.", "transformer/")),
+        ("sdxl-base-sgm", "sdxl-base-diffusers", ("model.diffusion_model.", "unet/")),
+        ("sd15-ldm", "sd15-diffusers", ("cond_stage_model.transformer.", "text_encoder/")),
+        ("sd21-ldm", "sd21-diffusers", ("model.diffusion_model.", "unet/")),
+    ],
+)
+def test_layouts_agree_on_what_is_coarse(original, diffusers, prefixes):
     """Numbers of elements, since names and cuts differ."""
-    bfl, diffusers = (lists.load(f"flux1-schnell-{name}") for name in ("bfl-transformer", "diffusers-transformer"))
-    count = [sum(specs[key].numel for key in coarse(specs)) for specs in (bfl, diffusers)]
-    assert count[0] == count[1]
+    count = []
+    for name, prefix in zip((original, diffusers), prefixes, strict=True):
+        named = {key.removeprefix(prefix): spec for key, spec in lists.load(name).items() if key.startswith(prefix)}
+        count.append(sum(spec.numel for key, spec in named.items() if is_coarse(key, spec)))
+    assert count[0] == count[1] > 0

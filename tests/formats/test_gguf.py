@@ -86,7 +86,7 @@ FIELDS = {
 
 def written(path: Path, kind: str, model: Model = MODEL, *, jobs: int = 2) -> Path:
     source = Memory(model)
-    tensors = choose_types(source.specs, kind)
+    tensors = choose_types(source.specs, dict.fromkeys(source.specs, kind))
     with GgufSink(path, tensors, FIELDS, force=True) as sink:
         run(Packed(source, tensors), sink, jobs=jobs)
         return sink.commit()
@@ -120,7 +120,7 @@ def test_what_is_written_is_read_back(tmp_path, kind):
 def test_parts_of_packed_and_dequantised_tensors(tmp_path):
     source = open_source(written(tmp_path / "model.gguf", "Q5_1"))
     key = "blocks.0.attn.weight"
-    packed = Packed(Memory(MODEL), choose_types(Memory(MODEL).specs, "Q5_1"))
+    packed = Packed(Memory(MODEL), choose_types(Memory(MODEL).specs, dict.fromkeys(MODEL, "Q5_1")))
     for whole, view in ((read(source, key), source), (read(packed, key), packed)):
         for start, count in ((0, 1), (3, 200), (1000, 5000), (len(whole) - 3, 3)):
             part = bytearray(count)
@@ -151,7 +151,7 @@ def test_what_gguf_cannot_hold(tmp_path):
     with pytest.raises(FormatError, match="whole blocks"):
         GgufSink(tmp_path / "x", {"a": ("Q8_0", (33,))}, {}, force=False)
     with pytest.raises(UsageError, match="no type"):
-        choose_types({"a": Spec("U8", (3,))}, "F16")
+        choose_types({"a": Spec("U8", (3,))}, {"a": "F16"})
 
 
 def test_the_original_shape_is_given(tmp_path):

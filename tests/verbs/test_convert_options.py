@@ -102,6 +102,39 @@ def test_gguf_holds_convolutions_in_rows_of_blocks(small_checkpoint, tmp_path):
     source.close()
 
 
+def test_gguf_holds_no_ballast_and_no_empty_tensors(small_checkpoint, tmp_path):
+    model = tiny.load(small_checkpoint("sd15-ema")) | {"v_pred": ("F32", np.zeros(0, np.float32))}
+    report = sdops.convert(tiny.write(tmp_path / "m.safetensors", model), to="gguf", output=tmp_path / "m.gguf")
+    source = open_source(tmp_path / "m.gguf")
+    assert source.specs.keys() == {key for key in model if key.startswith("model.diffusion_model.")}
+    source.close()
+    assert source.specs.keys() | report.data["dropped"].keys() == model.keys()
+    assert report.data["dropped"]["v_pred"] == "a GGUF file cannot hold it"
+    assert any("`v_pred`" in line for line in report.warnings)
+
+
+def test_gguf_has_the_original_names_and_the_types_of_the_file(small_checkpoint, tmp_path):
+    wanted = tiny.load(small_checkpoint("flux1-dev"))
+    folder = small_checkpoint("flux1-dev-diffusers") / "transformer"
+    sdops.convert(folder, to="gguf", output=tmp_path / "m.gguf")
+    source = open_source(tmp_path / "m.gguf")
+    assert source.specs.keys() == wanted.keys()
+    large = [key for key, spec in source.specs.items() if len(spec.shape) > 1 and spec.numel > 1024]
+    assert {source.types[key] for key in large} == {"BF16"}
+    assert source.fields["general.file_type"] == 32
+    source.close()
+
+
+def test_patterns_choose_what_a_gguf_file_packs(small_checkpoint, tmp_path):
+    file, packed = small_checkpoint("flux1-dev", dtype="F16"), []
+    for name, exclude in (("a", []), ("b", ["double_blocks.0.*"])):
+        sdops.convert(file, to="gguf", dtype="q8_0", exclude=exclude, output=tmp_path / f"{name}.gguf")
+        source = open_source(tmp_path / f"{name}.gguf")
+        packed.append({key for key, kind in source.types.items() if kind == "Q8_0"})
+        source.close()
+    assert packed[1] == {key for key in packed[0] if not key.startswith("double_blocks.0.")} < packed[0]
+
+
 def test_what_gguf_does_to_numbers_is_accounted_for(tmp_path):
     model = tiny.load(
         tiny.write(
@@ -114,11 +147,13 @@ def test_what_gguf_does_to_numbers_is_accounted_for(tmp_path):
         "n": ("F32", np.ones(3, np.float32)),
     }
     file = tiny.write(tmp_path / "m.safetensors", {**model, **wide})
-    report = sdops.convert(file, to="gguf", output=tmp_path / "h.gguf", unknown="keep")
+    kept = sdops.convert(file, to="gguf", output=tmp_path / "k.gguf", unknown="keep")
+    assert (kept.data["tensors"]["cast"], kept.data["overflows"]) == (0, {})
+    report = sdops.convert(file, to="gguf", dtype="fp16", output=tmp_path / "h.gguf", unknown="keep")
     assert report.data["tensors"] | {"cast": 2, "copied": 1} == report.data["tensors"]
     assert report.data["overflows"] == {"double_blocks.0.img_attn.qkv.weight": 64 * 64}
     with pytest.raises(FormatError, match="too large"):
-        sdops.convert(file, to="gguf", output=tmp_path / "s.gguf", strict=True)
+        sdops.convert(file, to="gguf", dtype="fp16", output=tmp_path / "s.gguf", strict=True)
     sdops.convert(file, to="gguf", dtype="q8_0", output=tmp_path / "q.gguf")
     back = sdops.convert(tmp_path / "q.gguf", output=tmp_path / "b.safetensors")
     assert back.data["tensors"]["cast"] == 2
@@ -301,6 +336,19 @@ def test_scaled_fp8_is_multiplied_out(small_checkpoint, tmp_path):
     wanted = (fp8_values("F8_E4M3")[codes] * np.float32(0.5)).astype(np.float16)
     rows = len(codes) // 3
     assert np.array_equal(found["transformer_blocks.0.attn.to_k.weight"][1], wanted[rows : 2 * rows])
+
+
+def test_every_scaled_component_has_its_marker_and_dtype(small_checkpoint, tmp_path):
+    """ComfyUI looks for `scaled_fp8` in every model by itself."""
+    dtype = "transformer=fp8_e4m3_scaled_old,t5xxl=fp8_e5m2_scaled_old"
+    sdops.convert(small_checkpoint("flux1-dev-comfy-allinone"), dtype=dtype, output=tmp_path / "s.safetensors")
+    found = tiny.load(tmp_path / "s.safetensors")
+    for prefix, kind, key in (
+        ("model.diffusion_model.", "F8_E4M3", "double_blocks.0.img_attn.qkv.weight"),
+        ("text_encoders.t5xxl.transformer.", "F8_E5M2", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    ):
+        assert found[f"{prefix}scaled_fp8"][0] == found[prefix + key][0] == kind
+    assert sum(key.endswith("scaled_fp8") for key in found) == 2
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [("fp8_scaled", "weight_scale"), ("fp8_scaled_old", "scale_weight")])
