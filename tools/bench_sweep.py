@@ -39,9 +39,8 @@ density = "$density"
 """
 
 
-def ways(recipe: Path, folder: Path, number: int) -> dict[str, list[list[str]]]:
-    """Name -> the commands that it takes to make so many results."""
-    values = [f"{(index + 1) / 10:g}" for index in range(number)]
+def ways(recipe: Path, folder: Path, values: list[str]) -> dict[str, list[list[str]]]:
+    """Name -> the commands that it takes to make a result for each value."""
     build = [*SDOPS, "build", str(recipe), "-q"]
     sweep = [*build, "--set", f"density={','.join(values)}", "-o", str(folder)]
     single = [[*build, "--set", f"density={value}", "-o", str(folder / f"{value}.safetensors")] for value in values]
@@ -58,14 +57,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("bench-data"))
     parser.add_argument("--method", default="dare-ties", help="one with `density`")
-    parser.add_argument("--results", type=int, default=8, choices=range(2, 10), metavar="2 to 9")
+    parser.add_argument("--values", default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8", help="of `density`")
     parser.add_argument("--ways", default="commands,one core,one worker,two workers")
     options = parser.parse_args()
     folder: Path = options.folder
     prepare(folder)
     recipe, results = folder / "swept.toml", folder / "swept"
     recipe.write_text(RECIPE.format(method=options.method))
-    for name, commands in ways(recipe, results, options.results).items():
+    for name, commands in ways(recipe, results, options.values.split(",")).items():
         if name not in options.ways.split(","):
             continue
         results.mkdir()
