@@ -47,7 +47,7 @@ def check(shapes: Shapes, rows: int, shape: Shape | None) -> None:
     if is_per_output(part, own, rows):
         if prod(own) != rows:
             raise refused(part, own, f"the other parts ask for {rows} numbers")
-    elif shape is not None and prod(own) != shape[1]:
+    elif shape is not None and shape[1:2] != (prod(own),):
         raise unfit(part, own, shape)
 
 

@@ -62,7 +62,7 @@ def delta(parts: Parts, shape: Shape, weight: Tensor | None = None, **settings: 
     parts, weight = working(parts, weight)
     weight = needed(weight, shape, "BOFT")
     chosen = Settings(**settings)
-    rotated = weight.flatten(1)  # [o, i kh kw]
+    rotated = weight.reshape(len(weight), -1)  # [o, i kh kw]
     for stage, rotation in enumerate(rotations(parts, shape[0], chosen)):
         count, size, _ = rotation.shape
         half = 2**stage * size // 2

@@ -28,6 +28,7 @@ from sdops.adapters._parts import (
     needed,
     refused,
     scale_of,
+    unfit,
     unfolded,
     working,
 )
@@ -63,6 +64,8 @@ def check(shapes: Shapes, shape: Shape | None) -> Facts:
     else:
         check_shape(b2, shapes[b2], (rank, channels, *kernel))
     check_kernel("bm" if "bm" in shapes else b2, (rank, channels, *kernel), shape)
+    if shape is not None and shape[1:2] != (channels,):  # W a1 is over the channels, whatever the columns of b2 are
+        raise unfit(a1, shapes[a1], shape)
     wrong = b1 if shape is not None and shape[0] != rows else b2
     return check_weight(Facts(rank, rows, channels * prod(kernel)), shape, wrong, shapes[wrong])
 
@@ -117,6 +120,6 @@ def _orientation(shapes: Shapes, shape: Shape | None) -> tuple[str, str, str, st
     is_new = shapes["a2"][0] == shapes["a1"][1] == shapes["b1"][1] == shapes["b2"][0]
     is_old = shapes["a1"][0] == shapes["a2"][1] == shapes["b2"][1] == shapes["b1"][0]
     if is_new and is_old:  # o = i, so that the larger dimension is i and the smaller one r, unless the weight tells
-        channels = max(shapes["a1"][:2]) if shape is None else shape[1]
+        channels = max(shapes["a1"][:2]) if shape is None else prod(shape[1:2])
         is_new = shapes["a1"][0] == channels
     return ("a2", "a1", "b2", "b1") if is_old and not is_new else REQUIRED

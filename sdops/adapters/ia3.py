@@ -73,20 +73,22 @@ def delta(parts: Parts, shape: Shape, weight: Tensor | None = None, **settings: 
     parts, weight = working(parts, weight)
     weight = needed(weight, shape, "(IA)^3")
     chosen = Settings(**settings)
-    part, vector = _change(parts)
     axis = 1 if is_on_input(parts, chosen) else 0
-    if len(vector) != shape[axis]:
-        raise unfit(part, tuple(parts[part].shape), shape)
+    vector = _change(parts, shape, axis)
     return weight * (chosen.strength * vector.reshape([-1 if dim == axis else 1 for dim in range(len(shape))]))
 
 
 def bias_delta(parts: Parts, _shape: Shape, bias: Tensor | None = None, **settings: Any) -> Tensor | None:
-    """The change of the bias [o]: PEFT multiplies it with the outputs. None if it stays, or there is none."""
+    """The change of the bias [o]: PEFT multiplies it with the outputs. None if it stays, or there is none.
+
+    Raises:
+        MismatchError: there is not one number for each output.
+    """
     floats, bias = working(parts, bias)
     chosen = Settings(**settings)
     if bias is None or "multiplier" not in parts or is_on_input(parts, chosen):
         return None
-    return bias * (chosen.strength * _change(floats)[1])
+    return bias * (chosen.strength * _change(floats, tuple(bias.shape), 0))
 
 
 def is_on_input(parts: Parts, settings: Settings) -> bool:
@@ -109,8 +111,10 @@ def is_on_input(parts: Parts, settings: Settings) -> bool:
     return own[0] == 1
 
 
-def _change(parts: Parts) -> tuple[str, Tensor]:
-    """The part, and what the channels change by, as a vector."""
-    if "multiplier" in parts:
-        return "multiplier", parts["multiplier"].reshape(-1) - 1
-    return "weight", parts["weight"].reshape(-1)
+def _change(parts: Parts, shape: Shape, axis: int) -> Tensor:
+    """What the channels along an axis change by, as a vector."""
+    part, unchanged = ("multiplier", 1) if "multiplier" in parts else ("weight", 0)
+    vector = parts[part].reshape(-1) - unchanged
+    if shape[axis : axis + 1] != tuple(vector.shape):
+        raise unfit(part, tuple(parts[part].shape), shape)
+    return vector

@@ -81,7 +81,7 @@ def _check_side(shapes: Shapes, side: str) -> tuple[int, int, int | None]:
         return shapes[first][0], columns, rank
     kernel = shapes[core][2:]
     check_shape(core, shapes[core], (shapes[first][0], rank, *kernel))
-    return shapes[first][1], columns * prod(kernel), rank
+    return prod(shapes[first][1:]), columns * prod(kernel), rank
 
 
 def delta(parts: Parts, shape: Shape, weight: Tensor | None = None, **settings: Any) -> Tensor:
@@ -105,7 +105,7 @@ def factors(
     return _kron(up1 * (_scale(parts, chosen) * chosen.strength), up2), _kron(down1, down2)
 
 
-def fit(parts: Parts, _shape: Shape, rank: int, **settings: Any) -> tuple[Tensor, Tensor, float] | None:
+def fit(parts: Parts, _shape: Shape, rank: int, /, **settings: Any) -> tuple[Tensor, Tensor, float] | None:
     """The best LoRA of a rank: up [o, R], down [R, i kh kw], and the share of the squared norm that it keeps.
 
     The `rank` largest products of singular values are taken, fewer if there are fewer, and their roots put on both
@@ -162,5 +162,5 @@ def _pair(parts: Parts, side: str) -> tuple[Tensor, Tensor]:
         return (identity, matrix) if matrix.shape[0] <= matrix.shape[1] else (matrix, identity)
     up, down = parts[f"w{side}_a"], parts[f"w{side}_b"]
     if f"t{side}" in parts:
-        return up.T, unfolded(parts[f"t{side}"], down).flatten(1)
+        return up.flatten(1).T, unfolded(parts[f"t{side}"], down).flatten(1)
     return up.flatten(1), down.flatten(1)

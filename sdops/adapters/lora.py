@@ -133,7 +133,7 @@ def _sparse(parts: Parts, matrix: tuple[int, int]) -> Tensor:
     if tuple(size.tolist()) != matrix or bool((indices >= size[:, None]).any()):
         raise refused("sparse_size", tuple(size.tolist()), f"the other parts make a matrix of {list(matrix)}")
     found = parts["sparse_values"].new_zeros(matrix)
-    return found.index_put((indices[0], indices[1]), parts["sparse_values"], accumulate=True)
+    return found.index_put((indices[0], indices[1]), parts["sparse_values"].reshape(-1), accumulate=True)
 
 
 def _product(parts: Parts, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -83,3 +83,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     variant: str = ""
     rivals: tuple[str, ...] = ()
+
+    def shapes(self, patch: Patch) -> dict[str, tuple[int, ...]]:
+        """Part of one of the patches -> its shape."""
+        return {part: self.source.specs[key].shape for part, key in patch.parts.items()}

@@ -17,7 +17,8 @@ from sdops.core.lowrank import Factors, of_product
 from sdops.core.patch import Adapter, Patch, Target
 from sdops.core.ranks import Rule, Spectrum, ratio
 from sdops.errors import MismatchError
-from sdops.verbs._adapters import read_parts
+from sdops.verbs._adapters import check_fits, read_parts
+from sdops.verbs._inputs import FIRST_LAYERS
 
 if TYPE_CHECKING:
     from sdops.verbs._adapter_base import Base
@@ -108,10 +109,10 @@ def change_of(adapter: Adapter, patch: Patch, base: Base | None = None, most: in
         FormatError: a tensor holds NaN.
     """
     family, parts, target = adapters.family(patch.family), read_parts(adapter, patch), patch.target
-    facts = family.check({part: tuple(value.shape) for part, value in parts.items()}, None)
+    facts = family.check(adapter.shapes(patch), None)
     if base is None and family.needs_weight(parts):
         raise _needs_base(adapter, patch)
-    shape = _shape(patch, parts, facts, base)
+    shape = _shape(adapter, patch, parts, facts, base)
     weight = bias = None
     if base is not None and family.needs_weight(parts):
         weight = base.tensor(target) if facts.weight else None
@@ -148,12 +149,19 @@ def _turned(rows: Tensor | None, target: Target) -> Tensor | None:
     return torch.cat(rows.chunk(2)[::-1]) if rows is not None and target.swapped else rows
 
 
-def _shape(patch: Patch, parts: Mapping[str, Tensor], facts: adapters.Facts, base: Base | None) -> tuple[int, ...]:
-    """The shape of the target's rows of the weight, as far as it can be told."""
+def _shape(
+    adapter: Adapter, patch: Patch, parts: Mapping[str, Tensor], facts: adapters.Facts, base: Base | None
+) -> tuple[int, ...]:
+    """The shape of the target's rows of the weight, as far as it can be told.
+
+    Raises:
+        MismatchError: it cannot, or the base's weight has another one.
+    """
     if "reshape" in parts:
         return tuple(int(size) for size in parts["reshape"].reshape(-1))
     known = None if base is None else base.shape(patch.target, "weight" if facts.weight else "bias")
-    if known is not None and (facts.columns is None or prod(known[1:]) == facts.columns or not facts.weight):
+    if known is not None and not (_is_first(patch.target) and facts.columns not in (None, prod(known[1:]))):
+        check_fits(adapter, patch, known)
         return known
     if patch.family == "full":
         return tuple(parts[next(part for part in ("diff", "set", "diff_b", "set_b") if part in parts)].shape)
@@ -164,7 +172,12 @@ def _shape(patch: Patch, parts: Mapping[str, Tensor], facts: adapters.Facts, bas
             hint="name the checkpoint that it was made for with `--base`",
             target=patch.target,
         )
-    return rows, *kernel_shape(patch.target, columns, {part: tuple(value.shape) for part, value in parts.items()})
+    return rows, *kernel_shape(patch.target, columns, adapter.shapes(patch))
+
+
+def _is_first(target: Target) -> bool:
+    """Whether it is the layer whose inputs models for inpainting and control have more of."""
+    return f"{target.module}.weight" in FIRST_LAYERS
 
 
 def kernel_shape(target: Target, columns: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

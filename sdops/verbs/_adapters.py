@@ -187,16 +187,36 @@ def _check(adapter: Adapter) -> None:
     Raises:
         FormatError: naming the tensor.
     """
-    specs = adapter.source.specs
     for patch in adapter.patches:
         try:
-            adapters.family(patch.family).check({part: specs[key].shape for part, key in patch.parts.items()}, None)
+            adapters.family(patch.family).check(adapter.shapes(patch), None)
         except SdopsError as error:
-            part = error.data.get("part")
-            which = patch.parts.get(part, "") if isinstance(part, str) else ""
-            where = f"`{which or next(iter(patch.parts.values()))}` of `{adapter.source.name}`"
+            where = f"`{_blamed(patch, error)}` of `{adapter.source.name}`"
             raise FormatError(f"{where}: {error.message}", hint=error.hint, target=patch.target) from None
         _check_alpha(adapter, patch)
+
+
+def check_fits(adapter: Adapter, patch: Patch, shape: tuple[int, ...]) -> None:
+    """Look at a patch's shapes beside that of the weight which it is for.
+
+    Raises:
+        MismatchError: naming the tensor and the layer.
+    """
+    try:
+        adapters.family(patch.family).check(adapter.shapes(patch), shape)
+    except SdopsError as error:
+        raise unfit(adapter, patch, error) from None
+
+
+def unfit(adapter: Adapter, patch: Patch, error: SdopsError) -> MismatchError:
+    """An error about a part, with the tensor's and the layer's name."""
+    where = f"`{_blamed(patch, error)}` of `{adapter.source.name}`, for `{patch.target}`"
+    return MismatchError(f"{where}: {error.message}", hint=error.hint, target=patch.target)
+
+
+def _blamed(patch: Patch, error: SdopsError) -> str:
+    """The tensor that an error is about."""
+    return patch.parts.get(str(error.data.get("part")), next(iter(patch.parts.values())))
 
 
 def _check_alpha(adapter: Adapter, patch: Patch) -> None:

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sdops.adapters import Facts, Settings, Shape, family
-from sdops.adapters._parts import scale_of, unfit
+from sdops.adapters._parts import scale_of
+from sdops.adapters._parts import unfit as unfit_part
 from sdops.core.adding import Singles
 from sdops.core.applied import Change, Dense, Factors, LowRank, Weights
 from sdops.core.patch import Patch
 from sdops.core.spec import Spec
-from sdops.errors import MismatchError, SdopsError
+from sdops.errors import MismatchError
 from sdops.layouts.tables import Part
 from sdops.verbs._adapter_source import singles_of, values_of
-from sdops.verbs._adapters import read_parts
+from sdops.verbs._adapters import check_fits, read_parts, unfit
 from sdops.verbs._apply_loras import Lora
 from sdops.verbs._apply_places import Piece, Place, Places
 from sdops.verbs._inputs import FIRST_LAYERS, Opened
@@ -103,7 +104,7 @@ class Changes:
         }
 
     def _add(self, lora: Lora, patch: Patch, matched: Matched) -> None:
-        facts = family(patch.family).check(_shapes(lora, patch), None)
+        facts = family(patch.family).check(lora.adapter.shapes(patch), None)
         found = False
         with_bias = facts.bias or (facts.bias_if_any and self._places.find(patch.target, "bias") is not None)
         for parameter, changes in (("weight", facts.weight), ("bias", with_bias)):
@@ -127,9 +128,9 @@ class Changes:
         shape = place.shape_of(patch.target)
         if parameter == "weight":
             shape = self._grown(lora, patch, facts, place, shape, matched)
-            _check(lora, patch, shape)
+            check_fits(lora.adapter, patch, shape)
         elif facts.rows is not None and (facts.rows,) != shape:
-            raise _named(lora, patch, unfit("up", (facts.rows,), shape))
+            raise unfit(lora.adapter, patch, unfit_part("up", (facts.rows,), shape))
         strengths = {piece.key: lora.strength.of(self.model, piece.key) for piece in place.pieces(patch.target)}
         if not any(strengths.values()):
             matched.silent += 1
@@ -182,9 +183,9 @@ class Changes:
         if wanted == shape:
             return shape
         if not place.is_whole or patch.target.share is not None or len(wanted) != len(shape) or min(wanted) < 1:
-            raise _named(lora, patch, unfit("reshape", wanted, shape))
+            raise unfit(lora.adapter, patch, unfit_part("reshape", wanted, shape))
         if any(new < old for new, old in zip(wanted, shape, strict=True)):
-            raise _named(lora, patch, unfit("reshape", wanted, shape))
+            raise unfit(lora.adapter, patch, unfit_part("reshape", wanted, shape))
         self.shapes[key] = matched.grown[key] = wanted
         return wanted
 
@@ -203,11 +204,6 @@ class Changes:
         return self.model.detection.component(component) is not None
 
 
-def _shapes(lora: Lora, patch: Patch) -> dict[str, Shape]:
-    specs = lora.adapter.source.specs
-    return {part: specs[key].shape for part, key in patch.parts.items()}
-
-
 def _family_name(patch: Patch) -> str:
     """The family, and whether DoRA is on top."""
     return f"{patch.family} with DoRA" if any(part in patch.parts for part in _DORA) else patch.family
@@ -216,22 +212,6 @@ def _family_name(patch: Patch) -> str:
 def _is_plain(patch: Patch) -> bool:
     """Whether it is up @ down and nothing else."""
     return patch.family == "lora" and patch.parts.keys() <= _PLAIN_PARTS and patch.settings.keys() <= _PLAIN_SETTINGS
-
-
-def _check(lora: Lora, patch: Patch, shape: Shape) -> None:
-    try:
-        family(patch.family).check(_shapes(lora, patch), shape)
-    except SdopsError as error:
-        raise _named(lora, patch, error) from None
-
-
-def _named(lora: Lora, patch: Patch, error: SdopsError) -> MismatchError:
-    """An error about a part, with the tensor's and the layer's name."""
-    part = str(error.data.get("part", ""))
-    key = patch.parts.get(part, next(iter(patch.parts.values())))
-    return MismatchError(
-        f"`{key}` of `{lora.name}`, for `{patch.target}`: {error.message}", hint=error.hint, target=patch.target
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,6 @@ def _layer(patch: Patch, found: Factors) -> Layer:
 
 
 def _rank(adapter: Adapter, patch: Patch) -> int | None:
-    shapes = {part: adapter.source.specs[key].shape for part, key in patch.parts.items()}
-    facts = shelf.family(patch.family).check(shapes, None)
+    facts = shelf.family(patch.family).check(adapter.shapes(patch), None)
     limits = [size for size in (facts.rows, facts.columns) if size is not None]
     return None if facts.rank is None else min(facts.rank, *limits, prod(limits))

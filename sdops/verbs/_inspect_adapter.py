@@ -89,9 +89,7 @@ def _family(patch: Patch) -> str:
 
 
 def _ranks(adapter: Adapter) -> list[int]:
-    specs = adapter.source.specs
-    shapes = [{part: specs[key].shape for part, key in patch.parts.items()} for patch in adapter.patches]
-    facts = [adapters.family(p.family).check(s, None) for p, s in zip(adapter.patches, shapes, strict=True)]
+    facts = [adapters.family(patch.family).check(adapter.shapes(patch), None) for patch in adapter.patches]
     return [each.rank for each in facts if each.rank is not None]
 
 

@@ -119,15 +119,16 @@ class Work:
         """The change, its energy, and what its rank loses; None if the only patch of the layer stays as it is."""
         if self._stays(group):
             return None
-        changes = []
+        read: list[tuple[Adapter, Change]] = []
         for index, patches in group.patches.items():
-            weight = self.weight(index, group.target)
+            weight, adapter = self.weight(index, group.target), self.adapters[index]
             if weight:
-                read = [change_of(self.adapters[index], patch, self.base) for patch in patches]
-                changes.append(joined(group.target, read).scaled(weight).to(self.device))
-        if not changes:
+                own = joined(group.target, [change_of(adapter, patch, self.base) for patch in patches])
+                read.append((adapter, own.scaled(weight).to(self.device)))
+        if not read:
             return Change(group.target, (0,)), 0.0, 0.0
-        check_shapes(group.target, changes)
+        check_shapes(group.target, read)
+        changes = [change for _, change in read]
         knobs: Knobs = Knobs(self.wish.density, self.wish.seed)
         change, energy, lost = self._cut(merged(self.wish.method, group.target, changes, knobs), group)
         return change.to("cpu"), energy, lost
@@ -159,7 +160,7 @@ class Work:
         if self.wish.rank is not None or self.wish.method != "svd":
             return self.wish.rank
         found = [
-            shelf.family(patch.family).check(_shapes(self.adapters[index], patch), None).rank
+            shelf.family(patch.family).check(self.adapters[index].shapes(patch), None).rank
             for index, patches in group.patches.items()
             for patch in patches
         ]
@@ -170,7 +171,7 @@ class Work:
         first = group.patches[sources[0]][0]
         if made is None:
             pieces.keep(self.adapters[sources[0]], first)
-            shapes = _shapes(self.adapters[sources[0]], first)
+            shapes = self.adapters[sources[0]].shapes(first)
             yield Layer(group.target, sources, shapes["down"][0] if "down" in shapes else None, 0.0, 0.0)
             return
         change, energy, lost = made
@@ -187,22 +188,20 @@ class Work:
         yield Layer(group.target, sources, rank, energy, lost)
 
 
-def _shapes(adapter: Adapter, patch: Patch) -> dict[str, tuple[int, ...]]:
-    return {part: adapter.source.specs[key].shape for part, key in patch.parts.items()}
-
-
-def check_shapes(target: Target, changes: Sequence[Change]) -> None:
+def check_shapes(target: Target, changes: Sequence[tuple[Adapter, Change]]) -> None:
     """Refuse layers whose sizes differ.
 
     Raises:
-        MismatchError: names the layer.
+        MismatchError: names the layer, and two of the files.
     """
-    sizes = {(change.shape[0], prod(change.shape[1:])) for change in changes if change.up is not None}
-    sizes |= {(change.shape[0], prod(change.shape[1:])) for change in changes if change.dense is not None}
+    sizes: dict[tuple[int, int], str] = {}  # -> the first file that has it
+    for adapter, change in changes:
+        if change.up is not None or change.dense is not None:
+            sizes.setdefault((change.shape[0], prod(change.shape[1:])), adapter.source.name)
     if len(sizes) > 1:
-        shown = " and ".join("x".join(map(str, each)) for each in sorted(sizes))
+        shown = " and ".join(f"{rows}x{columns} in `{name}`" for (rows, columns), name in list(sizes.items())[:2])
         raise MismatchError(
-            f"`{target}` is {shown} in the files: they are for different models",
-            hint="`sdops inspect` shows what each is for",
+            f"`{target}` is {shown}: they are for different models, or one of them is damaged",
+            hint=f"`sdops inspect {' '.join(list(sizes.values())[:2])}` shows what each is for",
             target=target,
         )

@@ -28,10 +28,9 @@ def report(adapter: Adapter, layers: Sequence[Layer], facts: Mapping[str, Any], 
         "layers": [_record(layer) for layer in layers],
     }
     wrote = "would write" if facts["dry_run"] else "wrote"
-    before = sum(spec.nbytes for spec in adapter.source.specs.values())
     took = "" if facts["dry_run"] else f" in {duration(seconds)}"
     rows = [
-        (wrote, f"{facts['output']}, {size(facts['bytes'])} of {size(before)}{took}"),
+        (wrote, f"{facts['output']}, {size(facts['bytes'])} of {size(facts['bytes_before'])}{took}"),
         ("ranks", str(facts["rule"])),
         ("error", f"{error:.2%} of the change"),
         ("layers", f"{len(changed):,} changed, {len(layers) - len(changed):,} kept as they are"),

@@ -87,7 +87,7 @@ def _compared(
             joined(group.target, [change_of(pair[index], patch, weights) for patch in patches])
             for index, patches in sorted(group.patches.items())
         ]
-        check_shapes(group.target, changes)
+        check_shapes(group.target, list(zip(pair, changes, strict=True)))
         return likeness(changes[0], changes[1])
 
     found: dict[str, Likeness] = {}

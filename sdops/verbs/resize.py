@@ -194,6 +194,7 @@ def _resized(
     from sdops.verbs._adapter_output import Pieces
     from sdops.verbs._adapter_save import check_output, opened, save
     from sdops.verbs._hashes import part_record
+    from sdops.verbs._resize_report import report
 
     begin, part = time.monotonic(), opened(adapter)
     check_output(path, [part], (), force=force)
@@ -217,11 +218,17 @@ def _resized(
         made = {"version": __version__, "verb": "resize", **wishes, "dtype": dtype, "to": to}
         record = {**made, "inputs": [part_record("a", part)]}
         result = spelled(pieces.adapter(adapter, with_recipe(header, record)), to)
-        nbytes = sum(spec.nbytes for spec in result.source.specs.values())
         check_output(path, [part], result.companions, force=force)
-        if not dry_run:
-            nbytes = save(result, path, [part], jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
-    return _report(adapter, path, nbytes, layers, wishes, to, time.monotonic() - begin, dry_run=dry_run)
+        if dry_run:  # tensors beside tensors: the header is not known yet
+            before, after = (
+                sum(spec.nbytes for spec in each.specs.values()) for each in (adapter.source, result.source)
+            )
+        else:
+            before = sum(map(os.path.getsize, part.files))
+            after = save(result, path, [part], jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress)
+    facts: dict[str, Any] = {"output": str(shown(path)), "bytes": after, "dry_run": dry_run, "dialect": to}
+    facts |= {"bytes_before": before, "settings": dict(wishes), "rule": words(wishes)}
+    return report(adapter, layers, facts, time.monotonic() - begin)
 
 
 # --------------------------------------------------------------------------------------------------------- the work
@@ -365,9 +372,9 @@ def _kind(adapter: Adapter, patch: Patch) -> str:
     """What rules call the layer."""
     if patch.target.component not in ("unet", "transformer"):
         return "te"
-    shapes = {part: adapter.source.specs[key].shape for part, key in patch.parts.items()}
     from sdops.verbs._adapter_changes import kernel_shape
 
+    shapes = adapter.shapes(patch)
     down = shapes.get("down") or shapes.get("w2") or shapes.get("w2_b") or shapes.get("w1_b") or (1, 1)
     kernel = kernel_shape(patch.target, prod(down[1:]), shapes)[1:]
     return "conv" if prod(kernel) > 1 else "linear"
@@ -376,27 +383,9 @@ def _kind(adapter: Adapter, patch: Patch) -> str:
 def _rank(adapter: Adapter, patch: Patch) -> int | None:
     from sdops import adapters
 
-    shapes = {part: adapter.source.specs[key].shape for part, key in patch.parts.items()}
-    return adapters.family(patch.family).check(shapes, None).rank
+    return adapters.family(patch.family).check(adapter.shapes(patch), None).rank
 
 
 def _numbers(adapter: Adapter, patch: Patch) -> int:
     """Of the factors: alpha is not counted."""
     return sum(spec.numel for key in patch.parts.values() if (spec := adapter.source.specs[key]).numel > 1)
-
-
-def _report(
-    adapter: Adapter,
-    path: Path,
-    nbytes: int,
-    layers: Sequence[Layer],
-    wishes: dict[str, float],
-    to: str,
-    seconds: float,
-    *,
-    dry_run: bool,
-) -> Report:
-    from sdops.verbs._resize_report import report
-
-    facts: dict[str, Any] = {"output": str(shown(path)), "bytes": nbytes, "dry_run": dry_run, "dialect": to}
-    return report(adapter, layers, facts | {"settings": dict(wishes), "rule": words(wishes)}, seconds)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import product
 from math import prod
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 import sdops.adapters
-from sdops.adapters import FAMILIES, family, padded
+from sdops.adapters import FAMILIES, Shape, family, padded
 from sdops.errors import FormatError, MismatchError, SdopsError, UsageError
 from tests.adapters.examples import EXAMPLES, Example, relative, tolerance
 
@@ -198,3 +201,30 @@ def test_a_weight_is_padded_with_zeros() -> None:
     assert padded(weight, (2, 3, 1, 1)).shape == (2, 3, 1, 1)
     with pytest.raises(MismatchError):
         padded(weight, (2, 2))
+
+
+WEIGHTS = [(6, 8), (6, 4, 3, 3), (6, 8, 1, 1), (6,), (8,), (6, 36), (4, 8), (6, 4, 9)]
+CHANGES: list[Callable[[Shape, int], Shape]] = [
+    lambda shape, axis: (*shape[:axis], 8 if shape[axis] == 6 else 6, *shape[axis + 1 :]),
+    lambda shape, _axis: (*shape, 1),
+    lambda shape, _axis: shape[::-1],
+    lambda shape, _axis: (*shape[:-2], prod(shape[-2:])),
+]
+
+
+@each
+def test_wrong_shapes_never_end_in_a_traceback(example: Example) -> None:
+    """What `check` lets pass for a weight can be computed, or is refused with a message for people."""
+    parts = example.parts(dtype=torch.float32)
+    for key, part in parts.items():
+        for change, axis in product(CHANGES, range(part.ndim)):
+            wrong = parts | {key: torch.rand(change(tuple(part.shape), axis))}
+            for shape in WEIGHTS:
+                with suppress(FormatError, MismatchError):
+                    example.code.check({name: tuple(value.shape) for name, value in wrong.items()}, shape)
+                    delta = example.code.delta(wrong, shape, torch.rand(shape), **example.settings)
+                    assert delta.shape == shape
+                    example.code.bias_delta(wrong, shape, torch.rand(shape[:1]), **example.settings)
+                    found = example.code.factors(wrong, shape, torch.rand(shape), **example.settings)
+                    assert found is None or (len(found[0]), found[1].shape[1]) == (shape[0], prod(shape[1:]))
+                    example.code.fit(wrong, shape, 2, **example.settings)

@@ -131,10 +131,18 @@ def test_loras_for_different_models_are_not_merged(tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
-@pytest.mark.parametrize("verb", ["apply", "merge with a LoRA"])
+@pytest.mark.parametrize("verb", ["apply", "merge with a LoRA", "convert family"])
 def test_wrong_shapes_for_the_model_are_named(verb: str, base: Path, shape: tuple[int, ...], tmp_path: Path) -> None:
     file = loras.save(tmp_path / "bad.safetensors", good((shape[0] + 1, shape[1])))
     refused(verb, file, base, tmp_path, MismatchError, "lora_up.*does not fit")
+
+
+def test_loras_of_different_sizes_are_named(shape: tuple[int, ...], tmp_path: Path) -> None:
+    one = loras.save(tmp_path / "one.safetensors", good(shape))
+    two = loras.save(tmp_path / "two.safetensors", good((shape[0] - 1, shape[1])))
+    for verb in (lambda: sdops.merge(one, two, output=tmp_path / "out.safetensors"), lambda: sdops.compare(one, two)):
+        with pytest.raises(MismatchError, match=rf"{shape[0]}x{shape[1]} in `one.*{shape[0] - 1}x.* in `two"):
+            verb()
 
 
 # ------------------------------------------------------------------------------------------------------------- extract
