@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def save(
     force: bool,
     hash_inputs: bool | None,
     progress: Progress,
+    hashes: Hashes | None = None,
 ) -> int:
     """Write an adapter and what belongs beside it; returns the size in bytes.
 
@@ -57,6 +59,7 @@ def save(
         hash_inputs: Whether the inputs' hashes are put into the recipe in the header; None: there is no recipe of this
             run, the header is written as it is.
         progress: Called as `progress(label, total_bytes)`.
+        hashes: The inputs' hashes, if they have been begun with the work.
 
     Raises:
         OutputError, FormatError, ChangedError: as in all verbs that write.
@@ -65,10 +68,10 @@ def save(
     if hash_inputs is False:
         header[RECIPE] = without_hashes(header[RECIPE])
     with adapter_sink(path, made.source.specs, header, made.companions, force=force) as sink:
-        with Hashes(inputs, enabled=bool(hash_inputs)) as hashes:
+        with nullcontext(hashes) if hashes else Hashes(inputs, enabled=bool(hash_inputs)) as running:
             with progress("writing", sink.nbytes) as advance:
                 run(made.source, sink, jobs=jobs, progress=advance)
-            digests = hashes.wait(progress)
+            digests = running.wait(progress)
         for part in inputs:
             part.check_unchanged()
         if hash_inputs:

@@ -46,11 +46,8 @@ def open_saved(path: Path) -> tuple[Saved, Source, str]:
     if tree := open_tree(path):
         return Saved(tree[0], tree[1].metadata, path.stem), tree[1], "torch"
     source = open_source(path)
-    return (
-        Saved({key: Leaf(key, spec) for key, spec in source.specs.items()}, source.metadata, path.stem),
-        source,
-        ("safetensors"),
-    )
+    tensors = {key: Leaf(key, spec) for key, spec in source.specs.items()}
+    return Saved(tensors, source.metadata, path.stem), source, "safetensors"
 
 
 def verb_for(path: Path) -> str:

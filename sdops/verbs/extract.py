@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sdops.core.accel import check_device
-from sdops.core.run import default_jobs, run
+from sdops.core.run import default_jobs
 from sdops.core.sink import check_inputs
 from sdops.errors import MismatchError, UsageError
 from sdops.report import Progress, Report, silent
 from sdops.verbs._adapter_path import adapter_path, check_place, shown, workplace
-from sdops.verbs._adapter_sink import adapter_sink
+from sdops.verbs._adapter_save import save
 from sdops.verbs._adapters import spelled
 from sdops.verbs._extract_output import adapter, check_dialect, metadata, recipe
 from sdops.verbs._extract_pairs import Pair, Pairs, pairs
 from sdops.verbs._extract_report import done_report, dry_report
 from sdops.verbs._hashes import Hashes
 from sdops.verbs._inputs import Model, Opened, check_families, open_model
-from sdops.verbs._provenance import RECIPE, with_hashes, without_hashes
 from sdops.verbs._traits import prediction
 
 if TYPE_CHECKING:
@@ -252,19 +251,10 @@ def _save(
             to,
             metadata(path, tuned, layers, recipe(tuned, base, settings, to)),
         )
-        header = dict(made.source.metadata)
-        if not hash_inputs:
-            header[RECIPE] = without_hashes(header[RECIPE])
-        with adapter_sink(path, made.source.specs, header, made.companions, force=force) as sink:
-            with progress("writing", sink.nbytes) as advance:
-                run(made.source, sink, jobs=jobs, progress=advance)
-            digests = hashes.wait(progress)
-            for model in models:
-                model.check_unchanged()
-            if hash_inputs:
-                header[RECIPE] = with_hashes(header[RECIPE], digests)
-            sink.commit({RECIPE: header[RECIPE]})
-    report = done_report(shown(path), path.stat().st_size, time.monotonic() - begin, layers, found, settings)
+        nbytes = save(
+            made, path, models, jobs=jobs, force=force, hash_inputs=hash_inputs, progress=progress, hashes=hashes
+        )
+    report = done_report(shown(path), nbytes, time.monotonic() - begin, layers, found, settings)
     tell_words(report, words, made.left_out, to)
     return report
 
