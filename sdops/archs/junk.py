@@ -13,8 +13,9 @@ SCHEDULE = frozenset({
 })  # fmt: skip
 
 # Tensors that say what a model is. Some are empty: their presence is the message. Never dropped.
+_PREDICTION = r"(^|.*\.)(v_pred|ztsnr|edm_mean|edm_std|edm_vpred\.sigma_(max|min))$"
 _MARKER = re.compile(
-    r"(^|.*\.)(v_pred|ztsnr|edm_mean|edm_std|edm_vpred\.sigma_(max|min)|scaled_fp8|difference|lora_controlnet|control_type"
+    _PREDICTION + r"|(^|.*\.)(scaled_fp8|difference|lora_controlnet|control_type"
     r"|pixel_space_vae|__\w+__|spiece_model|tekken_model)$|cc_projection\."
 )
 _TRAINING = re.compile(
@@ -40,6 +41,11 @@ def is_position_ids(key: str) -> bool:
 def is_marker(key: str) -> bool:
     """Whether the tensor, often an empty one, says what the model is and must be kept."""
     return _MARKER.match(key) is not None
+
+
+def is_prediction(key: str) -> bool:
+    """Whether the tensor says what the model predicts."""
+    return re.match(_PREDICTION, key) is not None
 
 
 def ema_key_of(key: str) -> str:

@@ -35,6 +35,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="The moving average; use = in place of the U-Net",
     ),
     click.option("--prune", is_flag=True, help="Leave out the moving average, noise schedules and other ballast"),
+    click.option("--unet", type=FILE, help="Take the U-Net or transformer from this file"),
     click.option("--vae", type=FILE, help="Take the VAE from this file"),
     click.option("--text-encoder", type=FILE, multiple=True, help="Take the text encoders from this file; repeatable"),
     click.option(

@@ -46,7 +46,7 @@ class Conversion:
 
     Args:
         origin: The opened model.
-        donors: Files whose VAE or text encoders are taken, each with its role.
+        donors: Files that components are taken from, each with its role: unet, vae or text_encoder.
         output: Where to write; None derives a name.
         wish: The request.
         force: Replace an existing output.
@@ -158,10 +158,9 @@ class Conversion:
         selection = select(
             self.source, self.detection, components=components, ema=wish.ema, prune=wish.prune or to_gguf
         )
-        if to_gguf:
-            self._leave_to_gguf(selection)
         whole = pipeline(self.detection.family)
-        for kind, donor in self.donors:
+        for role, donor in self.donors:
+            kind = "model" if role == "unet" else role
             before = {each.name: each for each in selection.parts}
             readable, detection = self._readable(donor)
             take(selection, readable, detection, kind, whole.components if whole else ())
@@ -171,6 +170,8 @@ class Conversion:
             for each in selection.parts:
                 if each.source is not self.source and each.name in before:
                     check_fit(before[each.name], each, donor.name)
+        if to_gguf:
+            self._leave_to_gguf(selection)
         if wish.to == "diffusers":
             from sdops.verbs._convert_folder import folder, same_folder
 
@@ -198,7 +199,7 @@ class Conversion:
             alone = f"a GGUF file holds the {', '.join(kept)} alone"
             selection.dropped |= dict.fromkeys((key for part in others for key in part.keys), alone)
         for key in [key for key, kind in selection.others.items() if kind == MARKER]:
-            spec = self.source.specs[key]
+            spec = selection.elsewhere.get(key, self.source).specs[key]
             if not spec.numel or spec.dtype not in PLAIN:
                 del selection.others[key]
                 selection.dropped[key] = "a GGUF file cannot hold it"

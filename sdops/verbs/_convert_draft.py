@@ -127,7 +127,7 @@ def single_file(
         if kind == OTHER and wish.unknown == "drop":
             draft.dropped[key] = "unknown"
         else:
-            draft.add(key, Entry(rows(source, key), kind, key))
+            draft.add(key, Entry(rows(selection.elsewhere.get(key, source), key), kind, key))
     unknown = [key for key, kind in selection.others.items() if kind == OTHER and key in draft.tensors]
     if unknown:
         draft.notes.append(f"{count(len(unknown), 'tensor')} that sdops does not know stay as they are: `{unknown[0]}`")

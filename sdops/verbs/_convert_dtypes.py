@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from sdops.archs.delicate import is_coarse
 from sdops.archs.detect import MARKER, Detection
 from sdops.core.source import Source
 from sdops.core.spec import FP8
@@ -26,6 +25,7 @@ def wanted_dtypes(tensors: Mapping[str, Entry], detection: Detection, wish: Wish
     Raises:
         UsageError: a component that was named is not there.
     """
+    from sdops.archs.delicate import is_coarse
     from sdops.core.cast_view import castable
 
     _check_names(tensors, detection, wish)

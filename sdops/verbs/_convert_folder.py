@@ -49,7 +49,7 @@ def folder(source: Source, detection: Detection, selection: Selection, wish: Wis
         MismatchError: tensors are unknown, or missing where the configuration is read from them.
     """
     draft = Draft(dropped=dict(selection.dropped), taken=selection.taken, notes=list(selection.notes))
-    found = pipeline(detection.family, _variants(source, detection))
+    found = pipeline(detection.family, _variants(*(selection.teller or (source, detection))))
     placed = _placed(source, detection, selection, found)
     for each in placed:
         layout, prefix = own_place(each.chosen.name, detection, selection)
@@ -60,7 +60,7 @@ def folder(source: Source, detection: Detection, selection: Selection, wish: Wis
         if kind == OTHER and wish.unknown != "keep":
             draft.unknown.append(key)
         else:
-            draft.aside[key] = Entry(rows(source, key), kind, key)
+            draft.aside[key] = Entry(rows(selection.elsewhere.get(key, source), key), kind, key)
     if wish.unknown == "drop":
         draft.dropped |= dict.fromkeys(draft.unknown, "unknown")
         draft.unknown = []

@@ -13,9 +13,6 @@ from typing import Any
 
 from sdops.core.assembled import Assembled, Constants, rows
 from sdops.core.sink import SafetensorsSink, Sink, check_inputs
-from sdops.core.sink_folder import FolderSink, Tensors
-from sdops.core.sink_header import SameDataSink
-from sdops.core.sink_shards import create_shards
 from sdops.core.source import Source
 from sdops.core.spec import Spec
 from sdops.errors import OutputError
@@ -26,7 +23,7 @@ from sdops.verbs._convert_wish import Wish
 _TORCH = (".ckpt", ".pt", ".pth", ".bin")
 _NOT_BESIDE = ("format", "state_dict")  # metadata that a torch file cannot have, or does not need, beside its tensors
 _GGUF_ROW = 256  # numbers in a row of what is stored in another shape
-_CONVOLUTION = re.compile(r"(input_blocks\.[1-9]|middle_block|output_blocks)(?!.*(norm|proj_in|proj_out)).*\.weight")
+_CONVOLUTION = r"(input_blocks\.[1-9]|middle_block|output_blocks)(?!.*(norm|proj_in|proj_out)).*\.weight"
 # What ComfyUI's loaders look for in `general.architecture`.
 _GGUF_NAMES = {
     "sd1": "sd1", "sd2": "sd1", "sdxl": "sdxl", "sdxl_refiner": "sdxl", "sd3": "sd3", "flux1": "flux", "chroma": "flux",
@@ -73,8 +70,12 @@ def file_sink(source: Source, draft: Draft, path: Path, wish: Wish, family: str,
         beside = {key: text for key, text in draft.metadata.items() if key not in _NOT_BESIDE}
         return source, TorchSink(path, source.specs, beside, force=force)
     if draft.header and not wish.shard:
+        from sdops.core.sink_header import SameDataSink
+
         return source, SameDataSink(path, source.specs, draft.header, force=force)
     if wish.shard:
+        from sdops.core.sink_shards import create_shards
+
         return source, create_shards(path, source.specs, draft.metadata, shard=wish.shard, force=force)
     return source, SafetensorsSink(path, source.specs, draft.metadata, force=force)
 
@@ -92,6 +93,8 @@ def folder_sink(source: Source, draft: Draft, path: Path, wish: Wish, *, force: 
     Raises:
         OutputError: it cannot be written.
     """
+    from sdops.core.sink_folder import FolderSink, Tensors
+
     files: dict[str, bytes | Tensors] = dict(draft.files)
     specs: dict[str, dict[str, Spec]] = {prefix: {} for prefix in draft.stems}
     for key in draft.tensors:
@@ -166,7 +169,7 @@ def _gguf_types(source: Source, draft: Draft, wish: Wish) -> dict[str, tuple[str
         wanted[key] = wish.gguf_type if asked_for(key, wish) else ""
         if not wanted[key] and specs[key].dtype == "F32" and type_before(entry) not in PLAIN:
             wanted[key] = "F16"  # its blocks, or fp8 and its scale, were made float32
-        flat = _in_rows(specs[key]) if in_blocks and wanted[key] and _CONVOLUTION.match(entry.name) else None
+        flat = _in_rows(specs[key]) if in_blocks and wanted[key] and re.match(_CONVOLUTION, entry.name) else None
         if flat:  # these are half of a U-Net
             specs[key] = flat
         elif not is_coarse(entry.name, entry.made.spec):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sdops.archs.detect import MARKER, OTHER, Component, Detection, component_of
-from sdops.archs.junk import ema_key_of
+from sdops.archs.junk import ema_key_of, is_prediction
 from sdops.core.source import Source
 from sdops.errors import MismatchError, UsageError
 from sdops.text import count, suggest
@@ -14,6 +14,7 @@ from sdops.text import count, suggest
 EMA = ("keep", "drop", "use")
 _KINDS = {"text_encoder": "text_encoder", "text_encoders": "text_encoder", "clip": "text_encoder", "model": "model"}
 _DENOISERS = ("unet", "transformer", "model")
+SCALED = "scaled_fp8"  # stands behind the prefix of a component whose fp8 weights have scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Selection:
         notes: What the user should know.
         taken: Components that come from other files -> their names.
         added: Whether the model had none of some of these.
+        elsewhere: Those of `others` that come from another file -> that file.
+        teller: The file that the denoiser comes from, and what it is, if it is another: it tells what is predicted.
     """
 
     parts: list[Chosen] = field(default_factory=list)
@@ -55,6 +58,8 @@ class Selection:
     notes: list[str] = field(default_factory=list)
     taken: dict[str, str] = field(default_factory=dict)
     added: bool = False
+    elsewhere: dict[str, Source] = field(default_factory=dict)
+    teller: tuple[Source, Detection] | None = None
 
 
 def select(
@@ -107,7 +112,7 @@ def take(selection: Selection, donor: Source, detection: Detection, kind: str, w
         selection: Changed in place.
         donor: The other file.
         detection: What it is.
-        kind: "vae" or "text_encoder"; of text encoders those are taken that the model has, or is to have.
+        kind: "model", "vae" or "text_encoder"; of text encoders those are taken that the model has, or is to have.
         wanted: Names of the components that a whole model has: those that this one lacks are added.
 
     Raises:
@@ -117,21 +122,46 @@ def take(selection: Selection, donor: Source, detection: Detection, kind: str, w
     places = {each.name: index for index, each in enumerate(selection.parts)}
     taken = [part for name, part in offered.items() if name in places or name in wanted]
     if not taken:
+        words = "denoiser" if kind == "model" else kind.replace("_", " ")
         raise MismatchError(
-            f"`{donor.name}` has no {kind.replace('_', ' ')} that has a place in the model",
+            f"`{donor.name}` has no {words} that has a place in the model",
             hint=f"`sdops inspect {donor.name}` shows its components",
         )
     for part in taken:
-        read = {key.removeprefix(part.prefix): key for key in part.keys}
-        chosen = Chosen(part, donor, read)
+        keys = [*part.keys, *(key for key in (f"{part.prefix}{SCALED}",) if key in donor.specs)]
+        chosen = Chosen(part, donor, {key.removeprefix(part.prefix): key for key in keys})
         selection.taken[part.name] = donor.name
         if part.name in places:
             old = selection.parts[places[part.name]]
-            selection.dropped |= dict.fromkeys(old.read.values(), f"replaced from `{donor.name}`")
+            _check_family(old, part, donor.name)
+            mark = [key for key in (f"{old.part.prefix}{SCALED}",) if selection.others.pop(key, None)]
+            selection.dropped |= dict.fromkeys([*old.read.values(), *mark], f"replaced from `{donor.name}`")
             selection.parts[places[part.name]] = chosen
         else:
             selection.parts.append(chosen)
             selection.added = True
+    if kind == "model":
+        _follow(selection, donor, detection)
+
+
+def _check_family(old: Chosen, part: Component, donor: str) -> None:
+    if part.kind == "model" and part.family != old.part.family:
+        raise MismatchError(
+            f"the {part.name} of `{donor}` is {part.title}, the model's own is {old.part.title}",
+            hint=f"`sdops inspect {donor}` shows what it is for",
+        )
+
+
+def _follow(selection: Selection, donor: Source, detection: Detection) -> None:
+    """With another denoiser its average goes, and it is the other file that tells what is predicted."""
+    for key, kind in list(selection.others.items()):
+        if kind == "ema" or is_prediction(key):
+            del selection.others[key]
+            selection.dropped[key] = f"belongs to what `{donor.name}` replaces"
+    told = {key: MARKER for key in donor.specs if is_prediction(key)}
+    selection.others |= told
+    selection.elsewhere |= dict.fromkeys(told, donor)
+    selection.teller = donor, detection
 
 
 def _named(detection: Detection, names: Sequence[str]) -> list[Component]:

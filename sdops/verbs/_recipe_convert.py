@@ -19,7 +19,7 @@ from sdops.verbs._inputs import Opened
 from sdops.verbs.convert import convert, planned
 
 _FILES = ("safetensors", "original", "ckpt")  # forms that are one file of tensors as they are
-_FORM = ("vae", "text_encoder", "tokenizer", "reference", "shard")  # files, and what changes no tensor
+_FORM = ("unet", "vae", "text_encoder", "tokenizer", "reference", "shard")  # files, and what changes no tensor
 
 
 class Converted(View):
@@ -40,7 +40,7 @@ class Converted(View):
         self.metadata = conversion.draft.metadata
         self.warnings = conversion.warnings
         encoders = arguments.get("text_encoder")
-        given = [("a", arguments["file"]), ("vae", arguments.get("vae"))]
+        given = [("a", arguments["file"]), *((role, arguments.get(role)) for role in ("unet", "vae"))]
         given += [("text_encoder", one) for one in (encoders if isinstance(encoders, list) else [encoders])]
         self.parts = {f"{role}{number}": _opened(one) for number, (role, one) in enumerate(given) if one is not None}
         said = {key: value for key, value in arguments.items() if key not in ("file", *_FORM)}

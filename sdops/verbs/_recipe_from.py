@@ -13,7 +13,7 @@ from typing import Any
 from sdops.errors import FormatError
 from sdops.verbs._recipe_text import MOST_STEPS, RESERVED, Recipe, from_document
 
-_ROLES = ("base", "vae", "text_encoder", "reference")  # of a merge, beside its models
+_ROLES = ("base", "unet", "vae", "text_encoder", "reference")  # beside the models of a merge or conversion
 _RECORD = ("version", "verb", "inputs", "knobs", "rounded")  # of a step's record: what is no parameter of the verb
 
 

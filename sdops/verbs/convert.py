@@ -15,7 +15,6 @@ from sdops.core.source import Source
 from sdops.errors import UsageError
 from sdops.hub import located
 from sdops.report import Progress, Report, silent
-from sdops.verbs._adapter_peek import is_adapter
 from sdops.verbs._convert_wish import CONTAINERS, Wish, check, parse_dtypes
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ def convert(
     components: Sequence[str] = (),
     ema: str = "keep",
     prune: bool = False,
+    unet: Model | None = None,
     vae: Model | None = None,
     text_encoder: Model | Sequence[Model] | None = None,
     tokenizer: FilePath | None = None,
@@ -76,7 +76,8 @@ def convert(
         components: Convert only these: `unet`, `vae`, `clip_l` ..., `text_encoder` for all of them.
         ema: keep, drop, or use the moving average in place of the U-Net.
         prune: Leave out the average, noise schedules and left-overs of training.
-        vae: A file whose VAE is taken, in place of the model's own or where it has none.
+        unet: A file whose U-Net or transformer is taken in place of the model's own; it tells what is predicted.
+        vae: A file whose VAE is taken likewise, or added where there is none.
         text_encoder: A file whose text encoders are taken likewise, or several.
         tokenizer: Of folders: T5's `tokenizer.json` or `spiece.model`, which does not come with sdops, or a folder
             that has one.
@@ -105,7 +106,7 @@ def convert(
         FormatError: the file is damaged, or quantised.
         OutputError: the output exists, is an input, or does not fit on the disk.
     """
-    if (family or (to and to not in CONTAINERS)) and is_adapter(file):
+    if (family or (to and to not in CONTAINERS)) and _is_adapter(file):
         from sdops.verbs._convert_adapter import convert_adapter
 
         return convert_adapter(
@@ -137,6 +138,7 @@ def convert(
         components=components,
         ema=ema,
         prune=prune,
+        unet=unet,
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -168,6 +170,7 @@ def planned(
     components: Sequence[str],
     ema: str,
     prune: bool,
+    unet: Model | None,
     vae: Model | None,
     text_encoder: Model | Sequence[Model] | None,
     tokenizer: FilePath | None,
@@ -184,7 +187,7 @@ def planned(
     Args and raises as `convert`.
     """
     if to is None:
-        changes = (dtype, include, exclude, components, ema != "keep", prune, vae, text_encoder, shard)
+        changes = (dtype, include, exclude, components, ema != "keep", prune, unet, vae, text_encoder, shard)
         path = located(file) if isinstance(file, str | os.PathLike) else Path(file.name)
         to = _own_form(path, changed=any(changes))
     from sdops.verbs._convert_checkpoint import Conversion, open_all
@@ -210,9 +213,18 @@ def planned(
         None if tokenizer is None else located(tokenizer),
         dtype or "",
     )
-    donors = [(role, path) for role, given in (("vae", vae), ("text_encoder", text_encoder)) for path in _all(given)]
+    if unet is not None and ema == "use":
+        raise UsageError("`--ema use` is for a model's own U-Net", hint="take the average out of the other file first")
+    given = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    donors = [(role, path) for role, one in given.items() for path in _all(one)]
     origin, opened = open_all(file, donors)
     return Conversion(origin, opened, None if output is None else Path(output), wish, force=force)
+
+
+def _is_adapter(file: Model) -> bool:
+    from sdops.verbs._adapter_peek import is_adapter
+
+    return is_adapter(file)
 
 
 def _all(given: Model | Sequence[Model] | None) -> list[Model]:

@@ -579,3 +579,42 @@ def test_without_a_form_a_file_keeps_it_and_a_pickle_becomes_safetensors(small_c
     assert (tmp_path / "other" / "model_index.json").is_file()
     with pytest.raises(UsageError, match="what to convert to is not said"):
         sdops.convert(file)
+
+
+def test_another_denoiser_brings_what_tells_of_it(small_checkpoint, tmp_path):
+    plain = small_checkpoint("sdxl")
+    tells = {"v_pred": ("F32", np.zeros(0, np.float32)), "ztsnr": ("F32", np.zeros(0, np.float32))}
+    other = tiny.write(
+        tmp_path / "v.safetensors", {key: (d, a + a.dtype.type(1)) for key, (d, a) in tiny.load(plain).items()} | tells
+    )
+    report = sdops.convert(plain, unet=other, output=tmp_path / "s.safetensors")
+    found, own, given = (tiny.load(path) for path in (tmp_path / "s.safetensors", plain, other))
+    assert found.keys() == given.keys()
+    start = ("model.diffusion_model.", *tells)
+    assert all(tiny.same(array, (given if key.startswith(start) else own)[key]) for key, array in found.items())
+    assert report.data["taken"] == {"unet": "v.safetensors"}
+    for model, donor, predicted in ((plain, other, "v_prediction"), (other, plain, "epsilon")):
+        sdops.convert(model, to="diffusers", unet=donor, output=tmp_path / "f", force=True)
+        scheduler = json.loads((tmp_path / "f/scheduler/scheduler_config.json").read_text())
+        assert scheduler["prediction_type"] == predicted
+
+
+def test_the_average_of_a_replaced_denoiser_goes(small_checkpoint, tmp_path):
+    file, donor = small_checkpoint("sd15-ema"), small_checkpoint("sd15-diffusers") / "unet"
+    report = sdops.convert(file, unet=donor, output=tmp_path / "s.safetensors")
+    model, found = tiny.load(file), tiny.load(tmp_path / "s.safetensors")
+    assert found.keys() == {key for key in model if not key.startswith("model_ema")}
+    assert model.keys() - found.keys() <= report.data["dropped"].keys()
+    with pytest.raises(UsageError, match="own U-Net"):
+        sdops.convert(file, unet=donor, ema="use", output=tmp_path / "x.safetensors")
+    with pytest.raises(MismatchError, match="Stable Diffusion XL"):
+        sdops.convert(file, unet=small_checkpoint("sdxl"), output=tmp_path / "x.safetensors")
+
+
+def test_markers_of_scaled_components_come_and_go_with_them(small_checkpoint, tmp_path):
+    plain, scaled = small_checkpoint("flux1-dev-comfy-allinone"), tmp_path / "s.safetensors"
+    sdops.convert(plain, dtype="fp8_scaled_old", output=scaled)
+    for model, donor, marked in ((plain, scaled, {"text_encoders"}), (scaled, plain, {"model"})):
+        sdops.convert(model, text_encoder=donor, output=tmp_path / "o.safetensors", force=True)
+        keys = tiny.load(tmp_path / "o.safetensors").keys()
+        assert {key.split(".")[0] for key in keys if key.endswith(".scaled_fp8")} == marked
