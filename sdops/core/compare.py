@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdops.core import native
+from sdops.core.casting import CASTABLE, READABLE, cast, raw_dtype
 from sdops.core.precision import FORMATS, Doubles, decode
 from sdops.core.processes import can_fork, share
 from sdops.core.run import FORK_BYTES
@@ -75,6 +76,7 @@ class Measure:
         product: sum x y.
         largest: max |y - x|.
         nonfinite: Elements that are NaN or infinite in either; they are left out of the sums.
+        rounded: Whether one is the other, rounded to nearest in its narrower dtype: F16 of F32 and the like.
     """
 
     elements: int
@@ -86,6 +88,7 @@ class Measure:
     product: float = 0.0
     largest: float = 0.0
     nonfinite: int = 0
+    rounded: bool = False
 
     @property
     def relative(self) -> float | None:
@@ -160,14 +163,16 @@ def measure(pair: Pair, buffers: _Buffers | None = None) -> Measure:
         return Measure(a.numel, changed=a.nbytes)
     total, elements = Measure(0), a.nbytes * 8 // _bits(a)
     compiled = _compiled() if {a.dtype, b.dtype} <= set(native.DTYPES) else None
+    rounded = a.dtype in READABLE and b.dtype in READABLE and DTYPE_BITS[a.dtype] != DTYPE_BITS[b.dtype]
     for first in range(0, elements, PIECE):
         count = min(PIECE, elements - first)
+        views = [_portion(pair, side, first, count, buffers) for side in (0, 1)]
+        rounded = rounded and _is_rounded(views, (a.dtype, b.dtype))
         if compiled is not None:
-            views = [_portion(pair, side, first, count, buffers) for side in (0, 1)]
             total.add(_measure_compiled(compiled, views, (a.dtype, b.dtype), count))
         else:
-            total.add(_measure_values(*(_values(pair, side, first, count, buffers) for side in (0, 1))))
-    total.elements = a.numel
+            total.add(_measure_values(_values(views[0], a.dtype), _values(views[1], b.dtype)))
+    total.elements, total.rounded = a.numel, rounded
     return total
 
 
@@ -230,14 +235,23 @@ def _portion(pair: Pair, side: int, first: int, count: int, buffers: _Buffers) -
     return _read(pair, side, first * width, count * width, buffers)
 
 
-def _values(pair: Pair, side: int, first: int, count: int, buffers: _Buffers) -> Doubles:
-    """Elements `[first, first + count)` of one side, float64."""
-    spec = pair.specs[side]
-    raw = _portion(pair, side, first, count, buffers)
-    if spec.dtype in FORMATS:
-        return decode(np.frombuffer(raw, FORMATS[spec.dtype].raw), spec.dtype)
-    numbers: NDArray[Any] = np.frombuffer(raw, _PLAIN[spec.dtype])
+def _values(raw: memoryview, dtype: str) -> Doubles:
+    """Elements as float64."""
+    if dtype in FORMATS:
+        return decode(np.frombuffer(raw, FORMATS[dtype].raw), dtype)
+    numbers: NDArray[Any] = np.frombuffer(raw, _PLAIN[dtype])
     return numbers.astype(np.float64)
+
+
+def _is_rounded(views: Sequence[memoryview], dtypes: tuple[str, str]) -> bool:
+    """Whether the elements of the narrower dtype are those of the wider one, rounded."""
+    wide, narrow = sorted((0, 1), key=lambda side: -DTYPE_BITS[dtypes[side]])
+    if dtypes[narrow] not in CASTABLE:
+        return False
+    stored = np.frombuffer(views[narrow], raw_dtype(dtypes[narrow]))
+    made = np.empty_like(stored)
+    cast(np.frombuffer(views[wide], raw_dtype(dtypes[wide])), dtypes[wide], made, dtypes[narrow])
+    return np.array_equal(made, stored)
 
 
 def _measure_values(x: Doubles, y: Doubles) -> Measure:

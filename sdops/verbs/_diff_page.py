@@ -20,6 +20,7 @@ _COLDEST, _HOTTEST = -3, 0  # powers of ten of the relative change: the heat map
 _LEFT, _RIGHT = -4, 0  # the same: the histogram
 _STEPS = 4  # its columns per power of ten
 _ROWS = 40
+_VERDICTS = {"the same": "The tensors are the same.", "different": "The tensors differ."}
 _LISTED = 2000
 
 
@@ -31,8 +32,8 @@ def page(found: Compared, report: Report) -> str:
 
 def _parts(found: Compared, report: Report) -> Iterator[_html.Html]:
     yield _html.heading(f"{found.a.origin.name} → {found.b.origin.name}", 1)
-    verdict = "The tensors are the same." if found.same else "The tensors differ."
-    yield _html.paragraph(verdict, "good" if found.same else "bad")
+    verdict = _VERDICTS.get(found.verdict, f"The tensors have {found.verdict}.")
+    yield _html.paragraph(verdict, "bad" if found.verdict == "different" else "good")
     yield _html.facts([row for row in report.sections[0].rows if row[0] != "result"])
     for text in report.warnings:
         yield _html.paragraph(text, "bad")
@@ -70,8 +71,13 @@ def _cell(measure: Measure | None) -> _html.Heat | None:
     if change is None:
         return _html.Heat(1.0, "≠", title)
     return _html.Heat(
-        _position(change, _COLDEST, _HOTTEST) ** 1.5, "<0.01%" if change < 1e-4 else f"{100 * change:.2g}%", title
+        _position(change, _COLDEST, _HOTTEST) ** 1.5, "<0.01%" if change < 1e-4 else _percent(100 * change), title
     )
+
+
+def _percent(number: float) -> str:
+    """Two digits at least: 0.84%, 9.0%, 12%."""
+    return f"{number:#.2g}%" if number < 9.95 else f"{number:.0f}%"
 
 
 def _position(change: float, low: int, high: int) -> float:
@@ -114,6 +120,9 @@ def _lists(found: Compared) -> Iterator[_html.Html]:
     lists = {
         "of another shape": [r.key for r in found.records if r.state == "shape"],
         "of equal values, stored in another dtype or shape": [r.key for r in found.records if r.state == "equal"],
+        "of equal values, but for rounding to the narrower dtype": [
+            r.key for r in found.records if r.state == "rounded"
+        ],
         f"only in {found.a.origin.name}": found.only_a,
         f"only in {found.b.origin.name}": found.only_b,
     }

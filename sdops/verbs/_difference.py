@@ -13,7 +13,7 @@ from sdops.core.compare import NUMBERS, Measure, Pair
 from sdops.core.spec import Spec
 from sdops.verbs._counterparts import Counterparts, Model
 
-STATES = ("identical", "equal", "changed", "shape")  # of tensors that both have
+STATES = ("identical", "equal", "rounded", "changed", "shape")  # of tensors that both have
 
 # What a tensor does, told by its name in any layout; the first pattern that is found decides.
 _KINDS = tuple(
@@ -55,11 +55,11 @@ class Difference:
 
     @property
     def state(self) -> str:
-        """One of STATES. `equal`: the same values, not the same bits."""
+        """One of STATES. `equal`: the same values, not the same bits; `rounded`: equal but for the narrower dtype."""
         if self.measure is None:
             return "shape"
         if self.measure.changed:
-            return "changed"
+            return "rounded" if self.measure.rounded else "changed"
         return "identical" if self.measure.same_bytes and self.specs[0] == self.specs[1] else "equal"
 
     def facts(self) -> dict[str, Any]:
@@ -112,12 +112,16 @@ def kind(key: str) -> str:
 
 
 def by_block(model: Model, records: Iterable[Difference]) -> dict[str, dict[str, Measure]]:
-    """Block -> kind of tensor -> the sum of their measures; blocks in the model's order, components behind."""
+    """Block -> kind of tensor -> the sum of their measures; blocks in the model's order, components behind.
+
+    What was only rounded counts as unchanged.
+    """
     grid: dict[str, dict[str, Measure]] = {slot: {} for slot in block_slots(model.detection) if slot != BASE}
     for record in records:
         cells = grid.setdefault(record.block, {})
         if record.measure is not None:
-            cells.setdefault(record.kind, Measure(0)).add(record.measure)
+            found = Measure(record.measure.elements) if record.state == "rounded" else record.measure
+            cells.setdefault(record.kind, Measure(0)).add(found)
     return {slot: cells for slot, cells in grid.items() if cells}
 
 

@@ -1,8 +1,8 @@
 """Self-contained HTML pages: text, tables, heat maps and charts without scripts; nothing is fetched.
 
 A page carries its style inside, forbids the browser every request, follows the reader's light or dark setting, and is
-laid out for narrow and wide windows: pictures hold no text, so that scaling them leaves all text readable; wide tables
-scroll within themselves.
+laid out for narrow and wide windows: pictures hold no text, so that scaling them leaves all text readable; in narrow
+ones a row of a table has its name in a line of its own.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ td.name { min-width: 14rem; white-space: normal; font-family: ui-monospace, mono
 .map td { min-width: 3.1rem; text-align: center; font-size: 0.75rem; border-radius: 3px; background: var(--soft); }
 .map td.heat { background: rgb(var(--hot) / calc(0.08 + var(--heat) * var(--strength))); }
 .map td.none { background: none; }
-.bar { display: block; min-width: 6rem; width: 24vw; max-width: 14rem; height: 0.8rem; margin-top: 0.3rem;
+.bar { display: block; min-width: 4rem; width: 12vw; max-width: 8rem; height: 0.8rem; margin-top: 0.3rem;
   background: var(--soft); border-radius: 2px; }
 .bar i { display: block; height: 100%; background: var(--bar); border-radius: 2px; }
 figure { margin: 0.8rem 0; max-width: 46rem; }
@@ -61,8 +61,13 @@ figcaption { font-size: 0.875rem; color: var(--dim); margin-top: 0.3rem; }
 ul { padding-left: 1.1rem; margin: 0.4rem 0; font-family: ui-monospace, monospace; font-size: 0.8rem; }
 summary { cursor: pointer; }
 @media (max-width: 36rem) { .map th { font-size: 0.75rem; padding: 0.1rem; }
-  .map td { min-width: 0; padding: 0.1rem; font-size: 0.6875rem; } .bar { min-width: 2rem; width: 10vw; }
-  td.name { min-width: 9rem; }
+  .map td { min-width: 0; padding: 0.1rem; font-size: 0.6875rem; }
+  .rows, .rows thead, .rows tbody { display: block; }
+  .rows tr { display: grid; grid-template-columns: repeat(auto-fit, minmax(5rem, 1fr)); padding: 0.3rem 0;
+    border-bottom: 1px solid var(--line); }
+  .rows th, .rows td { border: 0; padding: 0 0.6rem 0 0; white-space: normal; }
+  .rows tr > :first-child, .rows tr > :last-child:not(.number) { grid-column: 1 / -1; }
+  .bar { min-width: 0; width: auto; }
   dl { grid-template-columns: 1fr; } dt { margin-top: 0.4rem; } dt:empty { display: none; } }
 @media print { .wide { overflow: visible; } }
 """
@@ -118,7 +123,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Html:
         + "</tr>"
         for row in rows
     )
-    return Html(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+    return Html(
+        f'<div class="wide"><table class="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 @dataclass(frozen=True, slots=True)

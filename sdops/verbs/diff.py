@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
 _ROWS = 12  # of a list; `-v` shows up to _MORE, the JSON has all
 _MORE = 200
-_NAME = 80
+_NAME = 120
 _WORDS = {
     "identical": "identical",
     "equal": "of equal values, stored in another dtype or shape",
+    "rounded": "of equal values, but for rounding to the narrower dtype",
     "changed": "with other values",
     "shape": "of another shape",
 }
+_FORMS = {"shape": "Other shapes", "equal": "Same values in another form", "rounded": "Rounded"}
 
 # Relative change -> shade of report.HEAT. Fixed bounds, so that two reports can be compared.
 BOUNDS = (0.001, 0.01, 0.03, 0.1)
@@ -35,7 +37,11 @@ BOUNDS = (0.001, 0.01, 0.03, 0.1)
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Two models and all that was found; of adapters also what `inspect` tells."""
+    """Two models and all that was found; of adapters also what `inspect` tells.
+
+    `derived` are position ids that one model has and the other leaves out, as diffusers does; they hold 0, 1, 2 ... as
+    they must, so nothing differs.
+    """
 
     a: Model
     b: Model
@@ -44,12 +50,23 @@ class Compared:
     blocks: dict[str, dict[str, Measure]]
     only_a: list[str]
     only_b: list[str]
+    derived: list[str]
     adapters: tuple[dict[str, Any], dict[str, Any]] | None = None
 
     @property
     def same(self) -> bool:
         """Whether all tensors are there on both sides, with the same bits."""
         return not (self.only_a or self.only_b or any(record.state != "identical" for record in self.records))
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.same:
+            return "the same"
+        states = {record.state for record in self.records}
+        if self.only_a or self.only_b or not self.records or states & {"changed", "shape"}:
+            return "different"
+        return "the same values but for rounding" if "rounded" in states else "the same values in another form"
 
     @property
     def changed(self) -> list[Difference]:
@@ -71,7 +88,9 @@ def diff(
 
     Per tensor x of `a` and y of `b`: relative change |y - x| / |x| in Euclidean norms, cosine of the angle between
     them, largest |y - x|, and the number of elements that differ. Sums over a block are over its tensors that differ.
-    Scaled fp8 weights are compared by value. `report.failed` says that tensors differ; metadata do not count.
+    Where one is the other rounded to a narrower dtype, as fp16 of fp32, that is told and counts as no change of values.
+    Scaled fp8 weights are compared by value. `report.failed` says that tensors differ; metadata do not count, nor do
+    position ids that one file leaves out.
 
     Args:
         a: The old model: a file or folder.
@@ -139,17 +158,27 @@ def _compare(
     with progress("comparing", sum(pair.nbytes for pair in work)) as advance:
         measures = compare(work, jobs=jobs or default_jobs(), progress=advance)
     records = differences(a, seen, b, measures)
+    sound_a, sound_b = _sound_position_ids(a), _sound_position_ids(b)
     both = a.source.specs.keys() & seen.source.specs.keys()
+    only_a = [key for key in a.source.specs if key not in both]
+    only_b = [seen.keys[key] for key in seen.source.specs if key not in both]
     return Compared(
         a,
         b,
         seen,
         records,
         by_block(a, records),
-        only_a=[key for key in a.source.specs if key not in both],
-        only_b=[seen.keys[key] for key in seen.source.specs if key not in both],
+        only_a=[key for key in only_a if key not in sound_a],
+        only_b=[key for key in only_b if key not in sound_b],
+        derived=[key for key in only_a if key in sound_a] + [key for key in only_b if key in sound_b],
         adapters=None if adapters is None else (facts_of(adapters[0]), facts_of(adapters[1])),
     )
+
+
+def _sound_position_ids(model: Model) -> set[str]:
+    from sdops.verbs._values import position_ids
+
+    return {found.key for found in position_ids(model.origin) if found.state == "ok"}
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -198,6 +227,7 @@ def _facts(found: Compared, states: Mapping[str, int]) -> dict[str, Any]:
         "differences": {record.key: record.facts() for record in found.records if record.state != "identical"},
         "only_a": found.only_a,
         "only_b": found.only_b,
+        "derived": found.derived,
         "metadata": _metadata(found),
     }
 
@@ -217,12 +247,9 @@ def _summary(found: Compared, states: Mapping[str, int]) -> list[list[str]]:
 
     whole = total(record.measure for record in found.changed if record.measure)
     titles = dict.fromkeys(model.detection.title for model in (found.a, found.b))
-    rows = [["result", "the same" if found.same else "different"], ["architecture", " / ".join(titles)]]
-    rows += [
-        ["spelling", f"{name}: B has it in the {how}"]
-        for name, how in found.seen.notes.items()
-        if how.startswith("dialect") or "layout" in how
-    ]
+    rows = [["result", found.verdict], ["architecture", " / ".join(titles)]]
+    respelled = [(part, how) for part, how in found.seen.notes.items() if how.startswith("dialect") or "layout" in how]
+    rows += [["" if n else "spelling", f"{part}: B has it in the {how}"] for n, (part, how) in enumerate(respelled)]
     counts = [f"{states[state]:,} {words}" for state, words in _WORDS.items() if states[state]]
     counts += [f"{len(keys):,} only in {side}" for keys, side in _sides(found) if keys]
     rows += [["" if index else "tensors", text] for index, text in enumerate(counts)]
@@ -231,6 +258,8 @@ def _summary(found: Compared, states: Mapping[str, int]) -> list[list[str]]:
         rows.append(["relative change", relative(whole.relative)])
         rows.append(["cosine", cosine(whole.cosine)])
         rows.append(["largest change", f"{whole.largest:.4g}"])
+    if found.derived:
+        rows.append(["derived", f"{count(len(found.derived), 'table')} of position ids in one of them (not counted)"])
     if any(names := _metadata(found).values()):
         rows.append(["metadata", f"differs in {count(sum(map(len, names)), 'entry')} (not counted)"])
     return rows
@@ -284,15 +313,21 @@ def cosine(value: float | None) -> str:
 def _lists(found: Compared) -> Iterable[Section]:
     """The tensors behind the numbers; more of them with `-v`."""
     rows = [
-        [shorten(r.key, _NAME), _specs(r), relative(m.relative), cosine(m.cosine), f"{m.largest:.4g}"]
+        [relative(m.relative), cosine(m.cosine), f"{m.largest:.4g}", _specs(r), shorten(r.key, _NAME)]
         for r in found.changed
         if (m := r.measure)
     ]
-    columns = ("tensor", "dtype, shape", "change>", "cosine>", "largest>")
+    columns = (
+        "change>",
+        "cosine>",
+        "largest>",
+        "dtype, shape",
+        "tensor",
+    )  # names are long: the end of a line may break
     yield from _short_and_long("Most changed tensors", rows, columns)
-    for state, heading in (("shape", "Other shapes"), ("equal", "Same values in another form")):
-        chosen = [[shorten(r.key, _NAME), _specs(r)] for r in found.records if r.state == state]
-        yield from _short_and_long(heading, chosen, ("tensor", "dtype, shape"))
+    for state, heading in _FORMS.items():
+        chosen = [[_specs(r), shorten(r.key, _NAME)] for r in found.records if r.state == state]
+        yield from _short_and_long(heading, chosen, ("dtype, shape", "tensor"))
     for keys, side in _sides(found):
         yield from _short_and_long(f"Only in {side}", [[shorten(key, _NAME)] for key in keys], ())
     names = [[what, key] for what, keys in _metadata(found).items() for key in keys]

@@ -54,6 +54,25 @@ def test_equal_values_in_another_dtype_are_no_change(x):
     assert (found.same_bytes, found.changed, found.square_change, found.relative) == (False, 0, 0.0, 0.0)
 
 
+@given(
+    hnp.arrays(np.float64, st.integers(1, 40), elements=st.floats(-6e4, 6e4)),
+    st.sampled_from([("F32", "F16"), ("F64", "F16"), ("F32", "BF16"), ("F64", "F32")]),
+)
+def test_rounded_is_told_from_changed(x, dtypes):
+    wide = encoded(x, dtypes[0])
+    narrow = encoded(numbers(wide), dtypes[1])
+    assert measure(pair(wide, narrow)).rounded
+    assert measure(pair(narrow, wide)).rounded
+    other = narrow[1].copy()
+    other.view(f"u{other.itemsize}")[-1] ^= 1
+    assert not measure(pair(wide, (dtypes[1], other))).rounded
+
+
+def test_one_dtype_is_never_rounded():
+    assert not measure(pair(encoded([1.0], "F16"), encoded([1.001], "F16"))).rounded
+    assert not measure(pair(encoded([1.0], "F16"), encoded([1.001], "BF16"))).rounded
+
+
 def test_known_numbers():
     found = measure(pair(encoded([3.0, 4.0], "F16"), encoded([3.0, 4.5], "F32")))
     assert found.relative == pytest.approx(0.1)

@@ -40,7 +40,7 @@ def test_a_copy_is_the_same(against, model):
     report = against(model)
     assert (report.failed, report.data["same"], report.result, report.warnings) == (False, True, [], [])
     assert report.data["tensors"] == {
-        "identical": len(model), "equal": 0, "changed": 0, "shape": 0, "only_a": 0, "only_b": 0,
+        "identical": len(model), "equal": 0, "rounded": 0, "changed": 0, "shape": 0, "only_a": 0, "only_b": 0,
     }  # fmt: skip
     assert "Change by block" not in report.text()
     json.dumps(report.as_dict(), allow_nan=False)
@@ -73,6 +73,35 @@ def test_another_dtype_of_the_same_values_is_told_apart(against, model):
     ]
     assert report.data["differences"][KEY]["dtype"] == ["F16", "F32"]
     assert report.data["tensors"]["equal"] == 1
+
+
+def test_fp16_of_fp32_is_rounded_and_not_changed(tmp_path, model):
+    wide = {
+        key: tiny.encoded(tiny.numbers(tensor) * 1.001, "F32") for key, tensor in model.items() if tensor[0] == "F16"
+    }
+    narrow = {key: tiny.encoded(tiny.numbers(tensor), "F16") for key, tensor in wide.items()}
+    a, b = tiny.write(tmp_path / "wide.safetensors", wide), tiny.write(tmp_path / "narrow.safetensors", narrow)
+    report = diff(a, b, html=tmp_path / "page.html")
+    assert report.failed
+    assert report.data["tensors"]["rounded"] + report.data["tensors"]["equal"] == len(wide)
+    assert report.data["blocks"]["M00"]["changed"] == 0
+    assert "the same values but for rounding" in report.text()
+    assert "The tensors have the same values but for rounding." in (tmp_path / "page.html").read_text()
+    narrow[KEY] = tiny.encoded(tiny.numbers(narrow[KEY]) * 2, "F16")
+    report = diff(a, tiny.write(b, narrow))
+    assert report.data["tensors"]["changed"] == 1
+    assert report.data["blocks"]["M00"]["relative"] > 0.1
+
+
+@pytest.mark.parametrize("way", ["left", "right"])
+def test_sound_position_ids_may_be_left_out(tmp_path, base, model, way):
+    without = tiny.write(tmp_path / "without.safetensors", {k: t for k, t in model.items() if k != tiny.IDS})
+    report = diff(base, without) if way == "left" else diff(without, base)
+    assert (report.failed, report.data["derived"]) == (False, [tiny.IDS])
+    assert "1 table of position ids in one of them (not counted)" in report.text()
+    model[tiny.IDS] = ("I64", tiny.POSITIONS + 1)
+    broken = tiny.write(tmp_path / "broken.safetensors", model)
+    assert diff(broken, without).data["only_a"] == [tiny.IDS]
 
 
 def test_missing_tensors_and_other_shapes(against, model):
