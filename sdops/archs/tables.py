@@ -29,15 +29,16 @@ A name that begins with `/` is not prefixed. Nothing here is code: a family is a
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from sdops.core.template import alternatives
+from sdops.core.toml_tables import read_toml
 
 FOLDER = Path(__file__).parent
+FLAT = "-flat"  # ends the name of a layout that leaves out a part of the names
 KINDS = ("model", "control", "adapter", "vae", "text_encoder", "other")  # what a file is called after, in this order
 
 
@@ -156,7 +157,7 @@ def tables() -> tuple[Table, ...]:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The component tables of one file, each with the family's id, title, ranges and parts."""
-    document = tomllib.loads(path.read_text(encoding="utf-8"))
+    document = read_toml(path)
     shared = {"family": path.stem, "title": document["title"], "parts": document.get("parts", {})}
     shared["modelspec"] = document.get("modelspec", {})
     return [shared | component for component in document["component"]]
@@ -201,7 +202,7 @@ def _flattened(table: Table) -> Table:
     variants = [replace(each, need=cut(each.need), lack=cut_names(each.lack)) for each in table.variants]
     return replace(
         table,
-        layout=f"{table.layout}-flat",
+        layout=table.layout + FLAT,
         need=cut(table.need),
         hint=cut(table.hint),
         lack=cut_names(table.lack),

@@ -19,13 +19,13 @@ A file holds `[[component]]` tables, each of which pairs two layouts of a compon
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sdops.core.toml_tables import read_toml
 from sdops.errors import MismatchError
 from sdops.layouts.equations import Equation, Part, Recipe, Share, parse
 
@@ -197,7 +197,7 @@ def tables() -> tuple[Table, ...]:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The component tables of one file, each with its family and its parts."""
-    document = tomllib.loads(path.read_text(encoding="utf-8"))
+    document = read_toml(path)
     return [{"family": path.stem, "parts": document.get("parts", {})} | row for row in document["component"]]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from sdops.core.toml_tables import read_toml
 
 FOLDER = Path(__file__).parent
 
@@ -106,4 +107,4 @@ def _component(row: dict[str, Any], config: dict[str, Any]) -> Component:
 @cache
 def _file(family: str) -> dict[str, Any] | None:
     path = FOLDER / f"{family}.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_toml(path) if path.is_file() else None
