@@ -106,6 +106,16 @@ def size_limit() -> int | None:
     return None if limit == resource.RLIM_INFINITY else limit
 
 
+def free_space(folder: str | os.PathLike[str]) -> int:
+    """How many bytes this user may still write there."""
+    if hasattr(os, "statvfs"):
+        system = os.statvfs(folder)
+        return system.f_bavail * system.f_frsize
+    import shutil  # which brings all of Python's compression along
+
+    return shutil.disk_usage(folder).free
+
+
 def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Make a new name durable, where a folder can be synchronised."""
     try:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
-import secrets
-import shutil
 import stat
 import threading
 import weakref
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -188,7 +186,7 @@ class FileSink:
         """
         # The name is on record before the file exists, so that a signal in between leaves nothing behind. The finalizer
         # removes the file even if a signal comes just as `__exit__` begins.
-        temporary = self.target.parent / f".sdops-{tag(self.target)}-{secrets.token_hex(4)}.tmp"
+        temporary = self.target.parent / f".sdops-{tag(self.target)}-{os.urandom(4).hex()}.tmp"
         self._temporary, self._finalizer = temporary, weakref.finalize(self, _remove, temporary)
         mode = 0o600 if self.target.exists() else 0o666  # what replaces a private file is private while it grows
         self._fd = files.open_file(temporary, "O_RDWR", "O_CREAT", "O_EXCL", mode=mode)
@@ -321,6 +319,11 @@ def check_parent(path: Path) -> Path:
 def _existing_parent(path: Path) -> Path:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
+        if path.parts[0] == "hf:":
+            raise OutputError(
+                f"`{path}` is on the Hub, outputs are written to this disk",
+                hint="write a file, then `sdops push FILE OWNER/REPO`",
+            )
         missing = target.parent if path.parent.is_dir() else path.parent
         raise OutputError(f"the folder of `{path}` does not exist", hint=f"`mkdir -p {missing}`")
     return target
@@ -364,7 +367,7 @@ def check_space(target: Path, nbytes: int) -> None:
     Raises:
         OutputError: with both figures.
     """
-    free = shutil.disk_usage(target.parent).free + sum(status.st_blocks * 512 for _, status in _leftovers(target))
+    free = files.free_space(target.parent) + sum(status.st_blocks * 512 for _, status in _leftovers(target))
     if nbytes > free:
         raise OutputError(
             f"`{target.name}` needs {size(nbytes)}, `{target.parent}` has {size(free)} free",
@@ -387,7 +390,7 @@ def _remove(temporary: Path) -> None:
 
 def tag(target: Path) -> str:
     """What the names of temporary files for one target have in common: short, for a name may have 255 bytes."""
-    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
+    return f"{zlib.crc32(os.fsencode(target.name)):08x}"
 
 
 def remove_leftovers(target: Path) -> None:

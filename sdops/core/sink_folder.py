@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import weakref
 from collections.abc import Iterator, Mapping
@@ -136,7 +135,7 @@ class FolderSink:
 
     def _create(self) -> None:
         """Make the temporary folder, lock it, and begin its files."""
-        temporary = self.target.parent / f".sdops-{tag(self.target)}-{secrets.token_hex(4)}.tmp"
+        temporary = self.target.parent / f".sdops-{tag(self.target)}-{os.urandom(4).hex()}.tmp"
         self._temporary = temporary
         self._finalizer = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
         temporary.mkdir()

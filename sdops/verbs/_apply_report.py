@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from shutil import disk_usage
 from typing import TYPE_CHECKING, Any
 
+from sdops.core import files
 from sdops.report import Report, Section
 from sdops.text import count, duration, size
 from sdops.verbs._memory import PYTHON, TORCH
@@ -24,7 +24,7 @@ _WORST = 10
 def dry_report(apply: Apply, output: Path, jobs: int) -> Report:
     """Everything that is known without reading the model's tensors."""
     report = _common(apply, output)
-    written, free = _written(apply), disk_usage(output.absolute().parent).free
+    written, free = _written(apply), files.free_space(output.absolute().parent)
     memory = _memory(apply, jobs)
     report.data |= {"dry_run": True, "free_bytes": free, "memory_bytes": memory, "jobs": jobs}
     rows = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from shutil import disk_usage
 from typing import TYPE_CHECKING, Any
 
+from sdops.core import files
 from sdops.report import Report, Section
 from sdops.text import count, duration, size
 from sdops.verbs._memory import fixed_memory, whole_tensor_bytes
@@ -24,7 +24,7 @@ def dry_report(merge: Merge, output: Path, jobs: int) -> Report:
     """Everything that is known without reading tensors."""
     plan = merge.plan
     memory = fixed_memory(merge, jobs) + whole_tensor_bytes(merge)[0]
-    free = disk_usage(output.absolute().parent).free
+    free = files.free_space(output.absolute().parent)
     report = _common(merge, output)
     report.data |= {
         "dry_run": True,

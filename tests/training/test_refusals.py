@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from sdops.core import files
 from sdops.errors import FormatError, MismatchError, OutputError, SdopsError, UsageError
 from sdops.training.config import Config, read
 from sdops.verbs import _train_run
@@ -93,8 +94,7 @@ def test_a_dialect_that_cannot_hold_it_is_refused_before_the_first_step(train, t
 
 
 def test_no_room(train, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(files, "free_space", lambda _: 1000)
     refused(train, tmp_path, OutputError, "1.00 kB free")
 
 
@@ -104,6 +104,8 @@ def test_a_file_of_settings(tmp_path):
     found = read("lora", file, {"steps": 7})
     assert (found.steps, found.min_snr, found.output) == (7, 5.0, "/x/y.safetensors")
     assert found.model == str(tmp_path / "m")  # paths are the file's
+    file.write_text('latents = "kept"\nmasks = "alpha"\n')
+    assert (read("lora", file, {}).latents, read("lora", file, {}).masks) == (str(tmp_path / "kept"), "alpha")
     for text, match in (
         ("[los]\nmin_snr = 5", r"no table `\[los\]`"),
         ("[loss]\nmin_snrr = 5", r"run.toml`, \[loss\]: there is no key `min_snrr`"),
@@ -113,6 +115,15 @@ def test_a_file_of_settings(tmp_path):
         file.write_text(text)
         with pytest.raises(UsageError, match=match):
             read("lora", file, {})
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [("custom-diffusion", "text_encoder"), ("custom-diffusion", "text_lr"), ("null-text", "most_tokens")],
+)
+def test_a_setting_that_would_do_nothing_is_refused(method, key):
+    with pytest.raises(UsageError, match=f"`{key}` is not for `{method}`"):
+        read(method, None, {key: True})
 
 
 def test_every_setting_has_help_and_a_sound_default():
