@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from sdops.archs.detect import MARKER, OTHER, Detection
-from sdops.archs.junk import is_marker, junk_kind
+from sdops.archs.junk import ema_key_of, is_ema, is_marker, junk_kind
+from sdops.archs.tables import FLAT
 from sdops.core.assembled import Made, rows
 from sdops.core.source import Source
 from sdops.core.spec import Spec
 from sdops.errors import MismatchError, UsageError
-from sdops.pipelines.tables import Component, pipeline
 from sdops.text import count
 from sdops.verbs._convert_extra import Extra, restored
 from sdops.verbs._convert_layout import lay_out
 from sdops.verbs._convert_select import Chosen, Selection
 from sdops.verbs._convert_wish import Wish
-from sdops.verbs._inputs import FLAT
+
+if TYPE_CHECKING:
+    from sdops.pipelines.tables import Component
 
 WITH_PREFIX = ("unet", "controlnet")  # files with nothing else have the prefix, too
 SHOWN = 3
@@ -132,6 +135,8 @@ def single_file(
     if unknown:
         draft.notes.append(f"{count(len(unknown), 'tensor')} that sdops does not know stay as they are: `{unknown[0]}`")
     if extra is not None:
+        if wish.ema == "use":
+            _use_average(draft, extra)
         _return_extra(draft, extra, selection, wish)
     draft.check_unknown(source.name)
     return draft
@@ -153,6 +158,8 @@ def _reshaped(entry: Entry, spec: Spec) -> Entry:
 
 def component_table(name: str, family: str) -> Component | None:
     """What pipelines knows of a component: in the folder of its family, or by itself."""
+    from sdops.pipelines.tables import pipeline
+
     for place in (family, "text_encoder", "vae"):
         found = pipeline(place)
         if found and name in found.components:
@@ -162,6 +169,8 @@ def component_table(name: str, family: str) -> Component | None:
 
 def vae_scale(family: str) -> float | None:
     """The factor between a VAE's latents and what the family's model sees, which tells VAEs of one shape apart."""
+    from sdops.pipelines.tables import pipeline
+
     found = pipeline(family)
     return found.components["vae"].config.get("scaling_factor") if found and "vae" in found.components else None
 
@@ -172,8 +181,10 @@ def own_place(name: str, detection: Detection, selection: Selection) -> tuple[st
     A model that was alone gets a prefix when others are put beside it.
     """
     own = next((part for part in detection.components if part.name == name), None)
+    if own is not None and (own.prefix or not selection.added):
+        return own.layout, own.prefix
     table = component_table(name, detection.family)
-    if table is not None and (own is None or (selection.added and not own.prefix)):
+    if table is not None:
         return own.layout if own else table.layout, table.prefix
     if own is None:
         raise no_folder(name, [name], ())
@@ -217,6 +228,14 @@ def _add_component(draft: Draft, chosen: Chosen, layout: str, prefix: str, wish:
             draft.dropped[key] = "unknown"
         else:
             draft.unknown.append(key)
+
+
+def _use_average(draft: Draft, extra: Extra) -> None:
+    """Put the moving average in a side file in the place of the U-Net."""
+    for name, entry in draft.tensors.items():
+        if entry.component == "unet" and (average := extra.tensors.get(ema_key_of(name))):
+            draft.dropped |= dict.fromkeys((each.key for each in entry.made.ranges), "replaced by its moving average")
+            draft.tensors[name] = Entry(rows(extra.source, average), entry.component, entry.name)
 
 
 def _return_extra(draft: Draft, extra: Extra, selection: Selection, wish: Wish) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from sdops.archs.junk import is_position_ids
 from sdops.core.assembled import Made, joined, rows
 from sdops.errors import MismatchError
-from sdops.layouts.tables import Part, made_of
 from sdops.verbs._convert_select import Chosen
+
+if TYPE_CHECKING:
+    from sdops.layouts.tables import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +44,28 @@ def lay_out(chosen: Chosen, layout: str, drop: Sequence[str] = ()) -> Laid:
     """
     part = chosen.part
     if layout == part.layout:
-        recipes: Mapping[str, tuple[Part, ...]] = {name: (Part(name),) for name in chosen.read}
+        tensors = {name: rows(chosen.source, key) for name, key in chosen.read.items() if not _matches(name, drop)}
+        whole: Collection[str] = tensors
     else:
-        recipes = made_of(part.family, part.name, part.layout, layout, chosen.read)
+        tensors, whole = _spelled(chosen, layout, drop)
+    left = [name for name in chosen.read if name not in whole]
+    extra = set(part.extra)
+    unknown = [name for name in left if chosen.read[name] in extra or (part.expected is None and not drop)]
+    return Laid(tensors, left, [name for name in unknown if not is_position_ids(name)])
+
+
+def _spelled(chosen: Chosen, layout: str, drop: Sequence[str]) -> tuple[dict[str, Made], set[str]]:
+    """The tensors in another layout, and which names of this one are used up."""
+    from sdops.layouts.tables import made_of
+
+    part = chosen.part
+    recipes = made_of(part.family, part.name, part.layout, layout, chosen.read)
     recipes = {name: parts for name, parts in recipes.items() if not _matches(name, drop)}
     tensors = {
         name: joined([rows(chosen.source, chosen.read[each.key], each.share, each.operation) for each in parts])
         for name, parts in recipes.items()
     }
-    whole = _whole(recipes.values())
-    left = [name for name in chosen.read if name not in whole]
-    extra = set(part.extra)
-    unknown = [name for name in left if chosen.read[name] in extra or (part.expected is None and not drop)]
-    return Laid(tensors, left, [name for name in unknown if not is_position_ids(name)])
+    return tensors, _whole(recipes.values())
 
 
 def check_fit(old: Chosen, new: Chosen, donor: str) -> None:

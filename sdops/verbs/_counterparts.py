@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdops.archs.detect import Component, Detection, detect
+from sdops.archs.tables import FLAT
 from sdops.core.assembled import Assembled, Made, joined, rows
 from sdops.core.source import Source
 from sdops.core.spec import FP8
@@ -15,7 +16,6 @@ from sdops.core.views import Dequantised
 from sdops.errors import MismatchError
 from sdops.formats import FileSource, open_source
 from sdops.layouts.tables import made_of
-from sdops.verbs._inputs import FLAT
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from sdops.archs.detect import Component, Detection, component_of, detect
+from sdops.archs.tables import FLAT
 from sdops.core.source import Source
 from sdops.errors import FormatError, MismatchError
 from sdops.formats import open_source
@@ -17,8 +18,6 @@ Model = str | os.PathLike[str] | Source
 
 # The shapes of these may differ between a model and its inpainting, edit or depth variant, in dim 1 alone.
 FIRST_LAYERS = ("input_blocks.0.0.weight", "conv_in.weight", "img_in.weight")
-
-FLAT = "-flat"  # ends the name of a layout that leaves out `text_model.`
 
 
 @runtime_checkable
