@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     finally:
         _flush_or_forget()
+        if arguments is None:  # the process ends here: looking for garbage once more would take 15 ms
+            gc.freeze()
 
 
 def _run(console: Console, arguments: list[str]) -> int:
