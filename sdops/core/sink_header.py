@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sdops import settings, standin
 from sdops.core import files
 from sdops.core.sink import FileSink, tag
 from sdops.core.spec import Spec
@@ -90,6 +91,23 @@ def replace_header(path: Path, old: bytes, new: bytes) -> None:
         finally:
             journal.unlink()
             files.sync_folder(target.parent)
+
+
+def check_place(path: Path) -> None:
+    """See that a file may be changed, or replaced by another of its name.
+
+    Files in the Hub's cache are named by their hash and shared by programs: they must stay as they are.
+
+    Raises:
+        OutputError: it is on the Hub or in the Hub's cache, or write-protected.
+    """
+    cache = os.path.realpath(settings.hub_cache_directory())
+    if standin.find(path):
+        raise OutputError(f"`{path}` is on the Hugging Face Hub", hint="`-o FILE` writes a copy")
+    if Path(os.path.realpath(path)).is_relative_to(cache):
+        raise OutputError(f"`{path}` is in the cache of the Hugging Face Hub", hint="`-o FILE` writes a copy")
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"`{path}` is write-protected", hint=f"`chmod u+w {path}` allows changes, {_ELSEWHERE}")
 
 
 def recover(path: Path) -> bool:

@@ -116,6 +116,23 @@ def text_model(draft: Draft) -> list[str]:
     return done
 
 
+# `unet.unet.`: diffusers until 0.23 (huggingface/diffusers#5977); with PEFT's prefix inside: bghira/SimpleTuner#779.
+_DOUBLED = re.compile(r"(unet|transformer|text_encoder(?:_2)?)\.(?:\1|base_model\.model)\.")
+
+
+def prefixes(draft: Draft) -> list[str]:
+    """Names of LoRA layers with two prefixes, as some trainers wrote them, keep the first."""
+    if draft.detection.family != "adapter":
+        return []
+    renamed = {_DOUBLED.sub(r"\1.", name, count=1) if _DOUBLED.match(name) else name: name for name in draft.names}
+    changed = sum(new != old for new, old in renamed.items())
+    if not changed or len(renamed) < len(draft.names):  # some names are there with and without
+        return []
+    draft.names = {new: draft.names[old] for new, old in renamed.items()}
+    draft.values = {new: draft.values[old] for new, old in renamed.items() if old in draft.values}
+    return [f"renamed {count(changed, 'key')}"]
+
+
 _INTEGERS = re.compile(r"(num_batches_tracked|num_updates|relative_position_index|token_type_ids)$")
 
 
@@ -230,6 +247,7 @@ TABLE: dict[str, Repair] = {
     "training-leftovers": Repair(training_leftovers, by_default=False),
     "position-ids": Repair(position_ids),
     "text-model": Repair(text_model),
+    "prefixes": Repair(prefixes),
     "integers": Repair(integers),
     "alphas": Repair(alphas),
     "split-qkv": Repair(split_qkv),

@@ -12,7 +12,7 @@ from sdops import standin
 from sdops.archs.detect import detect
 from sdops.core.run import default_jobs, run
 from sdops.core.sink import check_inputs, check_target, in_safetensors_order
-from sdops.core.sink_header import SameDataSink, encode, recover
+from sdops.core.sink_header import SameDataSink, check_place, encode, recover
 from sdops.core.source import Source, aligned
 from sdops.core.spec import Spec
 from sdops.errors import FormatError, UsageError
@@ -28,6 +28,8 @@ from sdops.verbs.hash import OF_TENSORS, training_part
 
 _LEGACY = "sshs_legacy_hash"
 _PIECE = 1 << 20
+_ON_REQUEST = [["what there is to repair is done on request only"]]
+_NOTHING = [["no known fault in names, header and small tensors; `sdops verify` reads all values"]]
 
 Done = dict[str, list[str]]  # repair -> what it did
 
@@ -237,6 +239,8 @@ def _write(
     dry_run: bool,
     progress: Progress,
 ) -> None:
+    if in_place:
+        check_place(target)
     if in_place and set(done) == {"permissions"}:
         if not dry_run and draft.mode is not None:
             os.chmod(target, draft.mode)
@@ -262,11 +266,14 @@ def _report(path: Path, target: Path, done: Done, left: Done, dry_run: bool) -> 
     written = bool(done) and not dry_run
     report.data = {"file": str(path), "output": str(target) if written else None, "repairs": done, "left": left}
     report.result = [str(target)] if written else []
-    state = f"-> {target}" if written else "would be repaired" if done else "nothing to repair"
+    nothing = "is left as it is" if left else "nothing to repair"
+    state = f"-> {target}" if written else "would be repaired" if done else nothing
     rows = [[name if not index else "", text] for name, told in done.items() for index, text in enumerate(told)]
-    report.sections = [Section(f"{path} {state}", rows or [["no known fault"]], ("repair", "what") if rows else ())]
+    report.sections = [
+        Section(f"{path} {state}", rows or (_ON_REQUEST if left else _NOTHING), ("repair", "what") if rows else ())
+    ]
     rows = [[name, text] for name, told in left.items() for text in told]
     report.sections.append(Section("Left as it is", rows, ("repair", "what it would do")))
     if left:
-        report.hints = [f"`sdops fix {path} --only {' --only '.join(left)}` does the rest"]
+        report.hints = [f"`sdops fix {path} --only {' --only '.join(left)}` does {'the rest' if done else 'so'}"]
     return report

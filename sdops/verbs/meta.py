@@ -10,9 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from sdops import settings, standin
 from sdops.core import files
-from sdops.errors import FormatError, OutputError, SdopsError, UsageError
+from sdops.errors import FormatError, SdopsError, UsageError
 from sdops.formats import FileSource, open_source
 from sdops.formats.safetensors import SafetensorsFile
 from sdops.hub import located
@@ -258,12 +257,12 @@ def _save(
     progress: Progress,
 ) -> str:
     """Write the header by the cheapest safe way; returns which it was."""
-    from sdops.core.sink_header import encode, replace_header
+    from sdops.core.sink_header import check_place, encode, replace_header
 
     if output is None and new == source.metadata:
         return "nothing to change"
     if output is None:
-        _check_place(source.path)
+        check_place(source.path)
     entries = _entries(source)
     header = encode(entries, new, source.data_start) if output is None else None
     if header is not None:
@@ -297,15 +296,6 @@ def _copy(
         run(source, sink, jobs=default_jobs(), progress=advance)
         source.check_unchanged()
         sink.commit()
-
-
-def _check_place(path: Path) -> None:
-    """Files in the Hub's cache are named by their hash and shared by programs: they must stay as they are."""
-    cache = os.path.realpath(settings.hub_cache_directory())
-    if standin.find(path):
-        raise OutputError(f"`{path}` is on the Hugging Face Hub", hint="`-o FILE` writes a copy")
-    if Path(os.path.realpath(path)).is_relative_to(cache):
-        raise OutputError(f"`{path}` is in the cache of the Hugging Face Hub", hint="`-o FILE` writes a copy")
 
 
 # ---------------------------------------------------------------------------------------------------------- the report

@@ -18,6 +18,8 @@ from sdops.formats import open_source
 from sdops.verbs._repairs import NAMES, TABLE
 from sdops.verbs.fix import fix
 from sdops.verbs.hash import hash_files
+from sdops.verbs.inspect import inspect
+from sdops.verbs.meta import meta
 from sdops.verbs.verify import verify
 from tests import tiny
 
@@ -87,6 +89,31 @@ def test_the_prefix_and_position_ids_together(write, model):
     done, made = fixed(write(flat))
     assert set(done) == {"text-model", "position-ids"}
     assert all(tiny.same(made[key], model[key]) for key in model)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            "unet.unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.processor.to_v_lora",
+            "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.processor.to_v_lora",
+        ),
+        (
+            "transformer.base_model.model.transformer_blocks.4.attn.to_q.lora",
+            "transformer.transformer_blocks.4.attn.to_q.lora",
+        ),
+    ],
+)
+def test_loras_with_two_prefixes(write, before, after):
+    width = 3072 if "base_model" in before else 1280
+    inner = 3072 if "base_model" in before else 768
+    factors = {"up": ("F16", np.ones((width, 4), "f2")), "down": ("F16", np.ones((4, inner), "f2"))}
+    path = write({f"{before}.{name}.weight": factor for name, factor in factors.items()})
+    done, made = fixed(path)
+    assert done == {"prefixes": ["renamed 2 keys"]}
+    assert made.keys() == {f"{after}.{name}.weight" for name in factors}
+    assert inspect(path.with_name("m.fixed.safetensors")).warnings == []
+    assert fix(path.with_name("m.fixed.safetensors")).data["repairs"] == {}
 
 
 def test_wrong_hashes(write, model):
@@ -259,6 +286,21 @@ def test_what_cannot_be_done_is_refused(write, model, tmp_path):
     with pytest.raises(OutputError, match="exists already"):
         fix(path)
     fix(path, force=True)
+
+
+def test_what_is_shared_or_protected_is_not_replaced(write, model, tmp_path, monkeypatch):
+    path = write(model, {})
+    before = path.read_bytes()
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OutputError, match="in the cache of the Hugging Face Hub"):
+        fix(path, in_place=True)
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OutputError, match="is write-protected"):
+        fix(path, in_place=True)
+    with pytest.raises(OutputError, match="is write-protected"):
+        meta(path, set_={"title": "x" * 9000})
+    assert path.read_bytes() == before
 
 
 def test_a_torch_file_becomes_safetensors(tmp_path):
