@@ -63,9 +63,13 @@ def build_job(job: Job, running: Mapping[str, Any]) -> Report:
     begin = time.monotonic()
     planned = plan_job(job, running["memory"])
     try:
+        how = {**running, "hash_inputs": running["hash_inputs"] and job.recipe.hash_inputs}
+        planned.check(job.output, force=running["force"])
+        if planned.rehearse(job.output, how):
+            planned.close()
+            planned = plan_job(job, running["memory"])
         if not job.ignore_hashes:
             check_hashes(planned.found.values(), running["progress"])
-        how = {**running, "hash_inputs": running["hash_inputs"] and job.recipe.hash_inputs}
         done, asked = build_recipe(planned, job.output, how)
         seconds = time.monotonic() - begin
         return build_report(planned, job.output, done, asked, seconds, dry_run=running["dry_run"])

@@ -7,8 +7,7 @@ a LoRA, an embedding) is worked out when its Source is asked for, and lies in a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from importlib import import_module
 from inspect import signature
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sdops.core.source import Source
-from sdops.errors import SdopsError, UsageError
 from sdops.report import Report
 from sdops.verbs._recipe_check import MARK, CheckedStep, split_lora
 from sdops.verbs._recipe_text import wrong
+from sdops.verbs._recipe_told import told
 from sdops.verbs._verb_card import VERBS, VerbParameter, lora_merge_card, verb_card
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ class Call:
             SdopsError: as the verb.
         """
         if self._lazy is None:
-            with told(self.step):
+            with told(self.step.step, self.arguments):
                 self._lazy = cast("Merge | Apply", self._call({"memory": self._memory}))
         return self._lazy
 
@@ -101,7 +100,7 @@ class Call:
         """
         from sdops.verbs._recipe_convert import converted
 
-        with told(self.step):
+        with told(self.step.step, self.arguments):
             return converted(self.arguments, folder / f".sdops-{self.id}.safetensors")
 
     def save(self, output: Path, running: Mapping[str, Any]) -> Report:
@@ -114,7 +113,7 @@ class Call:
         Raises:
             SdopsError: as the verb.
         """
-        with told(self.step):
+        with told(self.step.step, self.arguments):
             if not self.is_lazy:
                 return cast("Report", self._call({**running, "output": output}))
             lazy = self.lazy()
@@ -174,47 +173,3 @@ def _in_place(parameter: VerbParameter | None, value: Any, files: Mapping[str, F
     if kind == "loras":
         return [(files[name], strength) for name, strength in (split_lora(item, path) for item in value)]
     return value
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
-
-
-@contextmanager
-def told(step: CheckedStep) -> Iterator[None]:
-    """Let errors say which step, and which of its keys, they come from; hints speak of keys instead of options."""
-    try:
-        yield
-    except SdopsError as error:
-        if "path" not in error.data or not str(error.data["path"]).startswith("steps."):
-            key = _key_of(error, step)
-            path = f"{step.step.path}.{key}" if key else step.step.path
-            error.hint = _as_keys(error.hint, step) if error.hint else None
-            error.message = f"`{path}`: {error.message}"
-            error.data["path"] = path
-        raise
-
-
-def _key_of(error: SdopsError, step: CheckedStep) -> str:
-    """The key that an error speaks of, or an empty text."""
-    said = [str(error.data[name]) for name in ("knob", "option") if name in error.data]
-    said += re.findall(r"`(?:--)?([a-z_-]+)\b[^`]*`", error.message)[:1] if isinstance(error, UsageError) else []
-    keys = [word.replace("-", "_") for word in said]
-    return next((key for key in keys if key in step.arguments), "")
-
-
-def _as_keys(hint: str, step: CheckedStep) -> str:
-    """`--missing keep` as it stands in a recipe: `missing = "keep"`."""
-    parameters = verb_card(step.step.verb).parameters
-
-    def spelled(found: re.Match[str]) -> str:
-        key, value = found[1].replace("-", "_"), found[2].strip("'\" ")
-        if key not in parameters:
-            return found[0]
-        kind = parameters[key].kind
-        if kind == "bool":
-            return f"`{key} = true`"
-        if kind in ("text", "texts"):
-            return f'`{key} = "{value}"`' if kind == "text" else f'`{key} = ["{value}"]`'
-        return f"`{key} = {value}`" if kind in ("int", "float") else f"`{key} = ...`"
-
-    return re.sub(r"`--([a-z-]+)(?: ([^`]*))?`", spelled, hint)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from math import isfinite
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -18,7 +19,8 @@ from sdops.errors import UsageError
 from sdops.text import suggest
 from sdops.verbs._merge_adapters_wish import METHODS
 from sdops.verbs._merge_request import check_count
-from sdops.verbs._recipe_text import Recipe, Scalar, Step, checked_value, wrong
+from sdops.verbs._recipe_text import Recipe, Scalar, Step, checked_value, shown, wrong
+from sdops.verbs._recipe_values import check_values
 from sdops.verbs._verb_card import RUNNING, VERBS, VerbParameter, lora_merge_card, verb_card
 
 MARK = re.compile(r"\$([a-z][a-z0-9_]*)")
@@ -33,7 +35,7 @@ _WORDS = {
     "file": "the name of an input or a step",
     "files": "a list of names of inputs and steps",
     "some": "the name of an input or a step, or a list of them",
-    "loras": "a list of LoRAs",
+    "loras": 'a list of LoRAs, e.g. `["style:0.8"]` or `[["style", 0.8]]`',
     "output": "a file name",
 }
 MOST_RECORDS = 5000
@@ -145,14 +147,13 @@ def _check_step(recipe: Recipe, step: Step, values: Mapping[str, Scalar]) -> Che
             uses.append(file)
     for key, parameter in allowed.items():
         if isinstance(parameter, VerbParameter) and parameter.required and key not in arguments:
-            raise wrong(
-                step.path, f"`{step.verb}` needs `{key}`", f"{key}: {parameter.help}" if parameter.help else None
-            )
+            raise wrong(step.path, f"`{step.verb}` needs `{key}`", f"`{key}`: {_WORDS[parameter.kind]}")
     if step.verb == "embed make":
         uses += _files_of_formula(arguments["formula"], files, f"{step.path}.formula")
     _check_embed(recipe, step, uses)
     if card is not None and "method" in arguments:
         _check_models(card, step, arguments)
+    check_values(step, arguments)
     return CheckedStep(step, arguments, tuple(uses))
 
 
@@ -251,7 +252,7 @@ def _check_value(parameter: VerbParameter | Knob, value: Any, path: str) -> Iter
         for number, item in enumerate(_a(list, value, kind, path), start=1):
             yield _a(str, item, "file", f"{path}.{number}"), f"{path}.{number}"
     elif kind == "some":
-        raise wrong(path, f"`{value}` is not {_WORDS[kind]}")
+        raise wrong(path, f"`{shown(value)}` is not {_WORDS[kind]}")
     elif kind == "loras":
         for number, item in enumerate(_a(list, value, kind, path), start=1):
             yield split_lora(item, f"{path}.{number}")[0], f"{path}.{number}"
@@ -264,7 +265,7 @@ def _check_value(parameter: VerbParameter | Knob, value: Any, path: str) -> Iter
 
 def _a(wanted: type[Any], value: Any, kind: str, path: str) -> Any:
     if not isinstance(value, wanted):
-        raise wrong(path, f"`{value}` is not {_WORDS[kind]}")
+        raise wrong(path, f"`{shown(value)}` is not {_WORDS[kind]}")
     return value
 
 
@@ -275,15 +276,16 @@ def _check_plain(kind: str, value: Any, path: str) -> None:
             _check_plain(kind.removesuffix("s"), item, f"{path}.{number}")
         return
     kinds: dict[str, tuple[type, ...]] = {"text": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-    if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool") or value != value:
-        raise wrong(path, f"`{value}` is not {_WORDS[kind]}")
+    is_number = not isinstance(value, float) or isfinite(value)
+    if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool") or not is_number:
+        raise wrong(path, f"`{shown(value)}` is not {_WORDS[kind]}")
 
 
 def _check_choice(choices: Sequence[str], value: Any, path: str) -> None:
     if choices and value not in choices:
         close = suggest(str(value), choices)
         hint = f"did you mean `{close}`?" if close else f"choose one of {', '.join(choices)}"
-        raise wrong(path, f"cannot be `{value}`", hint)
+        raise wrong(path, f"cannot be `{shown(value)}`", hint)
 
 
 def _check_knob(knob: Knob, value: Any, path: str) -> None:
@@ -320,7 +322,7 @@ def split_lora(item: Any, path: str) -> tuple[str, Any]:
         plain = isinstance(strength, int | float | str) and not isinstance(strength, bool)
         if plain or isinstance(strength, list | dict):
             return item[0], strength
-    raise wrong(path, f"`{item}` names no LoRA", '`"style:0.8"` or `["style", 0.8]`')
+    raise wrong(path, f"`{shown(item)}` names no LoRA", '`"style:0.8"` or `["style", 0.8]`')
 
 
 def check_relative(text: str, path: str) -> None:

@@ -112,6 +112,29 @@ class Planned:
             check_inputs(target, files)
             check_target(target, force=force)
 
+    def rehearse(self, output: Path, running: Mapping[str, Any]) -> bool:
+        """Let verbs that do not compute while they are read refuse now what they would refuse when it is their turn:
+        after other steps' work, after inputs were hashed or downloaded. Embeddings are worked out in no time.
+
+        Args:
+            output: Where the result goes.
+            running: As for `build_recipe`.
+
+        Returns:
+            Whether a verb was asked; it closes the files that it was given, so that all has to be planned again.
+
+        Raises:
+            SdopsError: as the verbs.
+        """
+        late = [call for call in self.calls.values() if not call.is_lazy and not is_embed(call.step)]
+        if not self.is_trial and not any(one.input.sha256 for one in self.found.values()):
+            return False
+        asked = {**self.outputs(), self.checked.result.id: output}
+        for call in late:
+            path = asked.get(call.id, self.folder / f".sdops-{call.id}.safetensors")
+            call.save(path, {**running, "dry_run": True})
+        return bool(late)
+
     def outputs(self) -> dict[str, Path]:
         """Steps, but for the last, that ask for a file -> the file."""
         result = self.result.id

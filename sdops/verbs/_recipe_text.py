@@ -24,16 +24,19 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from sdops import standin
 from sdops.errors import SdopsError, UsageError
 from sdops.hub.reference import parse
-from sdops.text import suggest
+from sdops.text import shorten, suggest
 
 MOST_BYTES = 1_000_000
 MOST_STEPS = 100  # a chain of steps is read through so many Sources
+MOST_LEVELS = 20  # lists and tables within each other
+LARGEST = 2**63  # whole numbers are smaller, as TOML has it
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -175,7 +178,7 @@ def parse_recipe(text: str, *, name: str, folder: Path | None = None, title: str
     """
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for thousands of digits
         hint = "YAML and metadata of other programs are turned into recipes by `sdops recipe from FILE`"
         raise UsageError(f"`{title}` is no TOML: {error}", hint=hint) from None
     return from_document(document, name=name, folder=folder, title=title)
@@ -187,6 +190,7 @@ def from_document(document: Mapping[str, Any], *, name: str, folder: Path | None
     Raises:
         UsageError: an unknown key, a value of the wrong type, or no step.
     """
+    _check_bounds("", document)
     _known("", document, _TOP)
     if document.get("format", 1) != 1:
         raise wrong("format", f"is {document['format']!r}, known is 1", "a newer sdops may know it")
@@ -212,6 +216,18 @@ def from_document(document: Mapping[str, Any], *, name: str, folder: Path | None
         raise wrong("name", f"`{own}` cannot be part of a file name", "letters, digits, dots, dashes")
     tags = tuple(_text("tags", tag) for tag in _list("tags", document.get("tags", [])))
     return Recipe(own, inputs, parameters, found, **texts, tags=tags, hash_inputs=hash_inputs, folder=folder)
+
+
+def _check_bounds(path: str, value: object, level: int = 0) -> None:
+    """Refuse numbers and nestings that only harm."""
+    if level > MOST_LEVELS:
+        raise wrong(path, "is nested too deeply", f"at most {MOST_LEVELS} lists or tables within each other")
+    if isinstance(value, int) and not -LARGEST <= value < LARGEST:
+        raise wrong(path, "is too large a number", "whole numbers have at most 64 bits")
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value, start=1)
+        for name, item in items:
+            _check_bounds(f"{path}.{name}".lstrip("."), item, level + 1)
 
 
 def _known(path: str, table: Mapping[str, Any], allowed: Iterable[str]) -> None:
@@ -253,6 +269,11 @@ def _kind(value: object) -> str:
     """A value's type in words."""
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
     return words.get(type(value), "a table" if isinstance(value, dict) else "a date")
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: as in TOML, and never long."""
+    return shorten(str(value).lower() if isinstance(value, bool) else str(value), 60)
 
 
 def _input(path: str, name: str, value: object) -> Input:
@@ -297,18 +318,20 @@ def checked_value(parameter: Parameter, value: object, path: str) -> Scalar:
     Raises:
         UsageError: it does not fit.
     """
+    _check_bounds(path, value)
     kind = type(parameter.default)
     if kind is int and any(isinstance(end, float) for end in parameter.range):
         kind = float
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or value != value:
+    if type(value) is not kind or (isinstance(value, float) and not isfinite(value)):
         wanted = _kind(kind())
-        raise wrong(path, f"`{value}` is not {wanted}", f"`{parameter.name}` is {wanted}, e.g. {parameter.default!r}")
+        hint = f"`{parameter.name}` is {wanted}, e.g. {shown(parameter.default)}"
+        raise wrong(path, f"`{shown(value)}` is not {wanted}", hint)
     if parameter.choices and value not in parameter.choices:
         close = suggest(str(value), map(str, parameter.choices))
         hint = f"did you mean `{close}`?" if close else f"choose one of {', '.join(map(str, parameter.choices))}"
-        raise wrong(path, f"cannot be `{value}`", hint)
+        raise wrong(path, f"cannot be `{shown(value)}`", hint)
     if parameter.range and isinstance(value, int | float):
         low, high = parameter.range
         if not low <= value <= high:
@@ -331,12 +354,10 @@ def read_value(parameter: Parameter, text: str) -> Scalar:
         if text.lower() not in known:
             raise wrong(path, f"`{text}` is neither true nor false", f"`--set {parameter.name}=true`")
         return known[text.lower()]
-    if re.fullmatch(r"[+-]?\d+", text):
-        return int(text)
     try:
-        return float(text)
+        return int(text) if re.fullmatch(r"[+-]?\d{1,20}", text) else float(text)
     except ValueError:
-        raise wrong(path, f"`{text}` is no number", f"`--set {parameter.name}={default!r}`") from None
+        raise wrong(path, f"`{shown(text)}` is no number", f"`--set {parameter.name}={default!r}`") from None
 
 
 def _step(path: str, number: int, table: Mapping[str, Any]) -> Step:

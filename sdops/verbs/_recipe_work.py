@@ -1,6 +1,7 @@
 """Steps that have to be done before others can read them: LoRAs, whose ranks are known when they are worked out.
 
 They are written into a folder that vanishes when the recipe is built; it lies beside the output, where there is room.
+In memory they would take more than all else that a build holds: hundreds of megabytes for a LoRA of SDXL.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from sdops.archs.detect import detect
 from sdops.core.source import Source
 from sdops.formats import open_source
 from sdops.verbs._inputs import Opened, open_model
-from sdops.verbs._recipe_calls import Call, File, told
+from sdops.verbs._recipe_calls import Call, File
 from sdops.verbs._recipe_sources import MadeFile
 from sdops.verbs._recipe_text import wrong
+from sdops.verbs._recipe_told import told
 
 _ORDER = {"extract": ("tuned", "base"), "resize": ("lora",), "merge": ("models", "base"), "convert": ("file", "base")}
 
@@ -36,7 +38,7 @@ def placeholder(call: Call) -> Source:
     from sdops.verbs._extract_output import rank_one
     from sdops.verbs._extract_pairs import pairs
 
-    with told(call.step):
+    with told(call.step.step, call.arguments):
         tuned, base = open_model(first), open_model(_inputs(call)[1])
         chosen = [call.arguments.get(key, ()) for key in ("include", "exclude")]
         found = pairs(tuned, base, *chosen)
