@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
-from typing import Protocol, runtime_checkable
+from functools import lru_cache, partial
+from typing import Protocol
 
 import numpy as np
 
@@ -44,7 +44,6 @@ class Link:
 Links = dict[tuple[int, str], Link]  # tensors that are known already, by the Source's id and the key
 
 
-@runtime_checkable
 class Linked(Source, Protocol):
     """A Source that knows how its tensors are made of others."""
 
@@ -56,7 +55,8 @@ def link(source: Source, key: str, links: Links) -> Link:
     """How a tensor of a source is made, or that it is read; the same object whenever it is asked for."""
     place = id(source), key
     if place not in links:
-        made = source.link(key, links) if isinstance(source, Linked) else None
+        asked = getattr(source, "link", None)  # isinstance would look for every method of the protocol, each time
+        made = None if asked is None else asked(key, links)
         links[place] = made or Link(source.specs[key].dtype, partial(_read, source, key))
     return links[place]
 
@@ -147,10 +147,15 @@ def _compiled(order: Sequence[Link], registers: Mapping[Link, int]) -> tuple[lis
         own = [
             (part, registers[operand], coefficient.denominator.bit_length() - 1)
             for coefficient, operand in one.terms
-            for part in short_parts(coefficient, SHORT_BITS)
+            for part in _short_parts(coefficient)
         ]
         read = inputs if one.read is not None else -1
         inputs += one.read is not None
         steps.append((registers[one], read, native.DTYPES.index(one.dtype), len(terms), len(own)))
         terms += own
     return steps, terms
+
+
+@lru_cache(maxsize=256)
+def _short_parts(coefficient: Fraction) -> list[float]:
+    return short_parts(coefficient, SHORT_BITS)

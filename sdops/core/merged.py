@@ -25,7 +25,7 @@ from sdops.core.method import Method
 from sdops.core.plan import Plan, Step
 from sdops.core.portions import Room, read_unchecked
 from sdops.core.precision import FORMATS, Raw, count_nonfinite, decode, encode
-from sdops.core.retained import Retained
+from sdops.core.retained import SAMPLE, Retained
 from sdops.core.run import PIECE_BYTES
 from sdops.core.source import splits
 from sdops.core.spec import Spec
@@ -205,7 +205,9 @@ class Merged:
         for begin in range(0, len(out), PIECE):
             part = out[begin : begin + PIECE]
             sample = first + begin == 0 and self.retained.wants(key)
-            if self._is_linked and not sample and self._chained(key, first + begin, part):
+            if self._is_linked and self._chained(key, first + begin, part):
+                if sample:
+                    self._sample(step, part)
                 continue
             raws = read_unchecked(step, first + begin, len(part), self._room)
             if step.action == "cast":
@@ -247,6 +249,12 @@ class Merged:
         rooms = self._room.buffers(len(chain.reads))
         portions = range(0, len(out), CHAINED)
         return all(chain(first + begin, out[begin : begin + CHAINED], rooms) for begin in portions)
+
+    def _sample(self, step: Step, out: Raw) -> None:
+        """Account for a tensor whose first elements a chain has made: few are read of the steps in between."""
+        raws = read_unchecked(step, 0, min(SAMPLE, len(out)), self._room)
+        used, combine = self._combination(step)
+        self.retained.sample_linear(step, raws, dict(zip(used, combine.coefficients, strict=True)), out)
 
     def _cast(self, key: str, step: Step, raw: Raw, out: Raw) -> None:
         nan, infinite = count_nonfinite(raw, step.inputs[0].spec.dtype)
