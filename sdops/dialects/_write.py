@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from sdops.core.patch import Adapter, Patch, Target
 from sdops.dialects._names import Names
 from sdops.dialects._recipes import Recipe, Values, matrix, number, reshaped, scaled, shifted, whole
-from sdops.dialects._shares import ALL, Draft, draft, fitted, is_idle, overlap, rank_of, scale
+from sdops.dialects._shares import ALL, Draft, alpha_of, draft, fitted, is_idle, overlap, rank_of, scale
 from sdops.dialects._spelling import Spelling
 from sdops.dialects._suffixes import LYCORIS
 from sdops.errors import MismatchError
@@ -126,6 +126,7 @@ def _suffix(item: Draft, part: str, recipe: Recipe, spelling: Spelling) -> str:
 def _with_alpha(item: Draft, spelling: Spelling, values: Values) -> Draft:
     """The alpha where the dialect keeps it."""
     if item.family not in ("lora", "lora_embedding"):
+        item = _with_scale(item, values)
         return _with_alpha_tensor(item) if item.family in ("loha", "lokr", "glora") else item
     if spelling.alphas == "tensor" and not item.settings.get("use_rslora"):
         return _with_bias(_with_alpha_tensor(item), spelling, values)
@@ -137,6 +138,16 @@ def _with_alpha(item: Draft, spelling: Spelling, values: Values) -> Draft:
         parts |= {part: scaled(parts[part], factor) for part in ("up", "up_bias") if part in parts}
     settings = {key: value for key, value in item.settings.items() if key not in ("lora_alpha", "use_rslora")}
     return replace(item, parts=parts, settings=settings)
+
+
+def _with_scale(item: Draft, values: Values) -> Draft:
+    """A LoKr of two whole matrices: PEFT scales it by alpha / r of its configuration, all others take it as it is."""
+    if not {"w1", "w2"} <= item.parts.keys() or "rank" not in item.settings:
+        return item
+    alpha = alpha_of(item, values)
+    factor = 1.0 if alpha is None else alpha / float(item.settings["rank"])
+    parts = {part: recipe for part, recipe in item.parts.items() if part != "lora_alpha"}
+    return replace(item, parts={**parts, "w1": scaled(parts["w1"], factor)}, settings={})
 
 
 def _with_alpha_tensor(item: Draft) -> Draft:

@@ -14,7 +14,7 @@ CLASSES = {
     "linear": "Linear: weighted sums, correctly rounded, one pass",
     "elementwise": "Elementwise: one pass in little memory",
     "gram": "By inner products: two passes in little memory",
-    "ranked": "By rank of the changes: two passes in little memory",
+    "ranked": "By rank of the changes: three passes in little memory",
     "rows": "Row by row: one pass",
     "tensor": "Tensor by tensor: holds the largest tensor of every model",
     "model": "With a view of the whole model: a preparing pass, then tensor by tensor",

@@ -207,3 +207,31 @@ def test_oft_with_dora_is_refused_by_name(tmp_path: Path, part: dict[str, tuple[
     file = loras.save(tmp_path / "x.safetensors", arrays | {f"{KOHYA}.dora_scale": random(320, 1)})
     with pytest.raises(FormatError, match="OFT with DoRA"):
         open_adapter(file, allow_unknown=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- LoKr
+
+
+def lokr(folder: Path) -> Path:
+    """Two whole matrices, which PEFT scales by alpha / r all the same, and one of which one is factored."""
+    whole = {".lokr_w1": random(4, 8), ".lokr_w2": random(80, 96)}
+    factored = {".lokr_w1": random(4, 8), ".lokr_w2_a": random(80, 2), ".lokr_w2_b": random(2, 96)}
+    to_v = TO_K.replace("to_k", "to_v")
+    arrays = {TO_K + end: part for end, part in whole.items()} | {to_v + end: part for end, part in factored.items()}
+    return folder_of(folder / "lokr", arrays, {"peft_type": "LOKR", "r": 2, "alpha": 1})
+
+
+def test_lokr_of_peft_keeps_its_scale_in_other_dialects(tmp_path: Path) -> None:
+    adapter = open_adapter(lokr(tmp_path))
+    halves = np.kron(random(4, 8), random(80, 96)) / 2
+    assert np.allclose(deltas(adapter)["unet:input_blocks.1.1.transformer_blocks.0.attn2.to_k"], halves, atol=1e-6)
+    for dialect in ("kohya", "comfy"):
+        assert_same_deltas(adapter, open_adapter(save(spelled(adapter, dialect), tmp_path / dialect)))
+
+
+def test_lokr_of_peft_becomes_a_lora_and_is_resized(tmp_path: Path) -> None:
+    folder, output = lokr(tmp_path), tmp_path / "lora.safetensors"
+    sdops.convert(folder, family="lora", to="kohya", output=output)
+    assert_same_deltas(open_adapter(folder), open_adapter(output), tolerance=1e-5)
+    report = sdops.resize(folder, rank=3, to="kohya", output=tmp_path / "small.safetensors")
+    assert [layer["rank"] for layer in report.data["layers"]] == [3, 3]
