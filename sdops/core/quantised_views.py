@@ -114,7 +114,7 @@ class Quantised(Computing):
         if not np.isfinite(self._found[number]):
             raise FormatError(
                 f"`{key}` of `{self.name}` holds NaN or infinity and has no fp8 scale",
-                hint="`sdops verify` lists such tensors; leave them out of the quantisation",
+                hint="`sdops verify` lists such tensors; `--exclude` leaves them as they are",
                 key=key,
             )
         scale = np.float32(self._found[number] / np.float32(WRITABLE[self.specs[key].dtype][2]))

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from sdops import __version__, standin
 from sdops.archs.detect import MARKER, Detection, detect
+from sdops.archs.junk import is_ema
 from sdops.core.run import default_jobs, run
 from sdops.core.sink import Sink
 from sdops.core.source import Source
@@ -17,7 +18,6 @@ from sdops.core.spec import FP8
 from sdops.errors import FormatError
 from sdops.formats import FileSource, open_source
 from sdops.formats.sharded import SHARD
-from sdops.pipelines.tables import pipeline
 from sdops.report import Progress, Report
 from sdops.text import count
 from sdops.verbs import _convert_extra
@@ -155,21 +155,11 @@ class Conversion:
         wish = self.wish
         to_gguf = wish.to == "gguf"
         components = wish.components or (self._only() if to_gguf else ())
-        selection = select(
-            self.source, self.detection, components=components, ema=wish.ema, prune=wish.prune or to_gguf
-        )
-        whole = pipeline(self.detection.family)
-        for role, donor in self.donors:
-            kind = "model" if role == "unet" else role
-            before = {each.name: each for each in selection.parts}
-            readable, detection = self._readable(donor)
-            take(selection, readable, detection, kind, whole.components if whole else ())
-            scales = {vae_scale(self.detection.family), vae_scale(detection.family)} - {None}
-            if kind == "vae" and len(scales) > 1:
-                selection.notes.append(f"`{donor.name}` is {detection.title}, whose latents this model does not know")
-            for each in selection.parts:
-                if each.source is not self.source and each.name in before:
-                    check_fit(before[each.name], each, donor.name)
+        aside = self.extra is not None and wish.to != "diffusers" and any(map(is_ema, self.extra.tensors))
+        ema = "drop" if wish.ema == "use" and aside else wish.ema  # the average in the side file is put in later
+        selection = select(self.source, self.detection, components=components, ema=ema, prune=wish.prune or to_gguf)
+        if self.donors:
+            self._take_components(selection)
         if to_gguf:
             self._leave_to_gguf(selection)
         if wish.to == "diffusers":
@@ -183,6 +173,23 @@ class Conversion:
             restore_header(draft, self.extra)
         draft.metadata = carried_metadata(self.extra.metadata if self.extra else self.source.metadata, self._made())
         return draft
+
+    def _take_components(self, selection: Selection) -> None:
+        """Take components from the donors, and refuse those that do not fit."""
+        from sdops.pipelines.tables import pipeline
+
+        whole = pipeline(self.detection.family)
+        for role, donor in self.donors:
+            kind = "model" if role == "unet" else role
+            before = {each.name: each for each in selection.parts}
+            readable, detection = self._readable(donor)
+            take(selection, readable, detection, kind, whole.components if whole else ())
+            scales = {vae_scale(self.detection.family), vae_scale(detection.family)} - {None}
+            if kind == "vae" and len(scales) > 1:
+                selection.notes.append(f"`{donor.name}` is {detection.title}, whose latents this model does not know")
+            for each in selection.parts:
+                if each.source is not self.source and each.name in before:
+                    check_fit(before[each.name], each, donor.name)
 
     def _only(self) -> list[str]:
         """A GGUF file holds one model."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sdops.archs.detect import MARKER, OTHER, Detection
-from sdops.archs.junk import ema_key_of, is_ema, is_marker, junk_kind
+from sdops.archs.junk import ema_key_of, is_marker, junk_kind
 from sdops.archs.tables import FLAT
 from sdops.core.assembled import Made, rows
 from sdops.core.source import Source
@@ -135,9 +135,9 @@ def single_file(
     if unknown:
         draft.notes.append(f"{count(len(unknown), 'tensor')} that sdops does not know stay as they are: `{unknown[0]}`")
     if extra is not None:
+        _return_extra(draft, extra, selection, wish)
         if wish.ema == "use":
             _use_average(draft, extra)
-        _return_extra(draft, extra, selection, wish)
     draft.check_unknown(source.name)
     return draft
 
@@ -233,8 +233,10 @@ def _add_component(draft: Draft, chosen: Chosen, layout: str, prefix: str, wish:
 def _use_average(draft: Draft, extra: Extra) -> None:
     """Put the moving average in a side file in the place of the U-Net."""
     for name, entry in draft.tensors.items():
-        if entry.component == "unet" and (average := extra.tensors.get(ema_key_of(name))):
+        average_name = ema_key_of(name)
+        if entry.component == "unet" and (average := extra.tensors.get(average_name)):
             draft.dropped |= dict.fromkeys((each.key for each in entry.made.ranges), "replaced by its moving average")
+            draft.dropped.pop(average_name, None)
             draft.tensors[name] = Entry(rows(extra.source, average), entry.component, entry.name)
 
 

@@ -217,6 +217,19 @@ def test_the_moving_average(small_checkpoint, tmp_path):
         sdops.convert(tmp_path / "u.safetensors", to="safetensors", ema="use", output=tmp_path / "x.safetensors")
 
 
+def test_the_moving_average_in_a_side_file(small_checkpoint, tmp_path):
+    file = small_checkpoint("sd15-ema")
+    sdops.convert(file, to="diffusers", output=tmp_path / "f")
+    reports = [
+        sdops.convert(origin, to="original", ema="use", output=tmp_path / f"{name}.safetensors")
+        for name, origin in (("a", file), ("b", tmp_path / "f"))
+    ]
+    assert same_tensors(*(tiny.load(tmp_path / f"{name}.safetensors") for name in "ab"))
+    dropped = [list(report.data["dropped"].values()).count("replaced by its moving average") for report in reports]
+    assert dropped == [686, 686]
+    assert len(reports[0].data["dropped"]) == len(reports[1].data["dropped"])
+
+
 def test_pruning_leaves_the_model(small_checkpoint, tmp_path):
     report = sdops.convert(
         small_checkpoint("sd15-ema"), to="safetensors", prune=True, output=tmp_path / "p.safetensors"
