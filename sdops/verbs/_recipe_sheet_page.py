@@ -34,15 +34,14 @@ def _parts(recipe: Recipe, found: Sequence[Cell]) -> Iterator[_html.Html]:
     inputs = list(found[0].distances)
     yield _html.heading("Distances")
     yield _html.paragraph("||result - input|| / ||input||, Euclidean norms over all tensors that both have.", "dim")
-    columns = [*(f"{knob}>" for knob in knobs), "norm>", *(f"from {name}>" for name in inputs), "file"]
     yield _html.table(
-        columns,
+        ["file", *(f"{knob}>" for knob in knobs), "norm>", *(f"from {name}>" for name in inputs)],
         [
             [
+                cell.output.name,
                 *(spelled(value) for value in cell.settings.values()),
                 f"{cell.norm:.6g}",
                 *(f"{cell.distances[name]['']:.4g}" for name in inputs),
-                cell.output.name,
             ]
             for cell in found
         ],
@@ -52,20 +51,16 @@ def _parts(recipe: Recipe, found: Sequence[Cell]) -> Iterator[_html.Html]:
 
 
 def _map(name: str, found: Sequence[Cell]) -> Iterator[_html.Html]:
-    """Results by blocks, in colours from nothing to the largest distance."""
+    """Blocks and results, the longer list downwards, in colours from nothing to the largest distance."""
     blocks = [block for block in found[0].distances[name] if block]
     most = max((cell.distances[name][block] for cell in found for block in blocks), default=0.0) or 1.0
-    yield _html.heading(f"Distance from {name}, by block")
-    yield _html.heat_map(
-        blocks,
-        [
-            (
-                " ".join(spelled(value) for value in cell.settings.values()),
-                [_heat(cell.distances[name][block], most, block) for block in blocks],
-            )
-            for cell in found
-        ],
-    )
+    results = [" ".join(spelled(value) for value in cell.settings.values()) for cell in found]
+    heats = [[_heat(cell.distances[name][block], most, block) for block in blocks] for cell in found]
+    yield _html.heading(f"Distance from {name}, by block and {', '.join(found[0].settings)}")
+    if len(results) > len(blocks):
+        yield _html.heat_map(blocks, zip(results, heats, strict=True))
+    else:
+        yield _html.heat_map(results, zip(blocks, map(list, zip(*heats, strict=True)), strict=True))
 
 
 def _heat(distance: float, most: float, block: str) -> _html.Heat:
