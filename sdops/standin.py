@@ -21,16 +21,21 @@ class StandIn(Protocol):
     Attributes:
         reference: Its name there, which does not change and leads to the same bytes for ever.
         sha256: Of its content, if that is known without reading it.
+        stream: Whether it is read where it is, to the end, and kept nowhere.
     """
 
     reference: str
     sha256: str | None
+    stream: bool
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset` on; safe to call from several threads."""
 
     def prepare(self) -> None:
         """All of it will be read: bring it here, unless it is to be kept nowhere."""
+
+    def check(self) -> None:
+        """See that what was read of it is what it should be."""
 
     def fetch(self) -> Path:
         """Bring the whole file here, check it, and say where it is."""
@@ -55,6 +60,11 @@ def find(path: Anywhere) -> StandIn | None:
     return _files.get(os.fspath(path)) if _files else None
 
 
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder of stand-ins, or lies in one."""
+    return any(os.fspath(each) in _names for each in (path, *path.parents)) if _names else False
+
+
 def real(path: Path) -> Path:
     """The file with the content: the same, or the one elsewhere, brought here now."""
     file = find(path)
@@ -66,6 +76,11 @@ def prepare(paths: Iterable[Path]) -> None:
     for path in paths if _files else ():
         if (file := find(path)) is not None:
             file.prepare()
+
+
+def is_streaming() -> bool:
+    """Whether files elsewhere are read where they are."""
+    return any(file.stream for file in _files.values())
 
 
 def shown(text: str) -> str:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
+from sdops import standin
 from sdops.core.processes import can_fork, share
 from sdops.core.sink import Sink
 from sdops.core.source import Source, aligned
@@ -73,7 +74,8 @@ def run(source: Source, sink: Sink, *, jobs: int, progress: Progress | None = No
         Whatever the first failing thread raised; the others are stopped. After a signal they get a second to stop: one
         that is deep in a decomposition is left behind, and finds the sink closed.
     """
-    if jobs > 1 and sink.nbytes >= FORK_BYTES and isinstance(source, Forkable) and source.forks and can_fork():
+    may_fork = can_fork() and not standin.is_streaming()  # every process would ask for every block
+    if jobs > 1 and sink.nbytes >= FORK_BYTES and isinstance(source, Forkable) and source.forks and may_fork:
         _run_processes(source, sink, jobs, progress)
     else:
         _run_threads(source, sink, jobs, progress)

@@ -95,6 +95,7 @@ class InputFile:
             ChangedError: it was written to, replaced or removed.
         """
         if self._elsewhere is not None:  # a file at a commit does not change
+            self._elsewhere.check()
             return
         try:
             self._check(os.stat(self.path))

@@ -11,6 +11,7 @@ session     requests: typed errors, patience, never a token in a message
 listing     what a repository holds at a commit
 mount       stand-ins on this disk for the files of a repository
 ranges      a file on the Hub, read in portions
+blocks      the same, read to its end
 download    whole files into the shared cache: resumed, checked
 upload      one commit with everything in it
 """
@@ -30,7 +31,7 @@ _streaming = False
 
 def is_reference(path: str | os.PathLike[str]) -> bool:
     """Whether it names something on the Hub; also in the form that `Path` makes of it, with one slash."""
-    return os.fspath(path).startswith(("hf:/", "https:/"))
+    return os.fspath(path).startswith(("hf:/", "https:/", "http:/"))
 
 
 def located(path: str | os.PathLike[str]) -> Path:

@@ -78,6 +78,7 @@ def _stand_in(found: Listing, path: str, folder: Path) -> None:
         return
     fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
+        os.fchmod(fd, 0o644)  # as files in the cache; the folder is ours alone
         os.ftruncate(fd, found.files[path].size)
     finally:
         os.close(fd)

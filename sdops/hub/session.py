@@ -103,7 +103,9 @@ def _pause(error: Exception, attempt: int) -> float | None:
     asked = _retry_after(error)
     if asked is not None:
         return asked if asked <= LONGEST_WAIT else None
-    if type(error).__name__ == "ConnectError" and attempt:  # nobody there: the second look is enough
+    if (
+        type(error).__name__ in ("ConnectError", "UnsupportedProtocol") and attempt
+    ):  # nobody there: the second look is enough
         return None
     return min(0.25 * 2.0**attempt, 8.0)
 
@@ -148,6 +150,12 @@ def explained(what: Reference, error: Exception) -> HubError:
     if status is not None:
         return HubError(f"the Hub refuses the request for `{what}` ({status})", hint=_look(what), reason="refused")
     if is_transport(error):
+        if kind not in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol", "ProxyError"):
+            return HubError(
+                f"the connection to `{endpoint()}` breaks again and again ({kind})",
+                hint="run the command again: a download goes on where it stopped",
+                reason="unreachable",
+            )
         return HubError(
             f"`{endpoint()}` cannot be reached ({kind})",
             hint="check the network and HF_ENDPOINT; what was downloaded before is found with HF_HUB_OFFLINE=1",

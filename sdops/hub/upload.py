@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 from sdops import hub
 from sdops.core.hashing import sha256
@@ -89,6 +90,32 @@ def check_token(what: Reference) -> None:
         )
 
 
+def check_card(what: Reference, card: Content) -> None:
+    """Ask the Hub whether it takes a README.md, before a repository is made for it.
+
+    Raises:
+        HubError: its front matter is wrong.
+    """
+    text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8", errors="replace")
+
+    def ask() -> None:
+        address = f"{library().constants.ENDPOINT}/api/validate-yaml"
+        answer = utilities().get_session().post(address, json={"content": text, "repoType": "model"})
+        if answer.status_code == 400:
+            raise _bad_card()
+        utilities().hf_raise_for_status(answer)
+
+    patiently(what, ask)
+
+
+def _bad_card() -> HubError:
+    return HubError(
+        "the Hub does not accept the front matter of the model card `README.md`",
+        hint="look at licence, tags and base models: `--dry-run` shows the card, `--no-card` writes none",
+        reason="card",
+    )
+
+
 def create(what: Reference, *, private: bool) -> None:
     """Make a repository, unless it is there.
 
@@ -148,14 +175,15 @@ def _commit(
             add(path_in_repo=path, path_or_fileobj=content if isinstance(content, bytes) else str(content))
             for path, content in files.items()
         ]
-        done = api().create_commit(
-            what.repo,
-            operations,
-            commit_message=message,
-            revision=what.revision or None,
-            create_pr=pull_request,
-            parent_commit=found.commit if found is not None else None,
-        )
+        with catch_warnings(action="ignore"):  # what the Hub has to say of a README.md
+            done = api().create_commit(
+                what.repo,
+                operations,
+                commit_message=message,
+                revision=what.revision or None,
+                create_pr=pull_request,
+                parent_commit=found.commit if found is not None else None,
+            )
         advance(total)
     return done
 
@@ -167,4 +195,6 @@ def _refused(what: Reference, error: Exception) -> HubError:
             hint="run the command again; what was transferred is not transferred again",
             reason="refused",
         )
+    if type(error) is ValueError:  # so create_commit tells of a README.md; its other errors are of kinds of their own
+        return _bad_card()
     return explained(what, error)

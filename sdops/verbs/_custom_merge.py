@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdops import __version__
+from sdops import __version__, standin
 from sdops.core.constrained import Constraint, constraint, independent
 from sdops.core.run import default_jobs
 from sdops.errors import MismatchError, UsageError
+from sdops.hub import located
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, duration, size
 from sdops.verbs._apply_base import open_base
@@ -112,7 +113,7 @@ def merge(
     renamed = _renamed(concepts)
     _check_output(path, concepts, base, to, force=force)
     targets = _targets(concepts, classes)
-    keep = captions(CAPTIONS) if captions_file is None else read_captions(Path(captions_file))
+    keep = captions(CAPTIONS) if captions_file is None else read_captions(standin.real(located(captions_file)))
     kept, rows, owners = _features(base, concepts, targets, keep)
     found = independent(rows)
     solved = constraint(kept, rows[found])

@@ -8,22 +8,38 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdops.archs.detect import Detection
+from sdops.archs.detect import UNKNOWN, Detection
+from sdops.errors import SdopsError
+from sdops.hub.listing import MODELS
 from sdops.hub.reference import parse
 from sdops.text import size
 from sdops.verbs._provenance import RECIPE
 
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # identifiers of the Hub look so
 MARK = "<!-- Written by sdops push: edit this card, remove this line, and it is kept. -->"
 _TAGS = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "stable-diffusion-xl", "flux1": "flux"}
+_MODELSPEC = {  # how an adapter says what it is for
+    "stable-diffusion-v1": "stable-diffusion",
+    "stable-diffusion-v2": "stable-diffusion",
+    "stable-diffusion-xl": "stable-diffusion-xl",
+    "flux-1": "flux",
+}
+_USES = {"adapter": "lora", "embedding": "textual_inversion", "controlnet": "controlnet"}  # tags that the Hub acts on
 _MADE = {
     "merge": "A merge",
     "apply": "A model with LoRAs added",
+    "hypernet apply": "A model with hypernetworks baked in",
+    "hypernet to-lora": "A LoRA, made of hypernetworks",
+    "custom apply": "A model with concepts of custom diffusion put in",
+    "custom to-lora": "A LoRA, made of custom diffusion",
+    "custom merge": "A LoRA of concepts of custom diffusion, merged in closed form",
     "extract": "A LoRA, extracted as the difference of two models",
     "resize": "A LoRA at other ranks",
     "convert": "A conversion",
     "train": "Trained",
-    "build": "Built from a recipe",
 }
+_JOINED = ("merge", "apply", "hypernet apply", "custom apply")
+_TOLD = ("version", "inputs", "knobs", "settings", "layouts")  # of a record: what is no plain setting
 
 
 @dataclass(slots=True)
@@ -39,6 +55,7 @@ class Published:
         bases: Repositories that the user names.
         license: As the user names it.
         tags: More tags.
+        models: Path -> metadata, of all models of a folder.
     """
 
     repo: str
@@ -49,14 +66,30 @@ class Published:
     bases: Sequence[str] = ()
     license: str = ""
     tags: Sequence[str] = ()
-    recipe: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        try:
-            found = json.loads(self.metadata.get(RECIPE, "{}"))
-        except ValueError:
-            found = {}
-        self.recipe = found if isinstance(found, dict) else {}
+        self.recipe = record_of(self.metadata)
+
+    @property
+    def kind(self) -> str:
+        """model, control, adapter, vae, text_encoder or other."""
+        main = self.detection.main
+        return main.kind if main else "other"
+
+
+def record_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """How a file says that it was made; empty if it does not."""
+    return _read(metadata.get(RECIPE, ""))
+
+
+def _read(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def inputs_of(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -68,20 +101,34 @@ def inputs_of(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield item
 
 
+def _on_the_hub(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Every file of the Hub that went into a model, also into files of this disk that say how they were made."""
+    for item in inputs_of(recipe):
+        if isinstance(item.get("hub"), str):
+            yield item
+        else:
+            yield from _on_the_hub(_read(str(item.get("made", ""))))
+
+
 def relation(model: Published) -> str:
-    """How the Hub calls the relation to the base models: adapter, quantized, merge or finetune."""
-    if model.detection.family == "adapter":
+    """How the Hub calls the relation to the base models: adapter, quantized, merge or finetune.
+
+    The same weights in another form, be it fp16 or GGUF, are listed there as "quantized".
+    """
+    if model.kind in ("adapter", "control"):
         return "adapter"
-    if model.detection.quantised or model.main.endswith(".gguf"):
-        return "quantized"
-    return "merge" if model.recipe.get("verb") in ("merge", "apply", "build") else "finetune"
+    verb = model.recipe.get("verb")
+    if verb in _JOINED or len(base_models(model)) > 1:
+        return "merge"
+    is_other_form = verb == "convert" or model.detection.quantised or model.main.endswith(".gguf")
+    return "quantized" if is_other_form else "finetune"
 
 
 def base_models(model: Published) -> list[str]:
     """Repositories of the inputs; of an adapter's, those that it is to be used with."""
-    found = [item for item in inputs_of(model.recipe) if isinstance(item.get("hub"), str)]
-    if model.detection.family == "adapter":
-        found = [item for item in found if item.get("role") in ("base", "model")] or found
+    found = list(_on_the_hub(model.recipe))
+    if model.kind == "adapter":
+        found = [item for item in found if item.get("role") in ("base", "model")] or ([] if model.bases else found)
     return list(dict.fromkeys([*model.bases, *(parse(item["hub"]).repo for item in found)]))
 
 
@@ -94,15 +141,12 @@ def _front(model: Published) -> list[str]:
     """The facts that the Hub reads. JSON strings are YAML, too."""
     bases = base_models(model)
     own = model.metadata.get("modelspec.license", "")
-    license_ = model.license or (own if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", own) else "")
-    kind = {"adapter": "lora", "merge": "merge"}.get(relation(model), "")
-    family = _TAGS.get(model.detection.family, model.detection.family)
-    tags = [
-        tag
-        for tag in ("text-to-image", family, kind, "sdops", *model.tags)
-        if tag and tag not in ("unknown", "adapter")
-    ]
-    lines = ["---", "pipeline_tag: text-to-image", "library_name: diffusers"]
+    license_ = model.license or (own if LICENSE.fullmatch(own) else "")
+    use = _USES.get(model.detection.family, "")
+    merged = "merge" if model.recipe.get("verb") in _JOINED else ""
+    task = _task(model)
+    tags = [tag for tag in (task, _family(model), use, merged, "sdops", *model.tags) if tag]
+    lines = ["---", *([f"pipeline_tag: {task}"] if task else []), f"library_name: {_library(model)}"]
     lines += [f"license: {json.dumps(license_)}"] if license_ else []
     if bases:
         lines += [
@@ -113,10 +157,40 @@ def _front(model: Published) -> list[str]:
     return [*lines, "tags:", *(f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)), "---", ""]
 
 
+def _task(model: Published) -> str:
+    """What the Hub files it under; nothing for parts of models."""
+    if model.kind not in ("model", "control", "adapter"):
+        return ""
+    return "text-to-video" if model.detection.family == "wan" else "text-to-image"
+
+
+def _library(model: Published) -> str:
+    """What the Hub shows code for: diffusers reads folders, LoRAs and embeddings by the repository's name."""
+    if model.main.endswith(".gguf"):
+        return "gguf"
+    use = _USES.get(model.detection.family)
+    return "diffusers" if not model.main or use in ("lora", "textual_inversion") else "diffusion-single-file"
+
+
+def _family(model: Published) -> str:
+    """The tag of the family, of an adapter that of the models that it is for."""
+    if model.kind != "adapter":
+        family = model.detection.family
+        return "" if family == UNKNOWN else _TAGS.get(family, family)
+    word = model.metadata.get("modelspec.architecture", "")
+    told = next((tag for start, tag in _MODELSPEC.items() if word.startswith(start)), "")
+    return told or next((_TAGS[name] for name in model.detection.variants if name in _TAGS), "")
+
+
 def _body(model: Published) -> list[str]:
-    title = model.metadata.get("modelspec.title") or model.repo.partition("/")[2]
+    number = sum(path.endswith(MODELS) for path in model.files)
+    is_one_of_several = bool(model.main) and number > 1
+    title = "" if is_one_of_several else model.metadata.get("modelspec.title")
     made = _MADE.get(str(model.recipe.get("verb")), "")
-    lines = [f"# {_cell(title)}", "", f"{model.detection.title}." + (f" {made}." if made else ""), ""]
+    lines = [f"# {_cell(title or model.repo.partition('/')[2])}", ""]
+    lines += [f"{model.detection.title}." + (f" {made}." if made else ""), ""]
+    if is_one_of_several:
+        lines += [f"One of {number} models in this repository is told of here: `{_cell(model.main)}`.", ""]
     if about := model.metadata.get("modelspec.description"):
         lines += [_cell(about), ""]
     if phrase := model.metadata.get("modelspec.trigger_phrase"):
@@ -129,8 +203,7 @@ def _how(model: Published) -> list[str]:
     if not recipe:
         return []
     lines = ["## How it was made", ""]
-    facts = {name: recipe[name] for name in ("verb", "method", "seed", "dtype") if name in recipe}
-    facts |= recipe.get("knobs") or {}
+    facts = {name: value for name, value in settings_of(recipe).items() if value is not None}
     lines += [
         f"- {name}: `{_cell(value if isinstance(value, str) else json.dumps(value))}`" for name, value in facts.items()
     ]
@@ -139,6 +212,14 @@ def _how(model: Published) -> list[str]:
         lines += ["", "| role | file | SHA-256 |", "| --- | --- | --- |"]
         lines += [f"| {_cell(row.get('role', ''))} | {_link(row)} | `{_cell(row.get('sha256', ''))}` |" for row in rows]
     return [*lines, ""]
+
+
+def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The verb, and everything that was chosen."""
+    found = {name: value for name, value in recipe.items() if name not in _TOLD}
+    for group in ("knobs", "settings"):
+        found |= recipe[group] if isinstance(recipe.get(group), dict) else {}
+    return found
 
 
 def _link(row: Mapping[str, Any]) -> str:
@@ -150,23 +231,43 @@ def _link(row: Mapping[str, Any]) -> str:
 
 
 def _files(model: Published) -> list[str]:
-    rows = [
-        f"| `{_cell(path)}` | {size(nbytes)} | `{digest}` |" for path, (nbytes, digest) in model.files.items() if digest
-    ]
-    return ["## Files", "", "| file | size | SHA-256 |", "| --- | --- | --- |", *rows, ""]
+    """All files, and of several models what tells them from each other."""
+    settings = {path: settings_of(record_of(metadata)) for path, metadata in model.models.items()}
+    names = list(dict.fromkeys(name for each in settings.values() for name in each))
+    differing = [name for name in names if len({json.dumps(each.get(name)) for each in settings.values()}) > 1]
+    heads = ["file", *differing, "size", "SHA-256"]
+    rows = []
+    for path, (nbytes, digest) in model.files.items():
+        chosen = [_cell(settings.get(path, {}).get(name, "")) for name in differing]
+        rows.append([f"`{_cell(path)}`", *chosen, size(nbytes), f"`{digest}`"])
+    table = [heads, ["---"] * len(heads), *rows]
+    return ["## Files", "", *(f"| {' | '.join(row)} |" for row in table), ""]
 
 
 def _again(model: Published) -> list[str]:
-    """How to rebuild it, if it says how it was made."""
+    """How to get it, and how to rebuild it, if it says how it was made."""
     address = f"hf://{model.repo}/{model.main}" if model.main else f"hf://{model.repo}"
     look = ["## Look and use", "", "```", f"sdops inspect {address}", f"sdops pull {address} -o models/", "```", ""]
     if not model.recipe:
         return look
     text = json.dumps(model.recipe, indent=2, ensure_ascii=False)
-    again = ["## How to make it again", "", "```"]
-    again += [f"sdops recipe from {address} -o recipe.toml", "sdops build recipe.toml", "```", ""]
-    told = ["The same inputs give the same bytes. The whole record, as it stands in the file's metadata:", ""]
-    return [*look, *again, *told, "```json", text.replace("```", "` ` `"), "```"]
+    told = ["The whole record, as it stands in the file's metadata:", ""]
+    return [*look, *_rebuild(model, address), *told, "```json", text.replace("```", "` ` `"), "```"]
+
+
+def _rebuild(model: Published, address: str) -> list[str]:
+    """The commands, if recipes know all of its steps."""
+    from sdops.verbs._recipe_from import from_provenance
+
+    try:
+        from_provenance(model.metadata[RECIPE], name="recipe", file=model.main)
+    except SdopsError:
+        return []
+    lines = ["## How to make it again", "", "```"]
+    lines += [f"sdops recipe from {address} -o recipe.toml", "sdops build recipe.toml", "```", ""]
+    here = [f"`{_cell(row.get('file', ''))}`" for row in inputs_of(model.recipe) if not isinstance(row.get("hub"), str)]
+    beside = f" What has no link above must lie beside recipe.toml: {', '.join(dict.fromkeys(here))}." if here else ""
+    return [*lines, f"The same inputs give the same bytes.{beside}", ""]
 
 
 def _cell(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from sdops import hub, standin
@@ -14,7 +15,7 @@ from sdops.errors import FormatError, SdopsError, UsageError
 from sdops.formats import open_source
 from sdops.formats._file import irregular, read_head
 from sdops.hub import upload
-from sdops.hub.listing import Listing
+from sdops.hub.listing import MODELS, Listing
 from sdops.hub.reference import Reference, parse
 from sdops.hub.session import endpoint
 from sdops.report import Progress, Report, Section, silent
@@ -71,21 +72,31 @@ def push(
     hub.show_progress(progress)
     what = _repository(repo, revision)
     names = {one: _repository(one, None).repo for one in base}
-    files = _collect(standin.real(hub.located(path)))
+    if license_ is not None and not _model_card.LICENSE.fullmatch(license_):
+        raise UsageError(
+            f"`{license_}` is no identifier of a licence",
+            hint="such as `apache-2.0`, `creativeml-openrail-m`, `openrail++`, `cc-by-nc-4.0`; `other` for all else",
+        )
+    files = _collect(hub.located(path))
     for file in files.values():
         _check(file, allow_pickles=allow_pickles)
     if not dry_run:
         upload.check_token(what)
     facts = {name: (file.stat().st_size, sha256(file, progress)) for name, file in files.items()}
-    model = _describe(Path(path), what.repo, files, facts)
+    model = _describe(hub.located(path), what.repo, files, facts)
     report = Report("push")
     contents: dict[str, Path | bytes] = dict(files)
     found = upload.existing(what)
     if model is not None:
         model.bases, model.license, model.tags = list(names.values()), license_ or "", tags
-        if card and _CARD not in files and not _has_own_card(what, found):
+        model.files = {**_models_of(found), **facts}
+        is_kept = card and _CARD not in files and _has_own_card(what, found)
+        if is_kept:
+            report.warnings.append("the repository's README.md was not written by `sdops push` and stays as it is")
+        writes = card and _CARD not in files and not is_kept
+        if writes:
             contents[_CARD] = _model_card.card(model).encode()
-        _warn(report, model, cards=card)
+        _warn(report, model, cards=writes)
     _send(report, what, contents, found, private=private, pr=pr, message=message or _message(files, model), dry=dry_run)
     return report
 
@@ -100,18 +111,21 @@ def _repository(text: str, revision: str | None) -> Reference:
 
 
 def _collect(path: Path) -> dict[str, Path]:
-    """Path in the repository -> file. Hidden files, drafts and links out of the folder stay here."""
+    """Path in the repository -> file. Hidden files, drafts and links out of the folder stay here.
+
+    What is on the Hub is brought here.
+    """
     if not path.is_dir():
         read_head(path)  # refuses what is missing or no file
-        return {path.name: path}
-    root = path.resolve()
+        return {path.name: standin.real(path)}
+    root, is_ours = path.resolve(), standin.is_folder(path)
     files = {}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path)
         if file.is_file() and not any(part.startswith(".") for part in name.parts):
-            if not file.resolve().is_relative_to(root):
+            if not is_ours and not file.resolve().is_relative_to(root):
                 raise irregular(file, 0)
-            files[name.as_posix()] = file
+            files[name.as_posix()] = standin.real(file)
     if not files:
         raise SdopsError(f"`{path}` holds no files", hint="name a folder with a model in it")
     return files
@@ -143,15 +157,24 @@ def _describe(
     tries = (
         [("", path), *((name, files[name]) for name in models)] if path.is_dir() else [(m, files[m]) for m in models]
     )
+    found: Published | None = None
     for name, place in tries:
         try:
             source = open_source(place)
         except SdopsError:
             continue
-        metadata, detection = dict(source.metadata), detect(source.specs)
-        source.close()
-        return Published(repo, facts, name, detection, metadata)
-    return None
+        with closing(source):
+            found = found or Published(repo, facts, name, detect(source.specs), dict(source.metadata))
+            found.models[name] = dict(source.metadata)
+        if not found.main:  # a folder that is one model
+            break
+    return found
+
+
+def _models_of(found: Listing | None) -> dict[str, tuple[int, str]]:
+    """Models that the repository has already: size and SHA-256."""
+    there = found.files if found else {}
+    return {name: (one.size, one.sha256) for name, one in there.items() if one.sha256 and name.endswith(MODELS)}
 
 
 def _has_own_card(what: Reference, found: Listing | None) -> bool:
@@ -163,8 +186,11 @@ def _has_own_card(what: Reference, found: Listing | None) -> bool:
 
 
 def _warn(report: Report, model: Published, *, cards: bool) -> None:
-    for key, tells in _private.findings(model.metadata).items():
-        report.warnings.append(f"the metadata `{key}` hold {tells}; `sdops meta FILE --unset {key}` removes it")
+    for name, metadata in model.models.items():
+        where = f" of `{name}`" if len(model.models) > 1 else ""
+        for key, tells in _private.findings(metadata).items():
+            unset = f"`sdops meta {name or 'FILE'} --unset {key}` removes it"
+            report.warnings.append(f"the metadata `{key}`{where} hold {tells}; {unset}")
     if cards and not _model_card.base_models(model):
         report.warnings.append("the card names no base model: `--base OWNER/REPO` does")
     if cards and not model.license and "modelspec.license" not in model.metadata:
@@ -190,12 +216,15 @@ def _send(
 ) -> None:
     """Upload, or tell what would be uploaded."""
     now = found
+    readme = contents.get(_CARD)
     url = f"{endpoint()}/{what.repo}"
     if dry:
         changed = upload.changes(now, contents)
         commit = now.commit if now else ""
     else:
         if now is None:
+            if readme is not None:
+                upload.check_card(what, readme)
             upload.create(Reference(what.repo), private=private)
             now = upload.existing(what)
         done = upload.upload(what, contents, now, message=message, pull_request=pr)
@@ -219,7 +248,6 @@ def _send(
         Section(f"{what.repo} ({kind})", [["url", url], ["message", message]]),
         Section("Files", rows, ("file", "size>", "")),
     ]
-    readme = contents.get(_CARD)
     if dry and isinstance(readme, bytes):
         report.data["card"] = readme.decode()
         report.sections.append(Section("Model card", [[line] for line in readme.decode().splitlines()]))

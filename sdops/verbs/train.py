@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sdops import settings
+from sdops.errors import UsageError
+from sdops.hub import is_reference
 from sdops.report import Report
 from sdops.trainers import METHODS
 from sdops.training.config import read
@@ -57,6 +59,11 @@ def run(
     from sdops.trainers import check_method
 
     check_method(method)
+    if config is not None and is_reference(config):
+        raise UsageError(
+            f"`{config}` is on the Hub, settings are read from this disk",
+            hint=f"`sdops pull {config} -o FILE` brings it",
+        )
     wanted = read(method, None if config is None else Path(config), given)
     check_installed()
     launched = settings.launched()

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from fixtures import make
 from sdops.archs.detect import detect
 from sdops.core.spec import Spec
 from sdops.verbs._model_card import Published, base_models, card, relation
@@ -61,6 +62,39 @@ def test_a_push_is_one_commit_with_a_card(hub, sdops, merged):
     assert again.code == 0
     assert "there already" in again.out
     assert not hub.requests("POST")  # nothing changed, nothing is written
+
+
+def test_a_card_that_the_hub_refuses_makes_nothing(hub, sdops, merged):
+    assert sdops("push", merged, "ann/mix", "--license", "My licence", **WRITER).code == 2
+    hub.faults.append(Fault("POST /api/validate-yaml", status=400))
+    done = sdops("push", merged, "ann/mix", "--license", "no-such-licence", **WRITER)
+    assert done.code == 1
+    assert "does not accept the front matter" in done.err
+    assert "ann/mix" not in hub.repositories
+    hub.add("ann/mix", {})
+    hub.faults.append(Fault("POST /api/validate-yaml", status=400))
+    again = sdops("push", merged, "ann/mix", "--license", "no-such-licence", **WRITER)
+    assert (again.code, again.err) == (1, done.err)
+    assert not at(hub, "ann/mix")
+
+
+def test_what_is_on_the_hub_is_brought_and_pushed(hub, sdops, small_checkpoint):
+    folder = small_checkpoint("sd15-diffusers")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.add("bob/pipe", files)
+    for _ in range(2):  # not in the cache, then there
+        done = sdops("push", "hf://bob/pipe", "ann/copy", "--base", "bob/pipe", **WRITER)
+        assert done.code == 0, done.err
+        there = at(hub, "ann/copy")
+        assert {name: there[name].data for name in files} == files
+    assert 'base_model:\n- "bob/pipe"' in there["README.md"].data.decode()
+
+
+def test_nothing_is_written_to_a_reference(sdops, merged):
+    done = sdops("merge", merged, merged, "-o", "hf://ann/out/m.safetensors")
+    assert done.code == 1
+    assert "outputs are written to this disk" in done.err
+    assert "sdops push" in done.err
 
 
 def test_a_dry_run_writes_nothing(hub, sdops, merged):
@@ -159,6 +193,7 @@ LORA = {
     "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": Spec("F16", (320, 4)),
 }
 FP8 = {"model.diffusion_model.input_blocks.0.0.weight": Spec("F8_E4M3", (320, 4, 3, 3))}
+SD15 = {key: Spec(*spec) for key, spec in make.specs("sd15-ldm").items()}
 PLAIN = {"model.diffusion_model.input_blocks.0.0.weight": Spec("F16", (320, 4, 3, 3))}
 
 
@@ -172,6 +207,54 @@ def test_relations():
         PLAIN, {"verb": "merge", "inputs": [{"role": "a", "file": "y", "recipe": inner}, file("b", "a/a")]}
     )
     assert (relation(outer), base_models(outer)) == ("merge", ["a/a", "b/b"])
+    assert relation(published(PLAIN, {"verb": "convert", "inputs": [file("a", "a/a")]})) == "quantized"
+    made = published(PLAIN, {"verb": "convert", "inputs": [{"role": "a", "file": "y", "made": json.dumps(inner)}]})
+    assert (relation(made), base_models(made)) == ("merge", ["a/a", "b/b"])
+    resized = {"verb": "resize", "inputs": [file("a", "a/lora")]}
+    assert base_models(published(LORA, resized)) == ["a/lora"]
+    assert base_models(published(LORA, resized, bases=["b/base"])) == ["b/base"]
+
+
+def front(model: Published) -> dict:
+    return pytest.importorskip("yaml").safe_load(card(model).split("---")[1])
+
+
+def test_what_the_hub_offers_to_do_with_it():
+    """Its names of libraries, and the tags by which it chooses the code that it shows."""
+    one = front(published(SD15, {"verb": "merge"}))
+    assert (one["library_name"], one["pipeline_tag"]) == ("diffusion-single-file", "text-to-image")
+    lora = published(LORA, {})
+    lora.metadata = {**lora.metadata, "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+    assert front(lora)["library_name"] == "diffusers"
+    assert front(lora)["tags"] == ["text-to-image", "stable-diffusion-xl", "lora", "sdops"]
+    words = front(published({"clip_l": Spec("F32", (2, 768)), "clip_g": Spec("F32", (2, 1280))}, {}, bases=["a/xl"]))
+    assert (words["library_name"], words["base_model_relation"]) == ("diffusers", "adapter")
+    assert words["tags"] == ["text-to-image", "stable-diffusion-xl", "textual_inversion", "sdops"]
+    vae = published({key: spec for key, spec in SD15.items() if key.startswith("first_stage_model.")}, {})
+    assert vae.kind == "vae"
+    assert "pipeline_tag" not in front(vae)
+
+
+def test_rebuilding_is_promised_only_where_recipes_can():
+    merge = published(PLAIN, {"verb": "merge", "method": "weighted-sum", "inputs": [file("a", "a/a"),
+                              {"role": "b", "file": "mine.safetensors"}]})  # fmt: skip
+    assert "sdops build recipe.toml" in card(merge)
+    assert "must lie beside recipe.toml: `mine.safetensors`" in card(merge)
+    trained = published(LORA, {"verb": "train", "method": "lora", "settings": {"rank": 8}})
+    assert "sdops build" not in card(trained)
+    assert "- rank: `8`" in card(trained)
+
+
+def test_a_folder_of_results_tells_what_they_differ_in():
+    recipes = [{"verb": "merge", "method": "weighted-sum", "knobs": {"alpha": alpha}} for alpha in (0.1, 0.2)]
+    model = published(PLAIN, recipes[0])
+    model.models = {f"{i}.safetensors": {"sdops": json.dumps(each)} for i, each in enumerate(recipes)}
+    model.files = dict.fromkeys(model.models, (10, "0" * 64))
+    model.main = "0.safetensors"
+    text = card(model)
+    assert "| file | alpha | size | SHA-256 |" in text
+    assert "| `1.safetensors` | 0.2 | 10 B |" in text
+    assert "One of 2 models" in text
 
 
 def test_a_card_cannot_be_broken_out_of():
