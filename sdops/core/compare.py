@@ -98,6 +98,11 @@ class Measure:
         return sqrt(self.square_change / self.square_a)
 
     @property
+    def broken(self) -> bool:
+        """Whether NaN or infinity came or went, and no number changed beside."""
+        return bool(self.changed and self.nonfinite and not self.square_change)
+
+    @property
     def cosine(self) -> float | None:
         """Cosine of the angle between x and y; None if one of them is zero (or the sums were not taken)."""
         lengths = sqrt(self.square_a) * sqrt(self.square_b)

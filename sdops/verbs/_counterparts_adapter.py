@@ -28,7 +28,7 @@ _COMPLETE, _WITHOUT_ALPHAS = "comfy", "peft"  # dialects: with everything as ten
 _DOWN = (".lora_down.weight", ".lora_A.weight")
 
 
-class _File(View):
+class FileView(View):
     """A file under other names."""
 
     def __init__(self, origin: FileSource, source: Source) -> None:
@@ -94,7 +94,7 @@ def adapter_counterparts(
 def _seen(model: Model, recipes: Mapping[str, Recipe]) -> Model:
     """A file as other tensors made of its own."""
     tensors = {key: lazy(recipe, model.source) for key, recipe in recipes.items()}
-    source = _File(model.origin, AdapterSource(model.origin.name, tensors, model.origin.metadata))
+    source = FileView(model.origin, AdapterSource(model.origin.name, tensors, model.origin.metadata))
     return Model(source, source, detect(source.specs))
 
 

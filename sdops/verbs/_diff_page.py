@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from math import log10
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ from sdops.report import Report
 from sdops.text import count
 from sdops.verbs import _html
 from sdops.verbs._difference import KINDS, Difference, total
-from sdops.verbs.diff import cosine, relative
+from sdops.verbs.diff import change as told
+from sdops.verbs.diff import cosine, metadata
 
 if TYPE_CHECKING:
     from sdops.verbs.diff import Compared
@@ -20,6 +21,7 @@ _COLDEST, _HOTTEST = -3, 0  # powers of ten of the relative change: the heat map
 _LEFT, _RIGHT = -4, 0  # the same: the histogram
 _STEPS = 4  # its columns per power of ten
 _ROWS = 40
+_WHERE = {"only_a": "only in A", "only_b": "only in B", "changed": "another value"}
 _VERDICTS = {"the same": "The tensors are the same.", "different": "The tensors differ."}
 _LISTED = 2000
 
@@ -37,6 +39,10 @@ def _parts(found: Compared, report: Report) -> Iterator[_html.Html]:
     yield _html.facts([row for row in report.sections[0].rows if row[0] != "result"])
     for text in report.warnings:
         yield _html.paragraph(text, "bad")
+    for section in report.sections:
+        if section.heading == "Adapters":
+            yield _html.heading(section.heading)
+            yield _html.table(section.columns, section.rows)
     if found.changed:
         yield from _pictures(found)
         yield from _most_changed(found.changed)
@@ -57,8 +63,9 @@ def _pictures(found: Compared) -> Iterator[_html.Html]:
         for block, cells in found.blocks.items()
     ]
     yield _html.heat_map(["all", *kinds], rows)
-    yield _html.heading("How much the tensors changed")
-    yield _histogram(found.changed)
+    if known := [r.measure.relative for r in found.changed if r.measure and not r.measure.broken]:
+        yield _html.heading("How much the tensors changed")
+        yield _histogram([change for change in known if change is not None])
 
 
 def _cell(measure: Measure | None) -> _html.Heat | None:
@@ -68,6 +75,8 @@ def _cell(measure: Measure | None) -> _html.Heat | None:
         return _html.Heat(None, "=", "the same")
     title = f"cosine {cosine(measure.cosine) or 'unknown'}, largest change {measure.largest:.4g}"
     change = measure.relative
+    if measure.broken:
+        return _html.Heat(1.0, "NaN", title)
     if change is None:
         return _html.Heat(1.0, "≠", title)
     return _html.Heat(
@@ -85,14 +94,13 @@ def _position(change: float, low: int, high: int) -> float:
     return (log10(max(change, 10.0**low)) - low) / (high - low)
 
 
-def _histogram(changed: Iterable[Difference]) -> _html.Html:
+def _histogram(changes: Sequence[float]) -> _html.Html:
     counts = [0] * ((_RIGHT - _LEFT) * _STEPS)
-    known = [r.measure.relative for r in changed if r.measure and r.measure.relative is not None]
-    for change in known:
+    for change in changes:
         counts[min(int(_position(change, _LEFT, _RIGHT) * len(counts)), len(counts) - 1)] += 1
     ends = [f"{100 * 10.0**power:g}%" for power in range(_LEFT, _RIGHT + 1)]
     ends = [f"≤{ends[0]}", *ends[1:-1], f"≥{ends[-1]}"]
-    return _html.histogram(counts, ends, f"{count(len(known), 'tensor')} by relative change, logarithmic scale")
+    return _html.histogram(counts, ends, f"{count(len(changes), 'tensor')} by relative change, logarithmic scale")
 
 
 def _most_changed(changed: list[Difference]) -> Iterator[_html.Html]:
@@ -103,7 +111,7 @@ def _most_changed(changed: list[Difference]) -> Iterator[_html.Html]:
         [
             r.key,
             _html.bar((m.relative or 0.0) / highest),
-            relative(m.relative),
+            told(m),
             cosine(m.cosine),
             f"{m.largest:.3g}",
             " → ".join(dict.fromkeys(str(spec) for spec in r.specs)),
@@ -132,3 +140,7 @@ def _lists(found: Compared) -> Iterator[_html.Html]:
         if keys:
             rest = [f"... and {len(keys) - _LISTED:,} more"] if len(keys) > _LISTED else []
             yield _html.folded(f"{count(len(keys), 'tensor')} {what}", keys[:_LISTED] + rest)
+    names = [f"{key}: {_WHERE[what]}" for what, keys in metadata(found).items() for key in keys]
+    if names:
+        yield _html.heading("Metadata")
+        yield _html.folded(f"{count(len(names), 'entry')} that differ", names)

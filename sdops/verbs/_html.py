@@ -2,7 +2,7 @@
 
 A page carries its style inside, forbids the browser every request, follows the reader's light or dark setting, and is
 laid out for narrow and wide windows: pictures hold no text, so that scaling them leaves all text readable; in narrow
-ones a row of a table has its name in a line of its own.
+ones a row of a table of many columns has its name in a line of its own.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ summary { cursor: pointer; }
 """
 # The page may use its own style and pictures written into it, and nothing else from anywhere.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+_NARROW = 4  # columns of a table that has room in a narrow window
+_SHORT = 12  # lines of a list that is shown open
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +176,10 @@ def histogram(counts: Sequence[int], ends: Sequence[str], caption: str) -> Html:
 
 
 def folded(summary: str, lines: Iterable[str]) -> Html:
-    """A list that opens when its summary is clicked."""
-    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
-    return Html(f"<details><summary>{_text(summary)}</summary><ul>{items}</ul></details>")
+    """A list that opens when its summary is clicked; a short one is open."""
+    items = [f"<li>{_text(line)}</li>" for line in lines]
+    state = " open" if len(items) <= _SHORT else ""
+    return Html(f"<details{state}><summary>{_text(summary)}</summary><ul>{''.join(items)}</ul></details>")
 
 
 def write(path: Path, text: str) -> None:

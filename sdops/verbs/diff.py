@@ -144,9 +144,11 @@ def _compare(
     from sdops.core.compare import compare
     from sdops.core.run import default_jobs
     from sdops.verbs._counterparts import counterparts
+    from sdops.verbs._counterparts_embedding import as_vectors
     from sdops.verbs._difference import by_block, differences, pairs
 
     seen = None
+    a, b = as_vectors(a, b) or (a, b)
     if adapters is not None:
         from sdops.verbs._counterparts_adapter import adapter_counterparts
         from sdops.verbs._inspect_adapter import facts_of
@@ -228,11 +230,12 @@ def _facts(found: Compared, states: Mapping[str, int]) -> dict[str, Any]:
         "only_a": found.only_a,
         "only_b": found.only_b,
         "derived": found.derived,
-        "metadata": _metadata(found),
+        "metadata": metadata(found),
     }
 
 
-def _metadata(found: Compared) -> dict[str, list[str]]:
+def metadata(found: Compared) -> dict[str, list[str]]:
+    """Keys of the headers that differ."""
     a, b = found.a.origin.metadata, found.b.origin.metadata
     return {
         "only_a": sorted(a.keys() - b.keys()),
@@ -260,7 +263,7 @@ def _summary(found: Compared, states: Mapping[str, int]) -> list[list[str]]:
         rows.append(["largest change", f"{whole.largest:.4g}"])
     if found.derived:
         rows.append(["derived", f"{count(len(found.derived), 'table')} of position ids in one of them (not counted)"])
-    if any(names := _metadata(found).values()):
+    if any(names := metadata(found).values()):
         rows.append(["metadata", f"differs in {count(sum(map(len, names)), 'entry')} (not counted)"])
     return rows
 
@@ -278,7 +281,7 @@ def heat_map(blocks: Mapping[str, Mapping[str, Measure]]) -> Section:
     for block, cells in blocks.items():
         whole = total(cells.values())
         shades = [_shade(cells.get(kind)) for kind in kinds]
-        rows.append([block, *shades, relative(whole.relative), cosine(whole.cosine)])
+        rows.append([block, *shades, change(whole), cosine(whole.cosine)])
     if not any(measure.changed for cells in blocks.values() for measure in cells.values()):
         return Section("", [])
     bounds = [f"< {100 * bound:g}%" for bound in BOUNDS] + ["more"]
@@ -293,7 +296,12 @@ def _shade(measure: Measure | None) -> str:
     if not measure.changed:
         return "=="
     found = measure.relative
-    return HEAT[-1 if found is None else sum(found >= bound for bound in BOUNDS)] * 2
+    return HEAT[-1 if found is None or measure.broken else sum(found >= bound for bound in BOUNDS)] * 2
+
+
+def change(measure: Measure) -> str:
+    """The relative change, or what is worse."""
+    return "NaN" if measure.broken else relative(measure.relative)
 
 
 def relative(value: float | None) -> str:
@@ -313,7 +321,7 @@ def cosine(value: float | None) -> str:
 def _lists(found: Compared) -> Iterable[Section]:
     """The tensors behind the numbers; more of them with `-v`."""
     rows = [
-        [relative(m.relative), cosine(m.cosine), f"{m.largest:.4g}", _specs(r), shorten(r.key, _NAME)]
+        [change(m), cosine(m.cosine), f"{m.largest:.4g}", _specs(r), shorten(r.key, _NAME)]
         for r in found.changed
         if (m := r.measure)
     ]
@@ -330,7 +338,7 @@ def _lists(found: Compared) -> Iterable[Section]:
         yield from _short_and_long(heading, chosen, ("dtype, shape", "tensor"))
     for keys, side in _sides(found):
         yield from _short_and_long(f"Only in {side}", [[shorten(key, _NAME)] for key in keys], ())
-    names = [[what, key] for what, keys in _metadata(found).items() for key in keys]
+    names = [[what, key] for what, keys in metadata(found).items() for key in keys]
     yield Section("Metadata", names, ("", "key"), detail=True)
 
 
@@ -356,7 +364,7 @@ def _warnings(found: Compared) -> list[str]:
 def _rank(measure: Measure | None) -> float:
     if measure is None:
         return 0.0
-    return float("inf") if measure.relative is None else measure.relative
+    return float("inf") if measure.relative is None or measure.broken else measure.relative
 
 
 # ------------------------------------------------------------------------------------------------------------ the page

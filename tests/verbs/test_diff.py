@@ -165,6 +165,14 @@ def test_nan_is_warned_of(against, model):
     json.dumps(report.as_dict(), allow_nan=False)
 
 
+def test_a_number_that_became_nan_is_no_small_change(against, model):
+    dtype, array = model[KEY]
+    model[KEY] = dtype, np.where(np.arange(array.size).reshape(array.shape) == 0, np.nan, array).astype(array.dtype)
+    row = next(line for line in against(model).text().splitlines() if line.strip().startswith("M00"))
+    assert "██" in row
+    assert "NaN" in row
+
+
 def test_strangers_have_nothing_in_common(tmp_path, base):
     report = diff(base, tiny.write(tmp_path / "x.safetensors", {"w": tiny.encoded([1.0], "F16")}))
     assert report.failed
@@ -198,3 +206,18 @@ def test_the_page_replaces_nothing_by_itself(tmp_path, base, model):
     assert "the same" in page.read_text()
     with pytest.raises(OutputError):
         diff(base, base, html=base, force=True)
+
+
+def test_an_embedding_is_the_same_in_every_layout(tmp_path):
+    pytest.importorskip("torch")
+    from sdops.verbs import embed
+
+    vectors = np.random.default_rng(0).normal(size=(3, 768))
+    a = tiny.write(tmp_path / "word.safetensors", {"emb_params": tiny.encoded(vectors, "F32")})
+    for layout in ("a1111", "diffusers"):
+        b = tmp_path / layout / "word.pt"
+        b.parent.mkdir()
+        embed.convert(a, to=layout, output=b)
+        assert not diff(a, b).failed
+    tiny.write(a, {"emb_params": tiny.encoded(vectors + 1, "F32")})
+    assert diff(a, b).data["differences"].keys() == {"clip_l"}
