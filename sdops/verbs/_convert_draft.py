@@ -133,7 +133,8 @@ def single_file(
             draft.add(key, Entry(rows(selection.elsewhere.get(key, source), key), kind, key))
     unknown = [key for key, kind in selection.others.items() if kind == OTHER and key in draft.tensors]
     if unknown:
-        draft.notes.append(f"{count(len(unknown), 'tensor')} that sdops does not know stay as they are: `{unknown[0]}`")
+        kept = "stays as it is" if len(unknown) == 1 else "stay as they are"
+        draft.notes.append(f"{count(len(unknown), 'tensor')} that sdops does not know {kept}: `{unknown[0]}`")
     if extra is not None:
         _return_extra(draft, extra, selection, wish)
         if wish.ema == "use":
@@ -178,14 +179,14 @@ def vae_scale(family: str) -> float | None:
 def own_place(name: str, detection: Detection, selection: Selection) -> tuple[str, str]:
     """Layout and prefix of a component in the model's own file; of one that it lacks, as such files have it.
 
-    A model that was alone gets a prefix when others are put beside it.
+    A model that was alone is spelled as in whole files, with their prefix, when others are put beside it.
     """
     own = next((part for part in detection.components if part.name == name), None)
     if own is not None and (own.prefix or not selection.added):
         return own.layout, own.prefix
     table = component_table(name, detection.family)
     if table is not None:
-        return own.layout if own else table.layout, table.prefix
+        return table.layout, table.prefix
     if own is None:
         raise no_folder(name, [name], ())
     return own.layout, own.prefix

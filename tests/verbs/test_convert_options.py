@@ -523,6 +523,16 @@ def test_components_that_a_model_lacks_come_from_other_files(small_checkpoint, t
     assert same_tensors(one, other)
 
 
+def test_components_of_any_layout_are_put_together(small_checkpoint, tmp_path):
+    file, folder = small_checkpoint("sd15"), small_checkpoint("sd15-diffusers")
+    given = {"vae": folder / "vae", "text_encoder": folder / "text_encoder"}
+    sdops.convert(folder / "unet", to="safetensors", output=tmp_path / "j.safetensors", **given)
+    sdops.convert(folder, to="original", output=tmp_path / "o.safetensors")
+    found = tiny.load(tmp_path / "j.safetensors")
+    assert same_tensors(found, tiny.load(tmp_path / "o.safetensors"))
+    assert found.keys() == {key for key in tiny.load(file) if not key.endswith("position_ids")}
+
+
 def test_a_replaced_component_has_the_place_of_the_old_one_on_the_way_back(small_checkpoint, tmp_path):
     file = small_checkpoint("sd15")
     sdops.convert(file, to="original", components=["vae"], output=tmp_path / "vae.safetensors")

@@ -96,4 +96,5 @@ def compare(name: str, scripts: Path) -> bool:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) / "scripts"
-    sys.exit(not all([compare(name, folder) for name in sys.argv[2:] or [*_TO_SINGLE, *_DENOISERS]]))
+    results = [compare(name, folder) for name in sys.argv[2:] or [*_TO_SINGLE, *_DENOISERS]]
+    sys.exit(not all(results))
