@@ -13,9 +13,7 @@ import json
 import os
 import re
 import stat
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
@@ -115,6 +113,8 @@ def _read_file(path: str | os.PathLike[str], progress: Progress) -> tuple[Digest
 
 def _read(file: FileIO, nbytes: int, name: str, progress: Progress) -> Digests:
     """One pass with two hashers, each in its own thread: hashlib lets go of the interpreter."""
+    from concurrent.futures import ThreadPoolExecutor
+
     start = _data_start(file, nbytes)
     whole, tensors, legacy = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     buffer, position = aligned(_BUFFER), 0
@@ -161,6 +161,8 @@ def _recall(path: str | os.PathLike[str]) -> dict[str, str] | None:
 
 
 def _keep(path: str | os.PathLike[str], mark: Fingerprint, found: dict[str, str]) -> None:
+    import tempfile
+
     with contextlib.suppress(OSError, RuntimeError):
         entry = _entry(path)
         entry.parent.mkdir(parents=True, exist_ok=True)

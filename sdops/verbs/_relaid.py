@@ -9,7 +9,6 @@ from sdops.archs.detect import Component
 from sdops.archs.junk import is_position_ids
 from sdops.core.assembled import Made, joined, rows
 from sdops.core.source import Source
-from sdops.layouts.tables import made_of
 
 
 @dataclass(slots=True)
@@ -44,6 +43,8 @@ class Relaid:
         Raises:
             MismatchError: there is no way between the layouts, or a tensor's shape does not allow it.
         """
+        from sdops.layouts.tables import made_of
+
         keys = [key for key in own.keys if key in source.specs]
         recipes = made_of(own.family, own.name, own.layout, wanted.layout, [_cut(key, own) for key in keys])
         made = {

@@ -10,6 +10,8 @@ import pytest
 from tests import tiny
 
 HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "safetensors"}
+# Of Python's own: together they take as long as reading a header, and bring much along.
+SLOW = {"asyncio", "bz2", "concurrent.futures", "logging", "lzma", "secrets", "shutil", "subprocess", "tempfile"}
 _WATCH = """
 import sys
 from sdops.commands.main import main
@@ -55,6 +57,26 @@ def test_nothing_heavy_to_look_at_a_file(arguments, allowed, tmp_path):
     loaded = modules(*arguments, str(path))
     assert f"sdops.verbs.{arguments[0]}" in loaded
     assert loaded & HEAVY == allowed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unneeded"),
+    [
+        (["inspect", "m.safetensors"], ("sdops.verbs._convert", "sdops.layouts", "sdops.core.sink")),
+        (
+            ["convert", "m.safetensors", "--to", "safetensors", "--components", "vae", "-o", "v"],
+            ("sdops.layouts", "sdops.pipelines", "sdops.core.sink_"),
+        ),
+        (["merge", "m.safetensors", "m.safetensors", "-n"], ("sdops.layouts", "sdops.pipelines")),
+    ],
+)
+def test_a_command_loads_what_it_needs(arguments, unneeded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.write(tmp_path / "m.safetensors", tiny.checkpoint())
+    loaded = modules(*arguments)
+    assert f"sdops.verbs.{arguments[0]}" in loaded
+    assert not [name for name in loaded if name.startswith(unneeded)]
+    assert not loaded & SLOW
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["inpsect"], ["--version"]])
