@@ -5,9 +5,10 @@ Each file offers a class `Method`, made as `Method(model, config)`, with (`train
     parameters() -> list[Parameter]      what learns, with learning rates; those that learn alike stand together
     use(parts)                           put this step's tensors (in its dtype, with autograd) in their places
     loss(batch) -> Tensor                the loss of each sample, [B], already weighed by the noise step
-    after_step(views)                    change the float32 values in place: norms of words
+    after_step(views)                    change the float32 values in place: norms of words; then those of the moving
+                                         average, if there is one
     product(values) -> Product           what is saved, of float32 values on the CPU
-    rate                                 usual learning rate of what it is named after
+    rate, decay                          usual learning rate of what it is named after, usual weight decay
     encodes                              whether the text has to be encoded in every step
     trains_text                          whether weights of text encoders learn
     words                                new word -> number of vectors

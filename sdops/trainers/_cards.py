@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdops.errors import UsageError
-from sdops.trainers._kinds import kind_of, ranks_of
+from sdops.trainers._kinds import form_of, kind_of, ranks_of
 from sdops.trainers._named import words_of
 from sdops.trainers._networks import networks_of
 from sdops.training.config import Config
@@ -62,7 +62,7 @@ def of_pairs(config: Config, shapes: Shapes) -> int:
 
 
 def of_layers(config: Config, shapes: Shapes) -> int:
-    """Adapters: plain LoRA; LoHa has twice as many numbers, LoKr fewer.
+    """The parts of all adapters.
 
     Raises:
         UsageError: there are no such layers.
@@ -73,10 +73,10 @@ def of_layers(config: Config, shapes: Shapes) -> int:
             name, _, end = key.rpartition(".")
             kind = kind_of(component, name, ranks) if end == "weight" and len(shape) in (2, 4) else None
             if kind is not None:
-                total += ranks[kind].rank * (shape[0] + prod(shape[1:]))
+                total += sum(map(prod, form_of(config, ranks[kind]).shapes(shape).values()))
     if not total:
         raise UsageError(f"the model has no layers of {', '.join(ranks)}", hint="`attention`, `feedforward` ...")
-    return total * (2 if config.family == "loha" else 1)
+    return total
 
 
 def of_layers_and_words(config: Config, shapes: Shapes) -> int:
@@ -86,7 +86,7 @@ def of_layers_and_words(config: Config, shapes: Shapes) -> int:
 
 def of_keys_and_words(config: Config, shapes: Shapes) -> int:
     """Keys and values of cross-attention, and vectors."""
-    keys = sum(prod(shape) for key, shape in shapes["unet"].items() if _CROSS.fullmatch(key))
+    keys = sum(prod(shape) for key, shape in shapes["unet"].items() if is_of_cross(key))
     return keys + of_words(config, shapes)
 
 
@@ -111,6 +111,11 @@ def of_first_encoder(config: Config, shapes: Shapes) -> int:
 def is_of_text(key: str) -> bool:
     """Whether a tensor of a text encoder learns: the vocabulary stays, new words are `train ti`'s."""
     return "embeddings." not in key and not key.startswith("text_projection")
+
+
+def is_of_cross(key: str) -> bool:
+    """Whether a tensor of the UNet makes keys or values of the text."""
+    return _CROSS.fullmatch(key) is not None
 
 
 def of_networks(config: Config, shapes: Shapes) -> int:

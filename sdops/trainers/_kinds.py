@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sdops.errors import UsageError
 from sdops.text import instead_of
 from sdops.training.config import Config
+from sdops.training.forms import Form
 
 # Kind of layer -> what its name in diffusers' UNet looks like. The first that fits is meant.
 KINDS = {
@@ -57,6 +58,11 @@ def ranks_of(config: Config) -> dict[str, Rank]:
     if not found:
         raise UsageError("`ranks` names no layers to train", hint="e.g. `attention feedforward`", key="ranks")
     return found
+
+
+def form_of(config: Config, rank: Rank) -> Form:
+    """How layers of that rank are changed."""
+    return Form(config.family, rank.rank, rank.lora_alpha, config.rslora, config.dora, config.dropout, config.factor)
 
 
 def kind_of(component: str, name: str, ranks: Mapping[str, Rank]) -> str | None:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from sdops.errors import UsageError
-from sdops.trainers._kinds import Rank, kind_of, ranks_of
-from sdops.training.changes import Change, Form
+from sdops.trainers._kinds import form_of, kind_of, ranks_of
+from sdops.training.changes import Change
 from sdops.training.config import Config
 from sdops.training.model import Model
 
@@ -24,7 +24,7 @@ def changes(model: Model, config: Config) -> list[Change]:
     components: list[tuple[str, Any]] = [("unet", model.unet)]
     components += [(encoder.name, encoder.module) for encoder in model.encoders]
     found = [
-        Change(component, name, layer, _form(config, ranks[kind]))
+        Change(component, name, layer, form_of(config, ranks[kind]))
         for component, module in components
         for name, layer in module.named_modules()
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and (kind := kind_of(component, name, ranks)) is not None
@@ -39,7 +39,3 @@ def changes(model: Model, config: Config) -> list[Change]:
 def in_order(found: list[Change], rate: Callable[[Change], float]) -> list[Change]:
     """Sorted so that layers that learn at one rate stand together."""
     return sorted(found, key=lambda change: (change.component != "unet", rate(change)))
-
-
-def _form(config: Config, rank: Rank) -> Form:
-    return Form(config.family, rank.rank, rank.lora_alpha, config.rslora, config.dora, config.dropout, config.factor)

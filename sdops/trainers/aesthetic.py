@@ -51,7 +51,7 @@ class Method(method.Method):
 
     def parameters(self) -> list[Parameter]:
         """The weights."""
-        return self._weights.parameters(lambda _: self.config.lr or self.rate, max(self.config.weight_decay, 0))
+        return self._weights.parameters(lambda _: self.lr, self.weight_decay)
 
     def begin(self, beginning: Beginning) -> None:
         """Look at the pictures."""

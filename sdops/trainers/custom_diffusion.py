@@ -6,11 +6,11 @@ makes a LoRA with the word in it, for `sdops apply` and other programs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
+from sdops.trainers._cards import is_of_cross
 from sdops.trainers._named import words_of
 from sdops.trainers._vectors import Vectors
 from sdops.trainers._weights import Weights
@@ -21,28 +21,25 @@ from sdops.training.model import Model
 from sdops.training.parameters import Parameter
 from sdops.training.product import Product
 
-_WANTED = re.compile(r".*\.attn2\.to_[kv]\.weight")
-
 
 class Method(method.Method):
     """K, V and words."""
 
     encodes = True
     rate = 1e-5
+    decay = 0.01
 
     def __init__(self, model: Model, config: Config) -> None:
         super().__init__(model, config)
         self.words = words_of(config)
         beginnings = beginnings_of(model, config, self.words)
         self._vectors = Vectors(model, self.words, beginnings, keep_norm=config.keep_norm)
-        self._weights = Weights(model, lambda part, name: part == "unet" and bool(_WANTED.fullmatch(name)))
+        self._weights = Weights(model, lambda part, name: part == "unet" and is_of_cross(name))
 
     def parameters(self) -> list[Parameter]:
         """The matrices, then the vectors."""
-        rate = self.config.lr or self.rate
-        decay = 0.01 if self.config.weight_decay < 0 else self.config.weight_decay
-        weights = self._weights.parameters(lambda _: rate, decay)
-        return weights + self._vectors.parameters(self.config.word_lr or rate)
+        weights = self._weights.parameters(lambda _: self.lr, self.weight_decay)
+        return weights + self._vectors.parameters(self.config.word_lr or self.lr)
 
     def use(self, parts: Mapping[str, Tensor]) -> None:
         """Put them in their places."""

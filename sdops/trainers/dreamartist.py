@@ -57,8 +57,7 @@ class Method(method.Method):
 
     def parameters(self) -> list[Parameter]:
         """The vectors of all words."""
-        rate = self.config.word_lr or self.config.lr or self.rate
-        return self._vectors.parameters(rate, max(self.config.weight_decay, 0))
+        return self._vectors.parameters(self.config.word_lr or self.lr, self.weight_decay)
 
     def use(self, parts: Mapping[str, Tensor]) -> None:
         """Put them beside the vocabularies."""

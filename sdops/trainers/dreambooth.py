@@ -25,6 +25,7 @@ class Method(method.Method):
     """All weights of the UNet, and of the text encoders if wished."""
 
     rate = 2e-6
+    decay = 0.01
 
     def __init__(self, model: Model, config: Config) -> None:
         super().__init__(model, config)
@@ -33,9 +34,8 @@ class Method(method.Method):
 
     def parameters(self) -> list[Parameter]:
         """The weights."""
-        decay = 0.01 if self.config.weight_decay < 0 else self.config.weight_decay
-        rate = self.config.lr or self.rate
-        return self._weights.parameters(lambda part: rate if part == "unet" else self.config.text_lr or rate, decay)
+        of_text = self.config.text_lr or self.lr
+        return self._weights.parameters(lambda part: self.lr if part == "unet" else of_text, self.weight_decay)
 
     def use(self, parts: Mapping[str, Tensor]) -> None:
         """Let the modules compute with them."""

@@ -25,7 +25,6 @@ from sdops.training.model import Model
 from sdops.training.parameters import Parameter
 from sdops.training.product import Chain, Network, Product
 
-DECAY = 0.01
 _DEVIATION = 0.01  # of weights that begin `Normal`, and of norms
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -45,6 +44,7 @@ class Method(method.Method):
     """The networks' weights and biases."""
 
     rate = 1e-5
+    decay = 0.01
 
     def __init__(self, model: Model, config: Config) -> None:
         super().__init__(model, config)
@@ -63,10 +63,8 @@ class Method(method.Method):
 
     def parameters(self) -> list[Parameter]:
         """All chains, keys before values, narrow before wide."""
-        decay = DECAY if self.config.weight_decay < 0 else self.config.weight_decay
-        rate = self.config.lr or self.rate
         return [
-            Parameter(f"{width}.{which}.{name}", self._initial(f"{width}.{which}.{name}", shape), rate, decay)
+            Parameter(key := f"{width}.{which}.{name}", self._initial(key, shape), self.lr, self.weight_decay)
             for width in self._networks.widths
             for which in "kv"
             for name, shape in self._networks.shapes(width).items()

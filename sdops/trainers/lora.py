@@ -17,13 +17,12 @@ from sdops.training.model import Model
 from sdops.training.parameters import Parameter
 from sdops.training.product import Layer, Product
 
-DECAY = 0.01
-
 
 class Method(method.Method):
     """Adapters on layers."""
 
     rate = 1e-4
+    decay = 0.01
 
     def __init__(self, model: Model, config: Config) -> None:
         super().__init__(model, config)
@@ -37,9 +36,8 @@ class Method(method.Method):
 
     def parameters(self) -> list[Parameter]:
         """The parts of all layers."""
-        decay = DECAY if self.config.weight_decay < 0 else self.config.weight_decay
         return [
-            Parameter(f"{change.key}.{part}", value, self._rate(change), decay)
+            Parameter(f"{change.key}.{part}", value, self._rate(change), self.weight_decay)
             for change in self._changes
             for part, value in change.initial(self.config.seed).items()
         ]
@@ -56,9 +54,7 @@ class Method(method.Method):
         return Product([_layer(change, by_layer[change.key]) for change in self._changes])
 
     def _rate(self, change: Change) -> float:
-        rate = self.config.lr or self.rate
-        if change.component != "unet":
-            rate = self.config.text_lr or rate
+        rate = self.lr if change.component == "unet" else self.config.text_lr or self.lr
         return rate * self._block_rate(change.component, change.name)
 
 

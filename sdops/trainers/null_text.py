@@ -50,12 +50,12 @@ class Method(method.Method):
 
     def parameters(self) -> list[Parameter]:
         """The texts; each learns in its own steps, at a rate that falls to the half."""
-        rate, inner = self.config.lr or self.rate, self.config.inner_steps
+        inner = self.config.inner_steps
         return [
             Parameter(
                 f"null{index:03d}",
                 self._null[0],
-                rate * (1 - index / (2 * self._number)),
+                self.lr * (1 - index / (2 * self._number)),
                 since=index * inner,
                 until=(index + 1) * inner,
             )

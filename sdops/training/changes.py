@@ -18,35 +18,8 @@ from torch.nn import functional
 
 from sdops import adapters
 from sdops.core.noise import Noise
+from sdops.training.forms import DORA, ZERO, Form
 from sdops.training.kernels import LoraLinear
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a layer is changed.
-
-    Attributes:
-        family: lora, loha or lokr.
-        rank: Of it.
-        lora_alpha: The change is scaled by this / rank, or / sqrt(rank).
-        use_rslora: Whether the root is taken.
-        dora: Whether lengths are learnt apart.
-        dropout: Share of the inputs that the adapter does not see.
-        factor: LoKr: largest size of the small factor.
-    """
-
-    family: str
-    rank: int
-    lora_alpha: float
-    use_rslora: bool = False
-    dora: bool = False
-    dropout: float = 0.0
-    factor: int = 8
-
-    @property
-    def scale(self) -> float:
-        """alpha / r or alpha / sqrt(r)."""
-        return self.lora_alpha / (sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 @dataclass(eq=False)
@@ -75,10 +48,6 @@ class Change:
         self._kernel = kernel if self.is_plain and isinstance(self.layer, nn.Linear) else None
         self.layer.forward = self._forward
 
-    def remove(self) -> None:
-        """Give the layer back as it was."""
-        self.layer.forward = self._plain
-
     @property
     def is_plain(self) -> bool:
         """Whether it is a LoRA that sees all of its input and nothing of the weight."""
@@ -91,14 +60,21 @@ class Change:
 
     def initial(self, seed: int) -> dict[str, Tensor]:
         """The parts at the start, float32: they change nothing."""
-        shape = tuple(self.layer.weight.shape)
-        drawn = _Draws(seed, self.key)
-        made = {"lora": _lora, "loha": _loha, "lokr": _lokr}[self.form.family](shape, self.form, drawn)
-        if self.form.dora:
+        shapes = self.form.shapes(tuple(self.layer.weight.shape))
+        return {part: self._initial(seed, part, shape) for part, shape in shapes.items()}
+
+    def _initial(self, seed: int, part: str, shape: tuple[int, ...]) -> Tensor:
+        """LoRA's `down` and LoKr's factors uniform, as Kaiming's with a = sqrt(5), LoHa's as LyCORIS has them."""
+        if part == DORA:
             weight = self.layer.weight.detach().float().cpu()
-            norms = torch.linalg.vector_norm(weight.flatten(1), dim=1)
-            made["dora_scale"] = norms.view(-1, *[1] * (len(shape) - 1))
-        return made
+            lengths: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+            return lengths.view(shape)
+        if part in ZERO[self.form.family]:
+            return torch.zeros(shape)
+        draws = Noise(seed, f"{self.key}.{part}")
+        if self.form.family == "loha":
+            return draws.normal(0, torch.empty(shape)) * (0.1 if part == "w1_a" else 1.0)
+        return (draws.uniform(0, torch.empty(shape)) * 2 - 1) / sqrt(prod(shape[1:]))
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         is_made = self.made is not None and self.made[0] is x
@@ -135,53 +111,3 @@ class Change:
             lora_alpha=self.form.lora_alpha,
             use_rslora=self.form.use_rslora,
         )
-
-
-class _Draws:
-    """Random numbers that depend on the seed, the layer and the part, and on nothing else."""
-
-    def __init__(self, seed: int, key: str) -> None:
-        self._seed, self._key = seed, key
-
-    def uniform(self, part: str, *shape: int) -> Tensor:
-        """Between -1 / sqrt(inputs) and 1 / sqrt(inputs): Kaiming's with a = sqrt(5), as LoRA's `down` begins."""
-        values = Noise(self._seed, f"{self._key}.{part}").uniform(0, torch.empty(shape))
-        return (values * 2 - 1) / sqrt(prod(shape[1:]))
-
-    def normal(self, part: str, deviation: float, *shape: int) -> Tensor:
-        """Normal numbers."""
-        return Noise(self._seed, f"{self._key}.{part}").normal(0, torch.empty(shape)) * deviation
-
-
-def _lora(shape: tuple[int, ...], form: Form, draws: _Draws) -> dict[str, Tensor]:
-    ones = [1] * (len(shape) - 2)
-    return {
-        "up": torch.zeros(shape[0], form.rank, *ones),
-        "down": draws.uniform("down", form.rank, *shape[1:]),
-    }
-
-
-def _loha(shape: tuple[int, ...], form: Form, draws: _Draws) -> dict[str, Tensor]:
-    """As LyCORIS begins: one of the four is zero."""
-    columns = prod(shape[1:])
-    return {
-        "w1_a": draws.normal("w1_a", 0.1, shape[0], form.rank),
-        "w1_b": draws.normal("w1_b", 1.0, form.rank, columns),
-        "w2_a": torch.zeros(shape[0], form.rank),
-        "w2_b": draws.normal("w2_b", 1.0, form.rank, columns),
-    }
-
-
-def _lokr(shape: tuple[int, ...], form: Form, draws: _Draws) -> dict[str, Tensor]:
-    """w1 [a, c], w2 [b, d k] in two factors, whole where the rank would not save anything."""
-    rows, columns = _divisor(shape[0], form.factor), _divisor(shape[1], form.factor)
-    tall, wide = shape[0] // rows, prod(shape[1:]) // columns
-    first = {"w1": draws.uniform("w1", rows, columns)}
-    if form.rank >= max(tall, shape[1] // columns) / 2:
-        return first | {"w2": torch.zeros(tall, wide)}
-    return first | {"w2_a": torch.zeros(tall, form.rank), "w2_b": draws.uniform("w2_b", form.rank, wide)}
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest divisor up to `most`."""
-    return next(number for number in range(min(most, size), 0, -1) if size % number == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +34,11 @@ class Beginning:
     done: int
 
 
-class Method:
+class Method(ABC):
     """A training method; the shelf's docstring says what each member is for."""
 
     rate: float
+    decay = 0.0
     encodes = False
     trains_text = False
     decodes = False
@@ -47,23 +49,35 @@ class Method:
         self.model, self.config = model, config
         self.words: dict[str, int] = {}
 
+    @abstractmethod
     def parameters(self) -> list[Parameter]:
         """What learns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def use(self, parts: Mapping[str, Tensor]) -> None:
         """Put this step's tensors in their places."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product(self, values: Mapping[str, Tensor]) -> Product:
         """What is saved."""
-        raise NotImplementedError
+
+    @property
+    def lr(self) -> float:
+        """The learning rate that is wished, or the usual one."""
+        return self.config.lr or self.rate
+
+    @property
+    def weight_decay(self) -> float:
+        """That of AdamW that is wished, or the usual one."""
+        return self.decay if self.config.weight_decay < 0 else self.config.weight_decay
 
     def after_step(self, views: Mapping[str, Tensor]) -> None:
         """Nothing to do."""
+        del views
 
     def begin(self, beginning: Beginning) -> None:
         """Nothing to look at."""
+        del beginning
 
     def measure(self, views: Mapping[str, Tensor]) -> float | None:
         """None: the loss with fixed noise is measured."""
