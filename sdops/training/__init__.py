@@ -9,7 +9,7 @@
     diffusion         noise, targets and weights of the loss, as the papers write them
     model             UNet, VAE and text encoders in one hand
     words             vectors of new words beside a frozen vocabulary; beginnings says what they begin as
-    changes           layers with LoRA, LoHa, LoKr, DoRA on top; kernels computes them on a GPU
+    changes           layers with LoRA, LoHa, LoKr, DoRA on top, as forms says; kernels computes them on a GPU
     cross_attention   keys and values of all cross-attentions at once
     parameters        everything that learns in one flat buffer
     optimizer         AdamW over it, clipping, the stop at what is not finite, the moving average
@@ -18,10 +18,11 @@
     graphs            steps recorded and replayed on CUDA
     workers           several processes
     loop              the loop
+    interruption      Ctrl-C, held back until a step is done
     sampling          pictures on the way
     state, log        where a run stands, and what happened
 
 `trainers/` says what is learnt, what the loss is and what is saved. Files of models are opened and written by
 `verbs/_train_*.py`; nothing here knows how a checkpoint is spelled. torch, diffusers and transformers are imported by
-the parts that compute: `config`, `pictures` and `batches` are enough to check a run.
+the parts that compute: `config`, `forms`, `pictures` and `batches` are enough to check a run.
 """

@@ -40,7 +40,8 @@ def weights_of(abar: Tensor, prediction: str, *, min_snr: float = 0.0, debiased:
 
     min-SNR (Hang et al. 2023, arXiv:2303.09556): min(snr, g) / snr for epsilon, min(snr, g) / (snr + 1) for v; where
     snr is 0 epsilon says nothing about the picture, and the weight is that of an SNR of nearly 0: 1.
-    debiased (Yu et al. 2023, arXiv:2310.08442): 1 / sqrt(min(snr, 1000)), here with snr of at least 1e-3.
+    debiased (Yu et al. 2023, arXiv:2310.08442): 1 / sqrt(min(snr, 1000)), here with snr of at least 1e-3; for v, whose
+    error is sqrt(snr + 1) times that of the picture, 1 / (min(snr, 1000) + 1), as kohya-ss/sd-scripts has it.
     """
     snr = abar / (1 - abar)
     weights = torch.ones_like(snr)
@@ -48,7 +49,7 @@ def weights_of(abar: Tensor, prediction: str, *, min_snr: float = 0.0, debiased:
         least = snr.clamp(max=min_snr)
         weights = least / (snr + 1) if prediction == "v" else torch.where(snr > 0, least / snr.clamp(min=1e-12), 1.0)
     if debiased:
-        weights = weights / snr.clamp(1e-3, 1000).sqrt()
+        weights = weights / ((snr.clamp(max=1000) + 1) if prediction == "v" else snr.clamp(1e-3, 1000).sqrt())
     return weights
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdops.core.noise import Noise
 from sdops.training import diffusion
-from sdops.training.batches import Plan, Sample, varied
+from sdops.training.batches import Box, Plan, Sample, varied
 from sdops.training.config import Config
 from sdops.training.latents import Latent
 from sdops.training.model import Model
@@ -111,6 +111,9 @@ class Feeder:
         self._weights = diffusion.weights_of(
             model.abar, model.prediction, min_snr=config.min_snr, debiased=config.debiased
         ).float()
+        self._of_size: dict[Box, list[Latent]] = {}
+        for sample, latent in self.class_latents.items():
+            self._of_size.setdefault(sample.box, []).append(latent)
         self._cache: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def batch(self, number: int) -> Batch:
@@ -188,7 +191,7 @@ class Feeder:
 
     def _of_class(self, index: int, like: Sample) -> Latent:
         """The class picture that goes with sample `index`, in the same size."""
-        fitting = [latent for sample, latent in self.class_latents.items() if sample.box == like.box]
+        fitting = self._of_size[like.box]
         return fitting[index % len(fitting)]
 
     def _text(self, index: int, sample: Sample) -> str:

@@ -42,7 +42,10 @@ class Log:
 
 
 def _is_before(line: str, done: int) -> bool:
-    entry = json.loads(line)
+    try:
+        entry = json.loads(line)
+    except ValueError:  # cut off when the run was killed
+        return False
     return bool(entry.get("step", 0) <= done)
 
 

@@ -42,6 +42,7 @@ class Course:
         paint: Called with the number of steps done; paints samples.
         note: Tells the user something.
         advance: Told of every step.
+        ends: Asked after every step whether the run is to end; what was learnt is then saved.
         start: Steps that were done before.
         losses: Step -> validation loss, of this process' part of the run.
     """
@@ -58,9 +59,15 @@ class Course:
     paint: Callable[[int], None]
     note: Callable[[str], None]
     advance: Callable[[int], None] = lambda _: None
+    ends: Callable[[], bool] = lambda: False
     start: int = 0
     losses: dict[int, float] = field(default_factory=dict)
     _pending: list[tuple[int, float, Tensor]] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """The step after which the run is over."""
+        return min(self.config.until or self.config.steps, self.config.steps)
 
     def run(self) -> int:
         """Train; returns the number of steps done.
@@ -68,12 +75,10 @@ class Course:
         Raises:
             DivergedError: the loss or the gradient is not finite; the values from before were saved.
         """
-        config = self.config
-        end = min(config.until or config.steps, config.steps)
-        take = self._stepper()
+        end, take = self.end, self._stepper()
         if self.start == 0:
             self._validate(0)
-        last = time.monotonic()
+        done, last = self.start, time.monotonic()
         for step in range(self.start, end):
             self._seed(step)
             self.optimizer.set_rates(self._rate(step), step)
@@ -84,13 +89,15 @@ class Course:
             self._pending.append((done, now - last, told))
             last = now
             self.advance(1)
-            self._between(done, end)
-        return max(end, self.start)
+            if self._between(done, end):
+                break
+        return done
 
-    def _between(self, done: int, end: int) -> None:
-        """What happens after a step."""
+    def _between(self, done: int, end: int) -> bool:
+        """What happens after a step; whether the run ends with it, before its time."""
         config = self.config
-        saves = bool(config.save_every) and done % config.save_every == 0 and done < end
+        ends = done < end and self.ends()
+        saves = ends or (bool(config.save_every) and done % config.save_every == 0 and done < end)
         paints = bool(config.sample_prompts) and (done == end or done % (config.sample_every or end) == 0)
         measures = bool(config.validate_every) and (done % config.validate_every == 0 or done == end)
         is_cpu = self.feeder.model.device.type == "cpu"
@@ -102,6 +109,7 @@ class Course:
             self.save(done)
         if paints:
             self.paint(done)
+        return ends
 
     def _rate(self, step: int) -> float:
         config = self.config
@@ -167,6 +175,9 @@ class Course:
         self.optimizer.step(loss)
         with torch.no_grad():
             self.method.after_step(self.parameters.views())
+            self.optimizer.follow()
+            if self.optimizer.average is not None:
+                self.method.after_step(self.parameters.views(self.optimizer.average))
 
     # ------------------------------------------------------------------------------------------------ looking at it
 
@@ -207,10 +218,10 @@ class Course:
     def measure(self) -> float:
         """The loss with noise that never changes, not weighed: mean over the samples and eight noise steps.
 
-        Or what the method measures in its place.
+        Or what the method measures in its place; of what would be saved.
         """
-        self.method.use(self.parameters.current())
-        own = self.method.measure(self.parameters.views())
+        self.method.use(self.parameters.current(self.optimizer.average))
+        own = self.method.measure(self.parameters.views(self.optimizer.average))
         if own is not None:
             return own
         groups: dict[tuple[int, int], list[Sample]] = {}

@@ -58,6 +58,7 @@ class Optimizer:
         self._rates = torch.zeros(len(parameters.groups), device=flat.device)
         self._is_cuda = flat.device.type == "cuda"
         self.average = flat.clone() if decay else None
+        self._pull = number.clone()  # of the values on the average: 0 if the step was not good
 
     def set_rates(self, factor: float, step: int) -> None:
         """Set the learning rates of a step, before it is taken.
@@ -78,6 +79,9 @@ class Optimizer:
         """
         with torch.no_grad():
             gradient = self._parameters.gradient
+            for number, group in enumerate(self._parameters.groups):
+                if group.rests:  # what stands still is in no norm
+                    gradient[group.start : group.stop].masked_fill_(self._rates[number] == 0, 0)
             self.norm.copy_(torch.linalg.vector_norm(gradient) / self.scale)
             finite = torch.isfinite(self.norm)
             divisor = self.scale.clone()
@@ -86,9 +90,13 @@ class Optimizer:
             self._judge(finite, torch.isfinite(loss))
             good = (finite & (self.stopped == 0)).float()
             self._adamw(gradient, divisor, 1 - good)
-            if self.average is not None:
-                self.average.lerp_(self._parameters.flat, good * (1 - self._decay))
+            self._pull.copy_(good * (1 - self._decay))
             gradient.zero_()
+
+    def follow(self) -> None:
+        """Move the average towards the values, when the method has done with them what it does after a step."""
+        if self.average is not None:
+            self.average.lerp_(self._parameters.flat.detach(), self._pull)
 
     def _judge(self, finite: Tensor, sound: Tensor) -> None:
         """Decide whether to stop, and what the scale becomes."""

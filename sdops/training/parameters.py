@@ -6,7 +6,7 @@ operation as well, however many layers there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -47,6 +47,11 @@ class Group:
     until: int | None
     since: int
 
+    @property
+    def rests(self) -> bool:
+        """Whether there are steps in which it stands still."""
+        return self.lr == 0 or self.since > 0 or self.until is not None
+
     def learns(self, step: int) -> bool:
         """Whether it learns in a step, counted from 0."""
         return step >= self.since and (self.until is None or step < self.until)
@@ -83,21 +88,17 @@ class Parameters:
             raise RuntimeError("the gradient was taken away")
         return self.flat.grad
 
-    def current(self) -> dict[str, Tensor]:
-        """The parts as a step computes with them, in its dtype."""
-        pieces = torch.split(self.flat.to(self._dtype), self._sizes)
-        return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self._shapes, strict=True)}
+    def current(self, of: Tensor | None = None) -> dict[str, Tensor]:
+        """The parts as a step computes with them, in its dtype; of another buffer of this kind, if one is given."""
+        return self._parts((self.flat if of is None else of).to(self._dtype))
 
     def views(self, of: Tensor | None = None) -> dict[str, Tensor]:
         """The parts as views of the buffer, or of another one of its kind, without autograd."""
-        pieces = torch.split((self.flat if of is None else of).detach(), self._sizes)
-        return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self._shapes, strict=True)}
+        return self._parts((self.flat if of is None else of).detach())
 
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        """Take over values by name."""
-        views = self.views()
-        for name, value in values.items():
-            views[name].copy_(value.reshape(views[name].shape))
+    def _parts(self, flat: Tensor) -> dict[str, Tensor]:
+        pieces = torch.split(flat, self._sizes)
+        return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self._shapes, strict=True)}
 
 
 def _grouped(parts: Sequence[Parameter], sizes: Sequence[int]) -> Iterator[Group]:

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdops.errors import SdopsError
 from sdops.report import Report, Section
-from sdops.text import duration
+from sdops.text import count, duration, size
 from sdops.trainers import METHODS, trainer
 from sdops.trainers._cards import TEXTS, VECTOR
 from sdops.training import latents, sampling, state
 from sdops.training.batches import Sample
 from sdops.training.feeder import Feeder
+from sdops.training.interruption import Interruption
 from sdops.training.latent_store import LatentStore
 from sdops.training.log import Log, read
 from sdops.training.loop import Course as Loop
@@ -26,8 +28,9 @@ from sdops.training.optimizer import Optimizer
 from sdops.training.parameters import Parameters
 from sdops.training.tokens import VOCABULARY, Tokens
 from sdops.training.workers import Workers, join
-from sdops.verbs._train_model import build, device_of
+from sdops.verbs._train_model import build, device_of, dtype_of
 from sdops.verbs._train_plan import Course
+from sdops.verbs._train_report import memory_of
 from sdops.verbs._train_save import check_writable, write
 from sdops.verbs.train import Say
 
@@ -49,9 +52,28 @@ def train(course: Course, report: Report, say: Say) -> Report:
         running = Running(course, workers, say if workers.rank == 0 else _silent)
         done = running.run()
         workers.wait()
+    except torch.OutOfMemoryError as error:
+        raise _too_large(course, device) from error
     finally:
         workers.close()
     return running.complete(report, done)
+
+
+def _too_large(course: Course, device: torch.device) -> SdopsError:
+    """The run needs more memory than the device has free."""
+    config = course.config
+    ways = {
+        f"`--batch {max(config.batch // 2, 1)} --accumulate {config.accumulate * 2}`": config.batch > 1,
+        "`--checkpointing`": not config.checkpointing,
+        "`--dtype bf16`": config.dtype == "fp32",
+        f"a `--resolution` below {config.resolution}": True,
+    }
+    whole = f" ({size(torch.cuda.mem_get_info(device)[1])})" if device.type == "cuda" else ""
+    needed = size(memory_of(course, "fp32" if dtype_of(config.dtype, device) == torch.float32 else "bf16"))
+    return SdopsError(
+        f"the memory of `{device}` is not enough{whole}; this run needs about {needed}",
+        hint=", ".join(way for way, helps in ways.items() if helps),
+    )
 
 
 def _silent(text: str) -> None:
@@ -96,9 +118,12 @@ class Running:
         self._start = self._resumed() if config.resume else 0
 
     def _values(self) -> dict[str, torch.Tensor]:
-        """What was learnt so far, or its moving average, on the CPU."""
-        views = self.parameters.views(self.optimizer.average)
-        return {name: value.float().cpu() for name, value in views.items()}
+        """What is saved, on the CPU."""
+        return {name: value.cpu() for name, value in self._views().items()}
+
+    def _views(self) -> dict[str, torch.Tensor]:
+        """What was learnt so far, or its moving average, float32."""
+        return self.parameters.views(self.optimizer.average)
 
     def _resumed(self) -> int:
         found = state.load(self.course.state, self._identity)
@@ -132,11 +157,11 @@ class Running:
             self._paint if is_first else _no_step,
             self.say,
             teller,
-            self._start,
+            start=self._start,
         )
         teller.loop = self.loop
         try:
-            done = self.loop.run()
+            done = self._looped()
             if is_first:
                 self._save(course.output, done)
                 state.write(course.state, state.State(done, self.optimizer.state()), self._identity)
@@ -146,11 +171,23 @@ class Running:
         self.seconds = time.monotonic() - begin
         return done
 
+    def _looped(self) -> int:
+        """The steps. Ctrl-C saves what was learnt; processes that wait for each other end at once instead."""
+        if self.workers.size > 1:
+            return self.loop.run()
+        with Interruption(lambda: self.say("ending after this step; once more ends at once")) as interruption:
+            self.loop.ends = lambda: interruption.came
+            done = self.loop.run()
+        if done < self.loop.end:
+            self.say(f"what was learnt in {done:,} steps is saved; `--resume` goes on")
+            interruption.act()
+        return done
+
     def _feeder(self) -> Feeder:
         """Latents of all pictures, outputs of all texts; what made them is not needed afterwards but to paint."""
         course, config = self.course, self.course.config
         distinct = list(dict.fromkeys(course.plan.samples))
-        self.say(f"reading {len(distinct)} pictures into latents")
+        self.say(f"reading {count(len(distinct), 'picture')} into latents")
         store = LatentStore(Path(config.latents), self.model) if config.latents else None
         cached = latents.make(self.model, course.folder.pictures, distinct, store)
         of_class: dict[Sample, latents.Latent] = {}
@@ -203,7 +240,7 @@ class Running:
 
         config = self.course.config
         self.course.samples.mkdir(exist_ok=True)
-        self.method.use(self.parameters.current())
+        self.method.use(self.parameters.current(self.optimizer.average))
         side = config.resolution
         for index, prompt in enumerate(config.sample_prompts):
             text = prompt.replace("{}", " ".join(self.course.words))
@@ -222,7 +259,7 @@ class Running:
         if losses:
             first, last = min(losses), max(losses)
             rows.append([self.method.measured, f"{losses[first]:.6f} before, {losses[last]:.6f} after step {last}"])
-        findings = self.method.findings(self.parameters.views())
+        findings = self.method.findings(self._views())
         rows += [[name.replace("_", " "), f"{value:.2f}"] for name, value in findings.items()]
         rows += [["wrote", str(path)] for path in self.outputs]
         rows.append(["log", f"{self.course.log}"])

@@ -66,6 +66,38 @@ def test_a_method_learns_and_saves_what_it_learnt(train, tmp_path, method):
         assert adapter.source.metadata["ss_steps"] == "3"
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"ranks": "attention=4/2 resnet=2 text"},
+        {"family": "loha", "dora": True},
+        {"family": "lokr", "factor": 4, "ranks": "attention=2 feedforward=64 resnet=2"},
+    ],
+    ids=str,
+)
+def test_what_is_said_to_learn_is_what_learns(train, tmp_path, given):
+    report = train("lora", steps=0, rank=2, **given)
+    state = open_source(tmp_path / "out.state.safetensors")
+    assert report.data["parameters"] == state.specs["flat"].numel
+    state.close()
+
+
+def test_of_a_moving_average_all_is_told_that_is_saved(train, tmp_path):
+    """One that hardly moves has the first loss to the end; its words have the vocabulary's length all the same."""
+
+    def lengths():
+        (word,) = open_embeddings(tmp_path / "out.pt").embeddings
+        (vectors,) = word.vectors.values()
+        return np.linalg.norm(vectors.values, axis=1)
+
+    still = train("ti", **QUICK, **GIVEN["ti"], ema=0.99999)
+    assert still.data["losses"]["3"] == pytest.approx(still.data["losses"]["0"], rel=1e-4)
+    usual = lengths()
+    moved = train("ti", **QUICK, **{**GIVEN["ti"], "lr": 1.0}, ema=0.5)
+    assert moved.data["losses"]["3"] != pytest.approx(still.data["losses"]["0"], rel=1e-2)
+    np.testing.assert_allclose(lengths(), usual, rtol=1e-5)
+
+
 def test_an_adapter_of_peft_is_a_folder_and_everything_else_lies_beside_it(train, tmp_path):
     """Also what is saved between, so that every file has its own configuration."""
     given = {

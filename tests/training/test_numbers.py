@@ -53,7 +53,11 @@ def test_weights_are_those_of_the_papers():
     assert torch.allclose(epsilon, torch.minimum(snr, torch.tensor(5.0)) / snr)
     assert torch.allclose(v, torch.minimum(snr, torch.tensor(5.0)) / (snr + 1))
     assert torch.allclose(diffusion.weights_of(ABAR, "epsilon", debiased=True), 1 / snr.clamp(1e-3, 1000).sqrt())
+    # the error of v is sqrt(snr + 1) times that of the picture: kohya's 1 / (snr + 1) leaves the picture's
+    v = diffusion.weights_of(ABAR, "v", debiased=True)
+    assert torch.allclose(v, 1 / (snr.clamp(max=1000) + 1))
     ending = diffusion.with_zero_terminal_snr(ABAR)
+    assert float(diffusion.weights_of(ending, "v", debiased=True)[-1]) == 1
     assert bool(torch.isfinite(diffusion.weights_of(ending, "epsilon", min_snr=5.0, debiased=True)).all())
 
 
@@ -96,6 +100,27 @@ def test_the_optimizer_is_torchs_adamw(clip):
         reference.step()
     for view, parameter in zip(ours.views().values(), theirs, strict=True):
         assert torch.allclose(view, parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rest", [{"until": 0}, {"since": 5}, {"lr": 0.0}], ids=str)
+def test_what_stands_still_clips_nothing(rest):
+    """Nor does it stop the run."""
+    moved = []
+    for gradient in (0.0, 1e6, math.nan):
+        parts = [Parameter("a", torch.ones(3), 1e-2), Parameter("b", torch.ones(3), **{"lr": 1e-2, **rest})]
+        parameters = Parameters(parts, torch.device("cpu"), torch.float32)
+        optimizer = Optimizer(parameters, clip=1.0)
+        for step in range(2):
+            optimizer.set_rates(1.0, step)
+            parameters.views(parameters.gradient)["a"].fill_(0.1 / (step + 1))
+            parameters.views(parameters.gradient)["b"].fill_(gradient)
+            optimizer.step(torch.tensor(1.0))
+        assert torch.equal(parameters.views()["b"], torch.ones(3))
+        assert float(optimizer.norm) == pytest.approx(0.05 * math.sqrt(3))
+        moved.append(parameters.views()["a"].clone())
+    assert torch.equal(moved[1], moved[0])
+    assert torch.equal(moved[2], moved[0])
+    assert not torch.equal(moved[0], torch.ones(3))
 
 
 def test_float16_lowers_its_scale_instead_of_stopping():

@@ -144,15 +144,18 @@ def recorder(monkeypatch):
         graph.loss = loss
         return graph, inputs, loss
 
+    class Stream:  # a class: libraries that are imported meanwhile name it in annotations
+        def wait_stream(self, _):
+            pass
+
     plain = graphs.Graphs._record
-    stream = SimpleNamespace(wait_stream=lambda _: None)
     monkeypatch.setattr(graphs.Graphs, "__init__", init)
     monkeypatch.setattr(graphs.Graphs, "_record", recording)
     monkeypatch.setattr(graphs, "why_not", lambda *_, **__: "")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     return log
 
@@ -270,5 +273,6 @@ def test_the_average_is_that_of_the_decay():
     for _ in range(5):
         parameters.gradient.copy_(torch.randn(4))
         optimizer.step(torch.tensor(1.0))
+        optimizer.follow()
         wanted = 0.75 * wanted + 0.25 * parameters.flat.detach()
     torch.testing.assert_close(optimizer.average, wanted)
