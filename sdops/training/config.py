@@ -41,14 +41,15 @@ def _key(
 
 _LORA = ("lora", "pivotal")
 _WORDS = ("ti", "pivotal", "dreamartist", "custom-diffusion")
-_FULL = ("lora", "pivotal", "dreambooth", "custom-diffusion")
+_TEXT = ("lora", "pivotal", "dreambooth")  # can change text encoders
+_PRIOR = (*_TEXT, "custom-diffusion")
 _NOISE = ("lora", "ti", "pivotal", "dreamartist", "custom-diffusion", "dreambooth", "hypernetwork")  # learn to denoise
 _MANY = (*_NOISE, "aesthetic")  # learn from many pictures
 _NETWORK = ("hypernetwork",)
 # Defaults of a method that are not those of the others.
 USUAL: Mapping[str, Mapping[str, Any]] = {
-    "null-text": {"steps": 500, "guidance": 7.5, "clip": 0.0},
-    "aesthetic": {"steps": 5, "validate_every": 5, "clip": 0.0},
+    "null-text": {"steps": 500, "guidance": 7.5, "clip": 0.0, "most_tokens": 75},
+    "aesthetic": {"steps": 5, "validate_every": 5, "clip": 0.0, "most_tokens": 75},
 }
 
 
@@ -87,8 +88,9 @@ class Config:
         "data", "", "Folder of masks with the pictures' names, or `alpha`: white counts, black does not", only=_NOISE
     )
     most_tokens: int = _key(
-        "data", 225, "Tokens of a caption that are read, in chunks of 75 as the web UIs do; the rest is cut", least=75
-    )
+        "data", 225, "Tokens of a caption that are read, in chunks of 75 as the web UIs do; the rest is cut", least=75,
+        only=_NOISE,
+    )  # fmt: skip
     latents: str = _key("data", "", "Folder to keep latents in for later runs (empty: they are kept in memory only)")
     caption_dropout: float = _key("data", 0.0, "Share of samples that have no caption", least=0, most=1, only=_NOISE)
     shuffle_tags: bool = _key("data", False, "Put the tags between commas in a random order each time", only=_NOISE)
@@ -98,7 +100,7 @@ class Config:
     batch: int = _key("train", 1, "Pictures at a time", least=1, only=_MANY)
     accumulate: int = _key("train", 1, "Batches per step", least=1, only=_MANY)
     lr: float = _key("train", 0.0, "Learning rate (0: the method's)", least=0)
-    text_lr: float = _key("train", 0.0, "Learning rate in the text encoders (0: as `lr`)", least=0, only=_FULL)
+    text_lr: float = _key("train", 0.0, "Learning rate in the text encoders (0: as `lr`)", least=0, only=_TEXT)
     schedule: str = _key(
         "train",
         "constant",
@@ -130,7 +132,7 @@ class Config:
     min_snr: float = _key(
         "loss", 0.0, "Weigh steps by min(SNR, this) / SNR, usually 5 (0: all alike)", least=0, only=_NOISE
     )
-    debiased: bool = _key("loss", False, "Weigh steps by 1 / sqrt(SNR)", only=_NOISE)
+    debiased: bool = _key("loss", False, "Weigh steps by 1 / sqrt(SNR), of v by 1 / (SNR + 1)", only=_NOISE)
     noise_offset: float = _key(
         "loss", 0.0, "Shift the noise of whole channels, usually 0.05 (0: not)", least=0, only=_NOISE
     )
@@ -145,7 +147,7 @@ class Config:
         "Kinds of layers to train, with RANK or RANK/ALPHA: 'attention=16/8 resnet=4 text=8'; there are attention, "
         "cross, feedforward, projection, resnet, sampler, time, text", only=_LORA,
     )  # fmt: skip
-    text_encoder: bool = _key("lora", False, "Train the text encoders, too", only=_FULL)
+    text_encoder: bool = _key("lora", False, "Train the text encoders, too", only=_TEXT)
     dora: bool = _key("lora", False, "Learn lengths and directions apart (DoRA)", only=_LORA)
     rslora: bool = _key("lora", False, "Scale by alpha / sqrt(rank)", only=_LORA)
     dropout: float = _key("lora", 0.0, "Share of a layer's inputs that the adapter does not see", least=0, most=1,
@@ -164,9 +166,9 @@ class Config:
     negative_vectors: int = _key("words", 6, "Vectors of the negative word", least=1, only=("dreamartist",))
     guidance: float = _key("words", 3.0, "Guidance to learn with", least=0, only=("dreamartist", "null-text"))
 
-    class_images: str = _key("prior", "", "Folder of pictures of the class, to preserve it", only=_FULL)
-    class_prompt: str = _key("prior", "", "Caption of all of them, e.g. 'a photo of a dog'", only=_FULL)
-    prior_weight: float = _key("prior", 1.0, "Weight of their loss", least=0, only=_FULL)
+    class_images: str = _key("prior", "", "Folder of pictures of the class, to preserve it", only=_PRIOR)
+    class_prompt: str = _key("prior", "", "Caption of all of them, e.g. 'a photo of a dog'", only=_PRIOR)
+    prior_weight: float = _key("prior", 1.0, "Weight of their loss", least=0, only=_PRIOR)
 
     widths: str = _key(
         "hypernetwork", "", "Widths of attention's contexts that get networks, e.g. '768,320' (empty: all)",
@@ -292,7 +294,7 @@ def _document(file: Path) -> dict[str, Any]:
 
 
 _EXAMPLES = {bool: "true", int: "10", float: "0.5", str: '"..."', tuple: '["..."]'}  # in TOML
-_PATHS = ("model", "images", "masks", "class_images", "image_encoder", "output")
+_PATHS = ("model", "images", "masks", "class_images", "image_encoder", "latents", "output")
 
 
 def _placed(name: str, value: Any, file: Path) -> Any:

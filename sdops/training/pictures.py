@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdops.errors import FormatError, SdopsError, UsageError
+from sdops.hub import is_reference
 from sdops.text import count
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -85,6 +86,10 @@ def look(path: Path, *, caption: str = "auto", template: str = "", masks: str = 
     Raises:
         SdopsError: there is no such folder, or no Pillow.
     """
+    if is_reference(path):
+        raise SdopsError(
+            f"`{path}` is on the Hub, pictures are read from this disk", hint="`hf download` brings them", path=path
+        )
     if not path.is_dir():
         raise SdopsError(f"`{path}` is no folder", hint="name the folder that holds the pictures", path=path)
     _pillow()
@@ -176,17 +181,21 @@ def check(folder: Folder, masks: str = "") -> None:
         raise UsageError(f"there are no pictures in `{path}`", hint=f"they end in {', '.join(ENDINGS)}")
     if missing := folder.uncaptioned():
         raise UsageError(
-            f"{count(len(missing), 'picture')} in `{path}` have no caption: {_names(missing)}",
+            f"{count(len(missing), 'picture')} in `{path}` {_has(missing)} no caption: {_names(missing)}",
             hint="put NAME.txt beside each; or `--template 'a photo of ...'`, or `--caption filename`",
             missing=missing,
         )
     lacking = [picture.path for picture in folder.pictures if masks and picture.mask is None]
     if lacking:
         raise UsageError(
-            f"{count(len(lacking), 'picture')} have no mask in `{masks}`: {_names(lacking)}",
+            f"{count(len(lacking), 'picture')} {_has(lacking)} no mask in `{masks}`: {_names(lacking)}",
             hint="a white picture of the same name masks nothing",
             missing=lacking,
         )
+
+
+def _has(paths: Sequence[Path]) -> str:
+    return "has" if len(paths) == 1 else "have"
 
 
 def _names(paths: Iterable[Path]) -> str:

@@ -199,7 +199,7 @@ def _check_words(course: Course) -> None:
                 word=word,
             )
         if having < len(found):
-            course.warnings.append(f"{count(len(found) - having, 'caption')} do not have the new word `{word}`")
+            course.warnings.append(f"{count(len(found) - having, 'caption')} without the new word `{word}`")
 
 
 def _check_output(course: Course) -> None:
@@ -250,6 +250,9 @@ def _warn(course: Course) -> None:
     resolution = course.config.resolution
     small = [p for p in course.folder.pictures if look_at.enlarged(p.size, resolution) > 1.05]
     if small:
-        course.warnings.append(f"{count(len(small), 'picture')} are smaller than {resolution}^2 and are enlarged")
+        course.warnings.append(f"{count(len(small), 'picture')} smaller than {resolution}^2, to be enlarged")
     if course.folder.strays:
-        course.warnings.append(f"{count(len(course.folder.strays), 'caption file')} have no picture")
+        course.warnings.append(f"{count(len(course.folder.strays), 'caption file')} without picture")
+    empty = sum(not caption for caption in course.captions)
+    if empty:
+        course.warnings.append(f"{count(empty, 'caption')} without any text")

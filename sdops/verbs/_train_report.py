@@ -28,7 +28,7 @@ def report_of(course: Course) -> Report:
         ["model", f"{course.origin.path.name}: {course.origin.title}, predicts {course.origin.prediction}"],
         ["pictures", _found(course)],
         ["sizes", ", ".join(f"{width}x{height}: {number}" for (width, height), number in boxes.most_common(_SHOWN))],
-        ["samples", f"{len(plan.samples):,} an epoch, {per_step} a step, {plan.batches:,} batches an epoch"],
+        ["samples", f"{len(plan.samples):,} an epoch, {per_step} a step; batches of an epoch: {plan.batches:,}"],
         ["learns", f"{course.parameters:,} numbers"],
         ["steps", f"{config.steps:,} = {config.steps * per_step / max(len(plan.samples), 1):.1f} epochs"],
         ["memory", "about " + ", ".join(f"{size(bytes_)} in {dtype}" for dtype, bytes_ in memory.items())],
