@@ -7,6 +7,8 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ from timing import Time, measure
 from torch import Tensor
 
 OURS = "ours"  # arms that begin so are
+# What an arm raises that does not work here: libraries that are missing or have changed, torch, compilers, Triton.
+FAILURES: tuple[type[Exception], ...] = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+if find_spec("triton") is not None:
+    FAILURES = (*FAILURES, import_module("triton.errors").TritonError)
 
 
 class Bench:
@@ -83,7 +92,7 @@ class Bench:
         left = max(self._stage_until - time.monotonic(), 1.0)
         try:
             spent = measure(work, self.device, repeats=repeats, warm_up=warm_up, budget=min(6.0, left))
-        except Exception as error:  # noqa: BLE001 - an arm that does not work here is told, whatever it raises
+        except FAILURES as error:
             self.note(case, arm, failed=f"{type(error).__name__}: {error}"[:300])
             return None
         spent = Time(spent.median / calls, spent.spread / calls)
@@ -99,7 +108,7 @@ class Bench:
             return None
         try:
             return make()
-        except Exception as error:  # noqa: BLE001 - as above
+        except FAILURES as error:
             self.note(case, arm, failed=f"{type(error).__name__}: {error}"[:300])
             return None
 

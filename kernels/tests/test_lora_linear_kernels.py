@@ -115,6 +115,18 @@ def test_chosen_kernels_train_as_the_plain_way_does(device, monkeypatch):
     assert leaf.grad is not None
 
 
+def test_what_is_too_large_for_32_bits_is_left_to_torch(device, monkeypatch):
+    monkeypatch.setattr(module, "default_backend", lambda _: "triton")
+    x, weight, bias, down, up = parts(SHAPES[0], device, torch.float16)
+    ways = {"kernel": forward_by_kernel, "torch": reference.lora_forward}
+    wanted = {name: way(x, weight, bias, down, up, 0.7)[0] for name, way in ways.items()}
+    assert not torch.equal(*wanted.values())
+    for most, name in ((weight.numel() + 1, "kernel"), (weight.numel(), "torch")):  # the largest of its matrices
+        monkeypatch.setattr(module, "MOST", most)
+        found, _ = torch.ops.sdops_kernels.lora_forward(x, weight, bias, down, up, 0.7)
+        assert torch.equal(found, wanted[name])
+
+
 def test_what_was_measured_is_chosen_and_kept(device, tmp_path, monkeypatch):
     assert Choices().fused(torch.zeros(4, 4), (4, 4, 4, 1)) == (False, False)
     times = iter([1.0, 0.9, 1.0, 0.99, 1.0, 1.1, 1.0, 0.5])

@@ -73,6 +73,8 @@ def test_products_in_terms_of_their_singular_vectors(device):
         (torch.randn(o, rank, generator=random), torch.randn(rank, i, generator=random) * 0.01) for o, rank, i in shapes
     ]
     pairs[1] = (pairs[1][0][:, [0, 0, 1, 2, 3, 4, 5, 6]], pairs[1][1])  # of a lower rank than it looks
+    graded = torch.logspace(0, -5, 8)  # columns and rows of very different lengths
+    pairs += [(pairs[0][0] * graded, pairs[0][1]), (pairs[0][0], graded[:, None] * pairs[0][1])]
     pairs.append((torch.zeros(20, 4), torch.zeros(4, 10)))
     pairs = [(up.to(device), down.to(device)) for up, down in pairs]
     for (up, down), (first, second) in zip(pairs, singular_factors(*zip(*pairs, strict=True)), strict=True):

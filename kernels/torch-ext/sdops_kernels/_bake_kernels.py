@@ -69,10 +69,7 @@ def bake_tiles(
     for tile in range(begin, end):
         problem = following(first, problem, tile)
         row = problems + problem * PROBLEM
-        rows = tl.load(row + 4).to(tl.int32)
-        columns = tl.load(row + 5).to(tl.int32)
-        if ALIGNED:
-            columns = tl.multiple_of(columns, 16)
+        rows, columns = shape_of(row, ALIGNED)
         place = tile - tl.load(first + problem)
         across = (columns + BN - 1) // BN
         top = (place // across) * BM
@@ -110,6 +107,16 @@ def bake_tiles(
             else:
                 result = rounded_once(high, low, OUT)
             _store_tile(row, 1, 3, top, left, m, n, inside, result, OUT, ALIGNED)
+
+
+@triton.jit
+def shape_of(row, ALIGNED: tl.constexpr):
+    """Rows and columns of a problem; ALIGNED promises that columns are divisible by 16."""
+    rows = tl.load(row + 4).to(tl.int32)
+    columns = tl.load(row + 5).to(tl.int32)
+    if ALIGNED:
+        columns = tl.multiple_of(columns, 16)
+    return rows, columns
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._bake_kernels import PROBLEM, SEGMENT, change_of, tile_of, weight_of
+from ._bake_kernels import PROBLEM, SEGMENT, change_of, shape_of, tile_of, weight_of
 from ._rounding import following, share_of
 
 
@@ -41,10 +41,7 @@ def add_squares(
         problem = following(first, problem, strip)
         row = problems + problem * PROBLEM
         entry = segments + problem * SEGMENT
-        rows = tl.load(row + 4).to(tl.int32)
-        columns = tl.load(row + 5).to(tl.int32)
-        if ALIGNED:
-            columns = tl.multiple_of(columns, 16)
+        rows, columns = shape_of(row, ALIGNED)
         place = strip - tl.load(first + problem)
         squares = tl.zeros((BM, BN), tl.float32)
         length = columns if AXIS == 0 else rows
@@ -57,7 +54,7 @@ def add_squares(
                 entry, top, rows, left, columns, m, n, FACTOR, KINDS, ALIGNED, WIDE, PRECISION, BM, BN, BR
             )
             directed = weight_of(raw, row, scales, top, rows, m, BASE) + change * tl.load(numbers + problem)
-            squares += tl.where(inside, directed * directed, 0.0)
+            squares += directed * directed  # outside both are 0
         if AXIS == 0:
             at = place * BM + m
             tl.store(sums + tl.load(row + 1) + at, tl.sum(squares, 1), mask=at < rows)

@@ -6,6 +6,7 @@ The strength t is the caller's: W + t change.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
@@ -23,7 +24,7 @@ Own = TypeVar("Own", bound="Change")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class Change(ABC):
     """What all kinds have, beside their parts and a `scale`: alpha / rank.
 
     Attributes:
@@ -49,9 +50,9 @@ class Change:
             object.__setattr__(self, name, part.flatten(1) if part.ndim > 1 else part[None])
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        raise NotImplementedError
 
     @property
     def rank(self) -> int:
@@ -68,9 +69,9 @@ class Change:
         """Those whose rows lie along the weight's."""
         return []
 
+    @abstractmethod
     def delta(self) -> Tensor:
         """The change without gain at strength 1, float32 [rows, columns]: the reference."""
-        raise NotImplementedError
 
     def rows_of_delta(self) -> Callable[[slice], Tensor]:
         """What gives some rows of `delta`."""
@@ -95,13 +96,13 @@ class Change:
         axis = NO_GAIN if gain is None else self.gain_axis
         return [*row, gain.data_ptr() if gain is not None else 0, axis, *inner], [*used, gain]
 
+    @abstractmethod
     def turned(self, rows: int) -> Change:
         """The same change of the transposed weight, of which all `rows` columns change."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reordered(self, order: Callable[[Tensor], Tensor]) -> Change:
         """The same change of a weight whose columns are in another order."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

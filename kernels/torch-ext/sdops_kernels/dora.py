@@ -91,17 +91,21 @@ def _launch(
     if factor == torch.float32 and options["PRECISION"] == "ieee" and device.type == "cuda" and not torch.version.hip:
         options["PRECISION"] = "tf32x3"  # as good, and needs fewer registers
     problems, segments, kept, first, sizes, read = [], [], [], [0], [], list[Tensor]()
+    filled = scaled = 0  # sums and scales of the problems before
     for place, (weight, change, scale) in enumerate(zip(weights, changes, scales, strict=True)):
         entry, used = replace(change, first=0).entry(factor)
         segments.append(entry)
         kept.append(used)
         step = int(scale is not None and scale.numel() > 1)
-        address = [weight.data_ptr(), sum(sizes), weight.stride(0), 0]
-        problems.append([*address, *weight.shape, place, place + 1, sum(own.numel() for own in read), step])
-        read += [] if scale is None else [scale.reshape(-1).float()]
+        address = [weight.data_ptr(), filled, weight.stride(0), 0]
+        problems.append([*address, *weight.shape, place, place + 1, scaled, step])
+        if scale is not None:
+            read.append(scale.reshape(-1).float())
+            scaled += scale.numel()
         sizes.append(weight.shape[axis])
+        filled += weight.shape[axis]
         first.append(first[-1] + -(-weight.shape[axis] // tile[axis]))
-    sums = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+    sums = torch.empty(filled, dtype=torch.float32, device=device)
     share = -(-first[-1] // min(first[-1], device_of(device) * PROGRAMS))
     add_squares[(-(-first[-1] // share),)](
         address_table(problems, device),

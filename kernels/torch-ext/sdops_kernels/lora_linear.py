@@ -28,6 +28,7 @@ TILE, HIGH_RANK_TILE = (128, 128, 64), (64, 128, 64)  # tokens, columns, inputs 
 HALVES = (torch.float16, torch.bfloat16)  # float32 has no tensor cores that are exact: cuBLAS does it
 TILE_OF_GRADIENTS = (64, 64)  # tokens, columns
 SLABS, SLAB = 16, 256  # at most so many, of at least so many tokens: the shape alone decides, and so the bits
+MOST = 1 << 31  # numbers of a matrix: the kernels count them in 32 bits
 REPEATS = 20
 FASTER = 0.97  # of the plain way's time
 
@@ -250,18 +251,24 @@ def _milliseconds(work: Callable[[], Any], device: str) -> float:
     return sorted(times)[len(times) // 2]
 
 
+def _by_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is a kernel for these; what is larger than it can count is left to torch."""
+    largest = max(x.numel(), len(x) * len(weight), weight.numel())
+    return x.dtype in HALVES and default_backend(x.device) == "triton" and largest < MOST
+
+
 def _forward_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    by_kernel = x.dtype in HALVES and default_backend(x.device) == "triton"
-    return (forward_by_kernel if by_kernel else reference.lora_forward)(x, weight, bias, down, up, scale)
+    return (forward_by_kernel if _by_kernel(x, weight) else reference.lora_forward)(x, weight, bias, down, up, scale)
 
 
 def _backward_op(
     gradient: Tensor, x: Tensor, weight: Tensor, inner: Tensor, down: Tensor, up: Tensor, scale: float
 ) -> tuple[Tensor | None, ...]:
-    by_kernel = x.dtype in HALVES and default_backend(x.device) == "triton"
-    return (backward_by_kernel if by_kernel else reference.lora_backward)(gradient, x, weight, inner, down, up, scale)
+    return (backward_by_kernel if _by_kernel(x, weight) else reference.lora_backward)(
+        gradient, x, weight, inner, down, up, scale
+    )
 
 
 def _forward_fake(
