@@ -32,7 +32,7 @@ def nonfinite(item: Input, nan: int, infinite: int) -> FormatError:
     """The error for an input that holds NaN or infinity."""
     found = " and ".join(f"{count} {name}" for count, name in ((nan, "NaN"), (infinite, "infinite")) if count)
     return FormatError(
-        f"`{item.key}` of `{item.source.name}` holds {found} values",
+        f"`{item.key}` of `{item.source.name}` holds {found} {'value' if nan + infinite == 1 else 'values'}",
         hint=f"`sdops verify {item.source.name}` lists all of them; `--exclude '{item.key}'` copies the first model's",
         key=item.key,
         source=item.source.name,

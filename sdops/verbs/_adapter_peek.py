@@ -17,7 +17,7 @@ from sdops.hub import located
 # A tensor whose name only adapters have. The text of metadata cannot look so: quotes within it are escaped.
 _TENSOR = re.compile(
     rb'"[^"\\]*(?:lora_(?:up|down|embedding_[AB]|[AB])|ia3_l|lora_linear_layer|_lora\d?\.(?:up|down)|\.lora\.(?:up|down)|hada_w1|lokr_w'
-    rb'|oft_(?:blocks|R)|on_input|\.b1\.weight|(?:unet|text_encoder):0:(?:up|down)|\.(?:diff|diff_b|[wb]_norm|set_weight)")'
+    rb'|oft_(?:blocks|R)|on_input|\.b1\.weight|(?:unet|text_encoder):0:(?:up|down)|\.(?:diff|diff_b|[wb]_norm|set_weight|lambda_layer)")'
     rb'[^"\\]*"?\s*:\s*\{\s*"'
 )
 _HEADER = 100_000_000  # bytes; no header is longer

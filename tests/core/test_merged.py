@@ -74,7 +74,7 @@ def test_copies_casts_and_values() -> None:
 def test_what_is_no_number_is_named(value: float) -> None:
     models = pair(100)
     models[1]["w"][1].view("f2")[7] = value
-    with pytest.raises(FormatError, match=rf"`w` of `b` holds 1 {'NaN' if np.isnan(value) else 'infinite'} values"):
+    with pytest.raises(FormatError, match=rf"`w` of `b` holds 1 {'NaN' if np.isnan(value) else 'infinite'} value"):
         read(merged(models, "F16", alpha=0.5), "w")
     step = Step(Spec("F32", (100,)), "cast", (Input(Memory(models[1], "b"), "w", 1),))
     with pytest.raises(FormatError, match="`w` of `b`"):

@@ -192,7 +192,7 @@ def test_a_float64_input_makes_all_of_them_float64() -> None:
 def test_nan_is_named(name: str, engine: str) -> None:
     given = models((9, 9), count(CARDS[name]))
     given[1]["w"][1][3, 3] = np.nan
-    with pytest.raises(FormatError, match="`w` of `b` holds 1 NaN values"):
+    with pytest.raises(FormatError, match="`w` of `b` holds 1 NaN value"):
         read(streamed(CARDS[name], given), "w")
 
 

@@ -120,7 +120,7 @@ def test_a_number_that_is_none_is_named(
 ) -> None:
     ended = merge(pair[0], with_a_bad_number(tmp_path / "bad.safetensors", value), "-o", "out.safetensors")
     assert ended.code == 1
-    assert f"`layer3.weight` of `bad.safetensors` holds 1 {name} values" in ended.err
+    assert f"`layer3.weight` of `bad.safetensors` holds 1 {name} value\n" in ended.err
     assert list(folder.iterdir()) == []
 
 
@@ -128,7 +128,7 @@ def test_a_number_that_is_none_is_named(
 def test_methods_of_torch_name_it_as_well(method: str, pair: tuple[Path, Path], folder: Path, tmp_path: Path) -> None:
     models = [pair[0], with_a_bad_number(tmp_path / "bad.safetensors", np.nan)]
     base = pair[1] if method == "magmax" else None
-    with pytest.raises(FormatError, match=r"`layer3.weight` of `bad.safetensors` holds 1 NaN values"):
+    with pytest.raises(FormatError, match=r"`layer3.weight` of `bad.safetensors` holds 1 NaN value"):
         sdops.merge(*models, method=method, base=base, output="out.safetensors")
     assert list(folder.iterdir()) == []
 

@@ -95,3 +95,19 @@ def test_real_files(path):
     if "analog_svd" in path.name:
         assert facts["clamped"] == pytest.approx(0.02, abs=0.002)
         assert any("clamps" in text for text in report.warnings)
+
+
+@pytest.mark.parametrize("family", ["lora_alpha", "tucker", "dora", "loha", "lokr", "glora", "oft", "boft", "full"])
+def test_no_part_of_an_adapter_is_unclaimed(family, tmp_path):
+    arrays = loras.tensors("kohya", loras.SPELLINGS["kohya", "sd1"], family)
+    norm = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_norm1"
+    arrays |= {f"{norm}.{part}": np.ones(320, np.float16) for part in ("w_norm", "b_norm")}
+    assert sdops.inspect(loras.save(tmp_path / "a.safetensors", arrays)).data["files"][0]["unclaimed"] == []
+
+
+def test_t_lora_is_named(tmp_path):
+    stem = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    shapes = {"q_layer.weight": (2, 320), "p_layer.weight": (320, 2), "lambda_layer": (1, 2)}
+    arrays = {f"{stem}.{part}": np.ones(shape, np.float16) for part, shape in shapes.items()}
+    report = sdops.inspect(loras.save(tmp_path / "a.safetensors", arrays))
+    assert any("T-LoRA" in warning for warning in report.warnings)

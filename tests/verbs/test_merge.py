@@ -477,7 +477,7 @@ def test_an_input_that_changes_meanwhile_is_noticed(files: list[Path], tmp_path:
 def test_defect_3_nan_is_named_not_dropped(method: str, files: list[Path], tmp_path: Path) -> None:
     source = _nan_in(tiny.checkpoint(2))
     given: list[Any] = [files[1], source, files[3]][: len(find(method).inputs)]
-    with pytest.raises(FormatError, match=r"attn2.to_k.weight` of `broken.safetensors` holds 1 NaN values"):
+    with pytest.raises(FormatError, match=r"attn2.to_k.weight` of `broken.safetensors` holds 1 NaN value"):
         merge(*given, method=method, output=tmp_path / "out.safetensors")
 
 
