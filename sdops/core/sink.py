@@ -75,7 +75,8 @@ class FileSink:
         force: Replace an existing file.
 
     Raises:
-        OutputError: the target exists, is not a regular file, cannot be written, or does not fit on the disk.
+        OutputError: the target exists, is not a regular file or cannot be written; when it is entered: it does not fit
+            on the disk.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, Any], *, force: bool) -> None:
@@ -85,7 +86,6 @@ class FileSink:
         self.specs = specs
         self._header = self._encode_header()
         self.offsets, self.nbytes = self._place(len(self._header))
-        check_space(self.target, self.nbytes)
         self._force = force
         # the system lets one thread at a time write to a file; others would spin where they can sleep
         self._writing = threading.Lock()
@@ -108,6 +108,7 @@ class FileSink:
         """Write what depends on the tensors' bytes."""
 
     def __enter__(self) -> Self:
+        check_space(self.target, self.nbytes)
         remove_leftovers(self.target)
         try:
             while not self._create():

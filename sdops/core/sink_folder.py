@@ -58,7 +58,7 @@ class FolderSink:
         force: Replace an existing model folder: one that has a model_index.json or a config.json.
 
     Raises:
-        OutputError: the target exists, cannot be written, or does not fit on the disk.
+        OutputError: the target exists or cannot be written; when it is entered: it does not fit on the disk.
     """
 
     def __init__(self, path: Path, files: Mapping[str, bytes | Tensors], *, force: bool) -> None:
@@ -75,7 +75,6 @@ class FolderSink:
                 prefix = _prefix(name)
                 self.specs = {**self.specs, **{prefix + key: spec for key, spec in specs.items()}}
                 self.nbytes += sum(spec.nbytes for spec in specs.values())
-        check_space(self.target, self.nbytes)
         self._files = files
         self._force = force
         self._temporary: Path | None = None
@@ -85,6 +84,7 @@ class FolderSink:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
+        check_space(self.target, self.nbytes)
         for leftover in _leftovers(self.target):
             shutil.rmtree(leftover, ignore_errors=True)
         try:

@@ -50,9 +50,10 @@ class FilesSink:
         self.path = path
         self.specs: Mapping[str, Spec] = {key: spec for part in parts for key, spec in part.specs.items()}
         self.nbytes = sum(file.nbytes for file in parts)
-        check_space(parts[-1].target, self.nbytes)
+        self._target = parts[-1].target
 
     def __enter__(self) -> Self:
+        check_space(self._target, self.nbytes)
         with ExitStack() as stack:
             for file in self._files:
                 stack.enter_context(file)

@@ -11,6 +11,7 @@ from sdops.core import files
 from sdops.report import Report, Section
 from sdops.text import count, duration, size
 from sdops.verbs._memory import PYTHON, TORCH
+from sdops.verbs._space import lacking_space
 
 if TYPE_CHECKING:
     from sdops.verbs._apply_changes import Matched
@@ -32,6 +33,7 @@ def dry_report(apply: Apply, output: Path, jobs: int) -> Report:
         ["memory", f"about {size(memory)} with {count(jobs, 'thread')}"],
     ]
     report.sections.append(Section("Costs", rows))
+    report.warnings += lacking_space(output, written)
     report.hints.append("nothing was written; leave `--dry-run` away to apply")
     return report
 

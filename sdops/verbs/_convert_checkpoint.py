@@ -35,6 +35,7 @@ from sdops.verbs._convert_output import (
 from sdops.verbs._convert_report import done, planned
 from sdops.verbs._convert_select import Selection, select, take
 from sdops.verbs._convert_wish import ALL, DTYPES, Wish
+from sdops.verbs._space import lacking_space
 
 FilePath = str | os.PathLike[str]
 _ENDINGS = {"ckpt": ".ckpt", "gguf": ".gguf", "diffusers": ""}
@@ -111,6 +112,7 @@ class Conversion:
         """What `save` would do, after the same checks."""
         report = planned(self)
         report.data["dry_run"] = True
+        report.warnings += lacking_space(self.sink.path, self.sink.nbytes)
         report.hints.append("nothing was written; leave `--dry-run` away to convert")
         return report
 

@@ -12,6 +12,7 @@ from sdops.report import Report, Section
 from sdops.text import count, duration, size
 from sdops.verbs._memory import fixed_memory, whole_tensor_bytes
 from sdops.verbs._relaid import shown
+from sdops.verbs._space import lacking_space
 
 if TYPE_CHECKING:
     from sdops.verbs.merge import Merge
@@ -44,6 +45,7 @@ def dry_report(merge: Merge, output: Path, jobs: int) -> Report:
             ],
         )
     )
+    report.warnings += lacking_space(output, plan.write_bytes)
     report.hints.append("nothing was written; leave `--dry-run` away to merge")
     return report
 

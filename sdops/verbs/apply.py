@@ -254,7 +254,7 @@ class Apply:
         """Everything that can be known to go wrong before a tensor of the model is read.
 
         Raises:
-            OutputError: the output exists, is an input, cannot be written or does not fit.
+            OutputError: the output exists, is an input or cannot be written.
             FormatError: a LoRA holds NaN or infinity.
         """
         from sdops.verbs._adapter_source import check_finite  # numpy

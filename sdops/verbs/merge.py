@@ -22,7 +22,7 @@ from sdops.core.accel import check_device
 from sdops.core.dial import Dial
 from sdops.core.method import load
 from sdops.core.run import default_jobs, run
-from sdops.core.sink import SafetensorsSink, check_inputs, check_space, check_target
+from sdops.core.sink import SafetensorsSink, check_inputs, check_target
 from sdops.errors import OutputError, UsageError
 from sdops.report import Progress, Report, silent
 from sdops.verbs._adapter_peek import are_adapters
@@ -264,12 +264,12 @@ class Merge:
         """Everything that can be known to go wrong before a tensor is read.
 
         Raises:
-            OutputError: the output exists, is an input, cannot be written or does not fit.
+            OutputError: the output exists, is an input or cannot be written.
             UsageError: the memory does not suffice.
         """
         path = _file_path(output)
         check_inputs(path, [file for part in self.parts.values() for leaf in part.leaves() for file in leaf.files])
-        check_space(check_target(path, force=force), self.plan.write_bytes)
+        check_target(path, force=force)
         whole_tensor_memory(self, jobs or default_jobs())
 
     def save(

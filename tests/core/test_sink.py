@@ -153,5 +153,5 @@ def test_space_is_compared_with_the_size(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="free"):
         check_space(tmp_path / "out", 1 << 60)
     with pytest.raises(OutputError, match="free"):
-        SafetensorsSink(tmp_path / "out", {"w": Spec("F32", (1 << 58,))}, {}, force=False)
+        SafetensorsSink(tmp_path / "out", {"w": Spec("F32", (1 << 58,))}, {}, force=False).__enter__()
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ import pytest
 
 import sdops
 from fixtures import make
+from sdops.core import files
 from sdops.core.casting import cast, raw_dtype
 from sdops.core.fp8 import fp8_values
 from sdops.core.source import read
@@ -424,6 +425,18 @@ def test_outputs_are_not_overwritten(file, small_checkpoint, tmp_path):
     sdops.convert(small_checkpoint("controlnet-sd15-ldm"), to="diffusers", output=folder)
     with pytest.raises(OutputError, match="holds the input"):
         sdops.convert(folder, to="diffusers", output=folder, force=True)
+
+
+def test_a_dry_run_tells_that_there_is_no_room(small_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "free_space", lambda _: 1000)
+    for to, shard in (("diffusers", None), ("safetensors", None), ("safetensors", 100_000)):
+        arguments = {"to": to, "output": tmp_path / "new", "shard": shard}
+        report = sdops.convert(small_checkpoint("sd15"), dry_run=True, **arguments)
+        assert "1.00 kB free" in report.warnings[-1]
+        assert report.data["tensors"]["copied"] > 0
+        with pytest.raises(OutputError, match="kB free"):
+            sdops.convert(small_checkpoint("sd15"), **arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_checks_and_writes_nothing(small_checkpoint, tmp_path):
