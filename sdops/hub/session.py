@@ -209,6 +209,14 @@ def _missing_file(what: Reference) -> HubError:
     return HubError(f"there is no file `{what}`", hint=_look(what), reason="missing-file")
 
 
+def _no_content(what: Reference) -> HubError:
+    return HubError(
+        f"the Hub lists `{what}`, but does not give its content (404)",
+        hint=f"try again later; {_look(what)} whether it can be downloaded there",
+        reason="missing-file",
+    )
+
+
 def _bad_token(what: Reference) -> HubError:
     del what
     return HubError(
@@ -255,6 +263,6 @@ _BY_KIND: dict[str, Callable[[Reference], HubError]] = {
 _BY_STATUS: dict[int, Callable[[Reference], HubError]] = {
     401: _missing_repository,
     403: _forbidden,
-    404: _missing_repository,
+    404: lambda what: _no_content(what) if what.path else _missing_repository(what),
     429: lambda what: _busy(what, None),
 }

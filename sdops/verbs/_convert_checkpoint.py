@@ -35,6 +35,7 @@ from sdops.verbs._convert_output import (
 from sdops.verbs._convert_report import done, planned
 from sdops.verbs._convert_select import Selection, select, take
 from sdops.verbs._convert_wish import ALL, DTYPES, Wish
+from sdops.verbs._hashes import reference_of
 from sdops.verbs._space import lacking_space
 
 FilePath = str | os.PathLike[str]
@@ -286,6 +287,9 @@ class Conversion:
         elif recipe := self.source.metadata.get("sdops"):
             first["made"] = recipe
         inputs = [first, *({"role": role, "file": donor.name} for role, donor in self.donors)]
+        for item, source in zip(inputs, self._inputs(), strict=True):
+            if "recipe" not in item and (reference := reference_of(source.files)):
+                item["hub"] = reference
         return told | {"inputs": inputs}
 
     def _counts(self) -> Mapping[str, Any]:

@@ -210,7 +210,11 @@ def _how(model: Published) -> list[str]:
     rows = list(inputs_of(recipe))
     if rows:
         lines += ["", "| role | file | SHA-256 |", "| --- | --- | --- |"]
-        lines += [f"| {_cell(row.get('role', ''))} | {_link(row)} | `{_cell(row.get('sha256', ''))}` |" for row in rows]
+        hashes = [f"`{_cell(row['sha256'])}`" if row.get("sha256") else "not recorded" for row in rows]
+        lines += [
+            f"| {_cell(row.get('role', ''))} | {_link(row)} | {digest} |"
+            for row, digest in zip(rows, hashes, strict=True)
+        ]
     return [*lines, ""]
 
 
@@ -264,7 +268,8 @@ def _rebuild(model: Published, address: str) -> list[str]:
     except SdopsError:
         return []
     lines = ["## How to make it again", "", "```"]
-    lines += [f"sdops recipe from {address} -o recipe.toml", "sdops build recipe.toml", "```", ""]
+    name = model.main.rpartition("/")[2] or model.repo.partition("/")[2]  # LoRAs are called after their file
+    lines += [f"sdops recipe from {address} -o recipe.toml", f"sdops build recipe.toml -o {name}", "```", ""]
     here = [f"`{_cell(row.get('file', ''))}`" for row in inputs_of(model.recipe) if not isinstance(row.get("hub"), str)]
     beside = f" What has no link above must lie beside recipe.toml: {', '.join(dict.fromkeys(here))}." if here else ""
     return [*lines, f"The same inputs give the same bytes.{beside}", ""]

@@ -195,6 +195,13 @@ def test_a_busy_hub_is_waited_for_but_not_for_ever(hub, sdops, data):
     assert "may not be read without a token" in sdops("inspect", FILE).err
 
 
+def test_content_that_is_listed_and_gone(hub, sdops, data):
+    hub.contents.clear()
+    done = sdops("inspect", FILE)
+    assert done.code == 1
+    assert "does not give its content (404)" in done.err
+
+
 def test_nobody_there(sdops):
     done = sdops("inspect", FILE, HF_ENDPOINT="http://user:secret@127.0.0.1:9", SDOPS_DEBUG="1")
     assert done.code == 1

@@ -238,7 +238,7 @@ def test_what_the_hub_offers_to_do_with_it():
 def test_rebuilding_is_promised_only_where_recipes_can():
     merge = published(PLAIN, {"verb": "merge", "method": "weighted-sum", "inputs": [file("a", "a/a"),
                               {"role": "b", "file": "mine.safetensors"}]})  # fmt: skip
-    assert "sdops build recipe.toml" in card(merge)
+    assert "sdops build recipe.toml -o m.safetensors" in card(merge)
     assert "must lie beside recipe.toml: `mine.safetensors`" in card(merge)
     trained = published(LORA, {"verb": "train", "method": "lora", "settings": {"rank": 8}})
     assert "sdops build" not in card(trained)
