@@ -60,7 +60,8 @@ svg rect { fill: var(--bar); }
 figcaption { font-size: 0.875rem; color: var(--dim); margin-top: 0.3rem; }
 ul { padding-left: 1.1rem; margin: 0.4rem 0; font-family: ui-monospace, monospace; font-size: 0.8rem; }
 summary { cursor: pointer; }
-@media (max-width: 36rem) { .map th { font-size: 0.75rem; padding: 0.1rem; }
+@media (max-width: 36rem) { td { white-space: normal; } td.name { min-width: 0; }
+  .map th { font-size: 0.75rem; padding: 0.1rem; }
   .map td { min-width: 0; padding: 0.1rem; font-size: 0.6875rem; }
   .rows, .rows thead, .rows tbody { display: block; }
   .rows tr { display: grid; grid-template-columns: repeat(auto-fit, minmax(5rem, 1fr)); padding: 0.3rem 0;
@@ -126,9 +127,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Html:
         + "</tr>"
         for row in rows
     )
-    return Html(
-        f'<div class="wide"><table class="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    kind = ' class="rows"' if len(columns) > _NARROW else ""
+    return Html(f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,3 +243,13 @@ def test_a_header_is_kept_as_it_is(hub, sdops, tmp_path, model):
     assert changed.code == 0, changed.err
     assert _header(tmp_path / "copy.safetensors")["__metadata__"]["modelspec.author"] == "ann"
     assert _tensors(tmp_path / "copy.safetensors") == model[8 + int.from_bytes(model[:8], "little") :]
+
+
+def test_fix_finds_no_fault_with_a_sound_file_of_the_hub(hub, sdops, tmp_path, model):
+    hub.add("ann/one", {"m.safetensors": model})
+    done = sdops("fix", "hf://ann/one/m.safetensors", "-o", "fixed.safetensors")
+    assert done.code == 0
+    assert "nothing to repair" in done.out
+    assert "`fixed.safetensors` was not written" in done.err
+    assert not (tmp_path / "fixed.safetensors").exists()
+    assert sdops("fix", "hf://ann/one/m.safetensors", "--in-place").code == 2
