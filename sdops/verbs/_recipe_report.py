@@ -61,7 +61,7 @@ def build_report(
     report.warnings = list(dict.fromkeys(planned.by_id(text) for text in warnings))
     if planned.is_trial and dry_run:
         report.warnings.append(
-            "LoRAs that steps make have their ranks when they are worked out; here they count with 1"
+            "the ranks of LoRAs that steps make are not known before they are worked out; this plan counts with rank 1"
         )
     if dry_run:
         report.hints.append("nothing was written; leave `--dry-run` away to build")

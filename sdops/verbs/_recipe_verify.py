@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from sdops.core.hashing import digests
+from sdops.errors import SdopsError
 from sdops.report import Progress, Report, Section
 from sdops.verbs._recipe_inputs import FilePath
 from sdops.verbs._recipe_text import Recipe
 from sdops.verbs.build import build, with_references
+
+_OPTION = re.compile(r"`--([a-z0-9-]+) FILE`")  # as `build` takes its inputs
 
 
 def verify_rebuilt(
@@ -40,7 +44,11 @@ def verify_rebuilt(
     recipe = with_references(replace(recipe, folder=file.absolute().parent), file)
     with tempfile.TemporaryDirectory(prefix=".sdops-", dir=".") as folder:
         built = Path(folder) / file.name
-        build(recipe, inputs=inputs, output=built, root=root, jobs=jobs, progress=progress)
+        try:
+            build(recipe, inputs=inputs, output=built, root=root, jobs=jobs, progress=progress)
+        except SdopsError as error:
+            error.hint = error.hint and _OPTION.sub(_as_input, error.hint)
+            raise
         one, two = digests(file, progress), digests(built, progress, fresh=True)
     same, tensors = one.sha256 == two.sha256, one.tensors is not None and one.tensors == two.tensors
     report.data["verified"] = {"same_bytes": same, "same_tensors": tensors, "sha256": two.sha256}
@@ -52,3 +60,9 @@ def verify_rebuilt(
         verdict = "NOT the same: other tensors came out"
     report.sections.append(Section("Built again", [("result", verdict)]))
     report.failed = not (same or tensors)
+
+
+def _as_input(found: re.Match[str]) -> str:
+    """`--base FILE` as `recipe from` takes it."""
+    name = found[1].replace("-", "_")
+    return f"`--input {name}=FILE`"
