@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     finally:
         _flush_or_forget()
-        if arguments is None:  # the process ends here: looking for garbage once more would take 15 ms
+        # The process ends here: looking for garbage once more would take 15 ms. Libraries of torch complain without it.
+        if arguments is None and "torch" not in sys.modules:
             gc.freeze()
 
 
