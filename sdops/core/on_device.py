@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -135,8 +136,7 @@ class MergedOnDevice(Merged):
     def _merge_sparse(self, key: str, step: Step, inputs: list[Tensor], *, sample: bool) -> Tensor:
         """DARE or TIES in float32, rounded as the CPU does it; ValueError for NaN and infinity."""
         base, models = inputs[0], inputs[1:]
-        knobs: dict[str, Any] = {"density": 0.2, "min_numel": 0} if self.method.name == "ties" else {"density": 0.5}
-        knobs |= {"weights": (), "scale": 1.0, "normalize": self.method.name == "ties"} | dict(step.knobs)
+        knobs = _defaults(self.method) | dict(step.knobs)
         wide = torch.empty_like(base, dtype=torch.float32)
         self.transfer.kernels.SparseMerge(
             self.method.name,
@@ -163,6 +163,13 @@ class MergedOnDevice(Merged):
             if nan or infinite:
                 raise nonfinite(item, nan, infinite)
         raise FormatError(f"`{self.method.name}` made values of `{key}` that are not finite", hint="change the knobs")
+
+
+def _defaults(method: Method) -> dict[str, Any]:
+    """The knobs of a method, as its functions have them."""
+    functions = [function for function in (method.function, method.window) if function is not None]
+    parameters = [each for function in functions for each in signature(function).parameters.values()]
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
 
 
 def _bits(values: Tensor, dtype: str) -> np.ndarray[Any, Any]:
