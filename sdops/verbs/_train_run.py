@@ -179,7 +179,7 @@ class Running:
             self.loop.ends = lambda: interruption.came
             done = self.loop.run()
         if done < self.loop.end:
-            self.say(f"what was learnt in {done:,} steps is saved; `--resume` goes on")
+            self.say(f"what was learnt in {count(done, 'step')} is saved; `--resume` goes on")
             interruption.act()
         return done
 
