@@ -80,8 +80,8 @@ def merges(server: HubServer, folder: Path) -> dict[str, Cost]:
     }.items():
         if "empty" in name:
             shutil.rmtree(folder / "hub", ignore_errors=True)
-        costs[name] = measured(server, folder, name, "merge", *words, "-o", str(output))
-        output.unlink()
+        costs[name] = measured(server, folder, name, "merge", *words, "-f", "-o", str(output))
+    output.unlink()
     shutil.rmtree(folder / "hub")
     return costs
 
