@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdops.errors import SdopsError, UsageError
+from sdops.errors import OutputError, SdopsError, UsageError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, duration, size, suggest
 from sdops.verbs._recipe_inputs import FilePath
@@ -54,7 +55,7 @@ def build_folder(
         folder: With recipes, `*.toml`.
         set_: Parameter -> value, for the recipes that have it.
         inputs: Input -> file, for the recipes that have it.
-        output: The folder to write to; default: this one.
+        output: The folder to write to, made if it is not there; default: this one.
         workers: Processes; default: one per core; 1 = one build after the other.
         cluster: Address of a dask scheduler whose workers build.
         dry_run: Check everything, write nothing.
@@ -83,17 +84,43 @@ def build_folder(
             one, own, files, "", **{**options, "root": tuple(os.fspath(each) for each in options.get("root", ()))}
         )
         builds.append(replace(build_, output=str(place / derived_name(build_.checked(), own, files))))
-    if dry_run:
-        done: list[Report | SdopsError] = [
-            Report("build", data={"kept": True})
-            if is_there(one, progress)
-            else build(one.recipe, set_=one.settings, inputs=one.inputs, output=one.output, dry_run=True, **options)
-            for one in builds
-        ]
-        return many_report(builds, done, 0, dry_run=True)
     begin = time.monotonic()
-    results = build_many(builds, workers=workers, cluster=cluster, progress=progress)
-    return many_report(builds, results, time.monotonic() - begin)
+    with results_folder(place, keep=not dry_run):
+        if dry_run:
+            done: list[Report | SdopsError] = [
+                Report("build", data={"kept": True})
+                if is_there(one, progress)
+                else build(one.recipe, set_=one.settings, inputs=one.inputs, output=one.output, dry_run=True, **options)
+                for one in builds
+            ]
+        else:
+            done = build_many(builds, workers=workers, cluster=cluster, progress=progress)
+    return many_report(builds, done, time.monotonic() - begin, dry_run=dry_run)
+
+
+@contextmanager
+def results_folder(path: Path, *, keep: bool) -> Iterator[None]:
+    """A folder for results; a new one goes again if nothing was built, or is not to be kept.
+
+    Raises:
+        OutputError: it is not there and cannot be made.
+    """
+    new = not path.exists()
+    if new:
+        try:
+            path.mkdir()
+        except OSError as error:
+            raise OutputError(
+                f"the folder `{path}` cannot be made: {error.strerror}", hint="choose another place with `-o`"
+            ) from None
+    built = False
+    try:
+        yield
+        built = keep
+    finally:
+        if new and not built:
+            with suppress(OSError):  # something is in it
+                path.rmdir()
 
 
 def build_all(jobs: Sequence[Job], running: Mapping[str, Any]) -> list[tuple[Report, Cell]]:

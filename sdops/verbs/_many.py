@@ -24,7 +24,7 @@ from sdops.errors import OutputError, SdopsError, UsageError
 from sdops.report import Progress, Report, silent
 from sdops.text import count
 from sdops.verbs._many_finished import is_finished
-from sdops.verbs._many_jobs import Build, Failed, PlannedWithStored, guarded, step_keys
+from sdops.verbs._many_jobs import Build, Failed, PlannedWithStored, guarded, running, step_keys
 from sdops.verbs._many_place import place
 from sdops.verbs._recipe_check import Checked
 
@@ -79,7 +79,8 @@ def build_many(
     if not builds:
         return []
     given = [build.output for build in builds]
-    builds, sizes = _checked([build.anywhere() for build in builds], progress)
+    checked, sizes = _checked(builds, progress)
+    builds = [build.anywhere() for build in checked]
     wanted = _number_of(workers, sizes) if cluster is None else 0
     done: dict[str, Result] = {}
     with place(Path(builds[0].output)) as shared:
@@ -135,6 +136,7 @@ def _checked_one(build: Build, progress: Progress) -> tuple[Build, int]:
         lazy = planned.result.lazy() if planned.result.is_lazy else None
         if not finished:
             planned.check(path, force=build.force)
+            planned.rehearse(path, running(build))
             if lazy is not None:
                 lazy.check(path, force=build.force)
         return replace(build, finished=finished), sum(spec.nbytes for spec in lazy.specs.values()) if lazy else 1
@@ -148,7 +150,7 @@ def is_there(build: Build, progress: Progress) -> bool:
     Raises:
         SdopsError: as `build_many`.
     """
-    return _checked_one(build.anywhere(), progress)[0].finished
+    return _checked_one(build, progress)[0].finished
 
 
 def _tasks(builds: Sequence[Build], sizes: Sequence[int], folder: Path, threads: int | None) -> list[Task]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,8 @@ def connected(workers: int, cluster: str | None) -> Iterator[Any]:
         return
     threads = {"OMP_NUM_THREADS": str(max(1, default_jobs() // workers))}
     with tempfile.TemporaryDirectory(prefix="sdops-workers-") as folder:
-        own = {"temporary-directory": folder, "distributed.worker.memory.terminate": False}
+        own: dict[str, Any] = {"temporary-directory": folder, "distributed.worker.memory.terminate": False}
+        own["distributed.worker.preload"] = [__name__]
         with dask.config.set(
             own | {"distributed.worker.memory.pause": False, "distributed.worker.memory.spill": False}
         ):
@@ -61,6 +63,12 @@ def connected(workers: int, cluster: str | None) -> Iterator[Any]:
             )
             with local, distributed.Client(local) as client:
                 yield client
+
+
+def dask_setup(worker: Any) -> None:
+    """Let Ctrl-C, which reaches all processes of a terminal, be answered by the one that ends the others."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

@@ -222,7 +222,7 @@ def _built(build: Build) -> Report:
     try:
         if not build.ignore_hashes:
             check_hashes(found.values(), silent)
-        done, asked = build_recipe(planned, path, _running(build), Path(build.place or path.parent))
+        done, asked = build_recipe(planned, path, running(build), Path(build.place or path.parent))
         return build_report(planned, path, done, asked, time.monotonic() - begin, dry_run=False)
     finally:
         planned.close()
@@ -253,14 +253,14 @@ def store_step(build: Build, key: str) -> str:
     found = build.found(checked)
     (name,) = [step for step, own in step_keys(checked, found).items() if own == key][:1]
     others = {other: file for other, file in build.stored.items() if other != key}
-    planned, running = PlannedWithStored(checked, found, path.parent, others, build.memory), _running(build)
+    planned, how = PlannedWithStored(checked, found, path.parent, others, build.memory), running(build)
     try:
         if not planned.is_trial:
-            planned.calls[name].save(path, running)
+            planned.calls[name].save(path, how)
             return str(path)
-        with worker(path.parent, running) as work, suppress(_Done):
-            done = planned.again(_until(name, work, lambda call: call.save(path, running)))
-            done.calls[name].save(path, running)
+        with worker(path.parent, how) as work, suppress(_Done):
+            done = planned.again(_until(name, work, lambda call: call.save(path, how)))
+            done.calls[name].save(path, how)
     finally:
         planned.close()
     return str(path)
@@ -282,7 +282,8 @@ def _until(name: str, work: Callable[[Call], Source], store: Callable[[Call], ob
     return stopping
 
 
-def _running(build: Build) -> dict[str, Any]:
+def running(build: Build) -> dict[str, Any]:
+    """How its steps are done, as `build_recipe` takes it."""
     return {
         "jobs": build.jobs,
         "memory": build.memory,

@@ -43,24 +43,29 @@ def read_settings(recipe: Recipe, words: Sequence[str]) -> dict[str, object]:
 def _values(one: Parameter, text: str) -> Iterator[Scalar]:
     """The values that a text stands for."""
     is_number = isinstance(one.default, int | float) and not isinstance(one.default, bool)
-    if is_number and (span := _RANGE.fullmatch(text)):
-        yield from (read_value(one, number) for number in _steps(one, *span.groups()))
+    if is_number and ":" in text:
+        yield from (read_value(one, number) for number in _steps(one, text))
     elif is_number or one.choices:
         yield from (read_value(one, part) for part in text.split(","))
     else:
         yield read_value(one, text)
 
 
-def _steps(one: Parameter, first: str, last: str, step: str) -> Iterator[str]:
+def _steps(one: Parameter, text: str) -> Iterator[str]:
     """Decimal numbers, so that 0.1:0.9:0.1 ends with 0.9."""
     path = f"parameters.{one.name}"
+    span = _RANGE.fullmatch(text)
+    if span is None:
+        raise wrong(path, f"`{text}` is no range", "FIRST:LAST:STEP, e.g. 0.1:0.9:0.1")
     try:
-        start, end, by = Decimal(first), Decimal(last), Decimal(step)
+        start, end, by = map(Decimal, span.groups())
         number = int((end - start) / by) if by else -1
     except (InvalidOperation, OverflowError):
         number = -1
-    if not 0 <= number <= MOST_CELLS:
-        raise wrong(path, f"`{first}:{last}:{step}` is no range", "FIRST:LAST:STEP, e.g. 0.1:0.9:0.1")
+    if number < 0 or (end - start) * by < 0:
+        raise wrong(path, f"`{text}` never ends", "a step that leads from the first to the last, e.g. 0.1:0.9:0.1")
+    if number > MOST_CELLS:
+        raise wrong(path, f"`{text}` has too many values", f"at most {MOST_CELLS:,}")
     yield from (f"{(start + by * i).normalize():f}" for i in range(number + 1))
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,15 +127,15 @@ def _sweep(
     """Build every combination, and measure the results."""
     begin = time.monotonic()
     jobs = sweep_jobs(recipe, settings, inputs, output, root, ignore_hashes=ignore_hashes)
-    from sdops.verbs._build_folder import build_all, try_all
+    from sdops.verbs._build_folder import build_all, results_folder, try_all
     from sdops.verbs._recipe_sheet import sheet_report
 
     _check_page(html, force=running["force"])
-    with _folder(jobs[0].output.parent, make=not running["dry_run"]):
+    with results_folder(jobs[0].output.parent, keep=not running["dry_run"]):
         if not ignore_hashes:  # once, before the first is built
             _check_hashes(recipe, inputs, root, running["progress"])
         done = (try_all if running["dry_run"] else build_all)(jobs, running)
-    sheet = [cell for _, cell in done]
+    sheet = [replace(cell, settings={name: cell.settings[name] for name in settings}) for _, cell in done]
     kept = [cell.output for one, cell in done if one.data.get("kept")]
     report = sheet_report(recipe.name, sheet, kept, time.monotonic() - begin, dry_run=running["dry_run"])
     report.warnings = list(dict.fromkeys(text for one, _ in done for text in one.warnings))
@@ -158,21 +157,6 @@ def _check_hashes(
     finally:
         for one in found:
             one.close()
-
-
-@contextmanager
-def _folder(path: Path, *, make: bool) -> Iterator[None]:
-    """A folder for results, which goes again if nothing was built."""
-    new = make and not path.exists()
-    if new:
-        path.mkdir()
-    try:
-        yield
-    except BaseException:
-        if new:
-            with suppress(OSError):
-                path.rmdir()
-        raise
 
 
 def sweep_jobs(

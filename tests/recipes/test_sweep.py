@@ -92,7 +92,8 @@ def test_a_sweep_builds_the_grid_and_measures_it(recipe):
         whole = sum(float(np.sum(tiny.numbers(out[key]) ** 2)) for key in keys)
         assert cell["norm"] == pytest.approx(np.sqrt(whole), rel=1e-6)
         assert "IN04" in cell["distances"]["a"]["blocks"]
-    page = Path("sheet.html").read_text()
+    assert [cell["settings"] for cell in report.data["cells"]] == [{"alpha": 0.0}, {"alpha": 0.25}, {"alpha": 1.0}]
+    page = Path("sheet.html").read_text().replace("<wbr>", "")
     assert all(name in page for name in names)
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
 
@@ -101,6 +102,8 @@ def test_a_sweep_goes_on_where_it_was_cut_short(recipe):
     sdops.build(recipe, set_={"alpha": [0.1, 0.5]}, output="out", workers=1)
     before = Path("out/mix.alpha0.1.safetensors").stat().st_mtime_ns
     trial = sdops.build(recipe, set_={"alpha": [0.1, 0.5, 0.9]}, output="out", dry_run=True)
+    sdops.build(recipe, set_={"alpha": [0.1, 0.5]}, output="new", dry_run=True)
+    assert not Path("new").exists()
     assert [cell["kept"] for cell in trial.data["cells"]] == [True, True, False]
     report = sdops.build(recipe, set_={"alpha": [0.1, 0.5, 0.9]}, output="out", workers=1)
     assert [cell["kept"] for cell in report.data["cells"]] == [True, True, False]
