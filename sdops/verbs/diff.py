@@ -254,7 +254,8 @@ def _summary(found: Compared, states: Mapping[str, int]) -> list[list[str]]:
     respelled = [(part, how) for part, how in found.seen.notes.items() if how.startswith("dialect") or "layout" in how]
     rows += [["" if n else "spelling", f"{part}: B has it in the {how}"] for n, (part, how) in enumerate(respelled)]
     counts = [f"{states[state]:,} {words}" for state, words in _WORDS.items() if states[state]]
-    counts += [f"{len(keys):,} only in {side}" for keys, side in _sides(found) if keys]
+    models = {"A": found.a, "B": found.b}
+    counts += [f"{len(keys):,} only in {side}{_owners(models[side], keys)}" for keys, side in _sides(found) if keys]
     rows += [["" if index else "tensors", text] for index, text in enumerate(counts)]
     if found.changed:
         rows.append(["elements", f"{whole.changed:,} of {whole.elements:,} differ in the tensors with other values"])
@@ -266,6 +267,15 @@ def _summary(found: Compared, states: Mapping[str, int]) -> list[list[str]]:
     if any(names := metadata(found).values()):
         rows.append(["metadata", f"differs in {count(sum(map(len, names)), 'entry')} (not counted)"])
     return rows
+
+
+def _owners(model: Model, keys: Iterable[str]) -> str:
+    """How many tensors are of which component: ` (248 vae, 196 clip_l)`."""
+    from sdops.archs.detect import OTHER, component_of
+
+    owners = Counter(component_of(model.detection, key) for key in keys)
+    told = ", ".join(f"{number:,} {name}" for name, number in owners.most_common())
+    return f" ({told})" if owners.keys() - {OTHER, "adapter", "embedding"} else ""
 
 
 def _sides(found: Compared) -> tuple[tuple[list[str], str], ...]:

@@ -173,6 +173,12 @@ def test_a_number_that_became_nan_is_no_small_change(against, model):
     assert "NaN" in row
 
 
+def test_a_component_that_is_missing_is_named(tmp_path, base, model):
+    rest = {key: tensor for key, tensor in model.items() if not key.startswith("first_stage_model.")}
+    number = len(model) - len(rest)
+    assert f"{number} only in A ({number} vae)" in diff(base, tiny.write(tmp_path / "rest.safetensors", rest)).text()
+
+
 def test_strangers_have_nothing_in_common(tmp_path, base):
     report = diff(base, tiny.write(tmp_path / "x.safetensors", {"w": tiny.encoded([1.0], "F16")}))
     assert report.failed
