@@ -33,9 +33,7 @@ class Blocks:
         self._count = -(-size // BLOCK)
         self._states = [hashlib.sha256()]  # of the beginning, up to each block
         self._early: dict[int, memoryview] = {}  # came before the one that is to be hashed next
-        self._spare = (
-            2 + self._count // 16
-        )  # blocks that may be asked for to be hashed alone; -1: not followed any more
+        self._spare = 2 + self._count // 64  # blocks to ask for only to hash them; -1: not followed any more
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset` on.
@@ -57,7 +55,7 @@ class Blocks:
             HubError: it is not.
         """
         with self._hashing:
-            while self._next < self._count and self._spare > 0:
+            while 0 < self._count - self._next - len(self._early) <= self._spare:  # so many have not come
                 self._fill_gap()
             if self._next == self._count and self._states[-1].hexdigest() != sha256:
                 raise self._damaged()
