@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -84,3 +87,18 @@ def test_a_log_that_was_cut_off_does_not_stop_anybody_from_going_on(train, tmp_p
     train("lora", **SETTINGS, resume=True)
     found = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in found if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_a_command_ends_without_complaints_of_libraries(tiny, circles, tmp_path):
+    given = ["--bucket-step", "8", "--rank", "2", "--steps", "1", "--validate-every", "0"]
+    command = [sys.executable, "-m", "sdops", "train", "lora", "--model", str(tiny), "--images", str(circles), *given]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "out.safetensors")],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+    assert "out.safetensors" in done.stdout
+    assert "leaked" not in done.stderr
+    assert done.stderr.rstrip().endswith("shows the curves")
