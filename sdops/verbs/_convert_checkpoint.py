@@ -35,7 +35,6 @@ from sdops.verbs._convert_output import (
 from sdops.verbs._convert_report import done, planned
 from sdops.verbs._convert_select import Selection, select, take
 from sdops.verbs._convert_wish import ALL, DTYPES, Wish
-from sdops.verbs._hashes import reference_of
 from sdops.verbs._space import lacking_space
 
 FilePath = str | os.PathLike[str]
@@ -276,6 +275,8 @@ class Conversion:
         wish = self.wish
         if wish.keeps_everything and not self.donors and wish.to != "gguf":
             return None
+        from sdops.verbs._hashes import reference_of
+
         told: dict[str, Any] = {"version": __version__, "verb": "convert", "to": wish.to}
         usual = Wish(wish.to)
         for name in ("dtype", "include", "exclude", "components", "ema", "prune", "unknown", "prefix", "seed"):
