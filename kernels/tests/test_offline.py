@@ -27,7 +27,7 @@ from cases import (
 )
 from offline import PACKAGE, reports
 
-HELPERS = ("change_of", "tile_of", "weight_of")  # called by kernels
+HELPERS = ("change_of", "shape_of", "tile_of", "weight_of")  # called by kernels
 TILES = ({}, {"R": 64}, {"R": 128, "BM": 64})  # of `product`, by rank
 QUICK = [
     *(linear_merge(target) for target in (*NORMAL, *OTHERS)),
