@@ -1,4 +1,4 @@
-"""A recipe as text: read from TOML against a closed schema, and written back.
+"""A recipe as text: read from TOML against a closed schema (`_recipe_toml.py` writes it back).
 
     name = "mixed"                                          what the result is called
     about = "One sentence"
@@ -19,7 +19,6 @@ A recipe holds no code and no expressions. Whatever is wrong is told with its pa
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -377,59 +376,3 @@ def _distinct(inputs: Mapping[str, Input], steps: Iterable[Step]) -> None:
         if step.id in seen:
             raise wrong(f"{step.path}.id", f"`{step.id}` is {seen[step.id]} already", "rename one of them")
         seen[step.id] = f"`{step.path}`"
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-def to_toml(recipe: Recipe, comment: str = "") -> str:
-    """A recipe as TOML, which `parse_recipe` reads back to an equal one.
-
-    Args:
-        recipe: Any.
-        comment: Lines for the top.
-    """
-    lines = [f"# {line}".rstrip() for line in comment.splitlines()]
-    lines += [f"name = {_value(recipe.name)}"]
-    texts = {"about": recipe.about, "notes": recipe.notes, "source": recipe.source}
-    lines += [f"{key} = {_value(text)}" for key, text in texts.items() if text]
-    lines += [f"tags = {_value(list(recipe.tags))}"] if recipe.tags else []
-    lines += [] if recipe.hash_inputs else ["hash_inputs = false"]
-    lines += ["", "[inputs]", *(f"{one.name} = {_value(_input_table(one))}" for one in recipe.inputs.values())]
-    if recipe.parameters:
-        lines += ["", "[parameters]"]
-        lines += [f"{one.name} = {_value(_parameter_table(one))}" for one in recipe.parameters.values()]
-    for step in recipe.steps:
-        lines += ["", "[[steps]]", f"id = {_value(step.id)}", f"verb = {_value(step.verb)}"]
-        lines += [f"{key} = {_value(value)}" for key, value in step.arguments.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _input_table(one: Input) -> Any:
-    found = {"file": one.file, "sha256": one.sha256, "about": one.about}
-    found = {key: text for key, text in found.items() if text}
-    return found["file"] if found.keys() == {"file"} else found
-
-
-def _parameter_table(one: Parameter) -> dict[str, Any]:
-    found = {"default": one.default, "range": list(one.range), "choices": list(one.choices), "about": one.about}
-    return {key: value for key, value in found.items() if key == "default" or value}
-
-
-def _value(value: Any) -> str:
-    """A value in TOML; JSON's strings are TOML's, but for what stands above the first plane."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        return re.sub("[\ud800-\udfff]", "�", text)
-    if isinstance(value, Mapping):
-        inside = ", ".join(f"{_key(key)} = {_value(item)}" for key, item in value.items())
-        return f"{{ {inside} }}" if inside else "{}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_value, value))}]"
-    return repr(value)
-
-
-def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)

@@ -12,7 +12,8 @@ from sdops.text import count
 from sdops.verbs._recipe_check import check_recipe
 from sdops.verbs._recipe_inputs import FilePath
 from sdops.verbs._recipe_report import in_words
-from sdops.verbs._recipe_text import Recipe, to_toml
+from sdops.verbs._recipe_text import Recipe
+from sdops.verbs._recipe_toml import to_toml
 from sdops.verbs.build import find_recipe
 
 

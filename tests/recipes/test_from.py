@@ -235,7 +235,8 @@ def test_a_file_that_says_nothing_is_told(files: Path) -> None:
 
 
 def test_a_recipe_reads_back_as_it_was_written(files: Path) -> None:
-    from sdops.verbs._recipe_text import parse_recipe, to_toml
+    from sdops.verbs._recipe_text import parse_recipe
+    from sdops.verbs._recipe_toml import to_toml
 
     (files / "steps.toml").write_text(STEPS)
     sdops.build(files / "steps.toml", output="made.safetensors")

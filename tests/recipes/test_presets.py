@@ -11,7 +11,8 @@ import sdops
 from fixtures import loras, make
 from sdops.presets import names, preset_file
 from sdops.verbs._recipe_check import check_recipe
-from sdops.verbs._recipe_text import parse_recipe, read_recipe, to_toml
+from sdops.verbs._recipe_text import parse_recipe, read_recipe
+from sdops.verbs._recipe_toml import to_toml
 
 MODELS = {"sd1": "sd15", "sdxl": "sdxl"}
 CASES = [(name, tag) for name in names() for tag in read_recipe(preset_file(name)).tags]
