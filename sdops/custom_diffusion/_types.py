@@ -34,6 +34,11 @@ class Edit:
     kind: Kind
     tensors: tuple[Leaf, ...]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter: [o, i], a bias [o]."""
+        return (*self.tensors[0].spec.shape[:1], *self.tensors[-1].spec.shape[1:])
+
 
 @dataclass(frozen=True, slots=True)
 class Word:

@@ -145,6 +145,21 @@ def encoders(model: Opened) -> dict[str, TextEncoder]:
     return found
 
 
+def encoders_of(model: Opened, width: int) -> dict[str, TextEncoder]:
+    """The same, of a model whose texts have a width.
+
+    Raises:
+        MismatchError: they have another one, or as of `encoders`.
+    """
+    found = encoders(model)
+    own = sum(encoder.width for encoder in found.values())
+    if own != width:
+        raise MismatchError(
+            f"texts of `{model.name}` are {own} numbers wide, not {width}", hint="`sdops inspect` shows what it is"
+        )
+    return found
+
+
 def _source(model: Opened, name: str) -> Assembled:
     component = model.detection.component(name)
     if component is None:
@@ -230,12 +245,7 @@ def sampled_contexts(model: Opened, width: int, count: int) -> Doubles:
     Raises:
         MismatchError: the model's texts have another width, or it has no text encoder.
     """
-    found = encoders(model)
-    own = sum(encoder.width for encoder in found.values())
-    if own != width:
-        raise MismatchError(
-            f"texts of `{model.name}` are {own} numbers wide, not {width}", hint="`sdops inspect` shows what it is"
-        )
+    found = encoders_of(model, width)
     texts = [text_of(caption, {}) for caption in captions(-(-count // PLACES))]
     contexts: Doubles = torch.cat(features(found, texts, PLACES)).double().numpy()
     return contexts

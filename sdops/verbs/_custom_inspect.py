@@ -121,7 +121,7 @@ def _layer(file: ConceptFile, edit: Edit, base: Opened | None) -> dict[str, Any]
         "layer": edit.layer,
         "parameter": edit.parameter,
         "kind": edit.kind,
-        "shape": [parts[0].shape[0], *parts[-1].shape[1:]],
+        "shape": list(edit.shape),
         "rank": parts[0].shape[1] if edit.kind == "factors" else None,
         "norm": None if change is None else float(np.linalg.norm(change)),
         "relative": _relative(change, weight),

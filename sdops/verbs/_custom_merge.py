@@ -217,10 +217,10 @@ def _features(
     """K of the captions to be kept [N, d], K* of the targets [n, d], and each of its rows' file."""
     import torch
 
-    from sdops.verbs._clip_text import encoders, features, text_of
+    from sdops.verbs._clip_text import encoders_of, features, text_of
 
-    found = encoders(base)
-    known = _vectors(files, list(found))
+    found = encoders_of(base, files[0].concepts.edits[0].shape[1])  # keys and values alone, of one family
+    known = _vectors(files, {name: encoder.width for name, encoder in found.items()})
     texts: list[Text] = [text_of(target.caption, known) for target in targets]
     starts = [target.start for target in targets]
     others = [text_of(caption, {}) for caption in keep]
@@ -232,11 +232,11 @@ def _features(
     return torch.cat(kept).double().numpy(), torch.cat(wanted).double().numpy(), owners
 
 
-def _vectors(files: Sequence[ConceptFile], encoders: Sequence[str]) -> dict[str, list[dict[str, Tensor]]]:
-    """Word -> for each of its vectors, encoder -> vector.
+def _vectors(files: Sequence[ConceptFile], encoders: Mapping[str, int]) -> dict[str, list[dict[str, Tensor]]]:
+    """Word -> for each of its vectors, encoder -> vector. The model's encoders are given with their widths.
 
     Raises:
-        MismatchError: a word lacks an encoder of the model.
+        MismatchError: a word lacks an encoder of the model, or its vectors have another width.
     """
     import torch
 
@@ -248,8 +248,15 @@ def _vectors(files: Sequence[ConceptFile], encoders: Sequence[str]) -> dict[str,
                     f"the word `{word}` of `{file.path}` has no vectors for {', '.join(lacking)}",
                     hint="name an embedding that has with `--words`",
                 )
+            for name, width in encoders.items():
+                if parts[name].width != width:
+                    raise MismatchError(
+                        f"the word `{word}` of `{file.path}` has {parts[name].width} numbers for {name}, "
+                        f"the words of the model {width}",
+                        hint="name an embedding that has as many with `--words`",
+                    )
             rows = {name: torch.from_numpy(parts[name].values.astype(np.float32)) for name in encoders}
-            known[word] = [{name: rows[name][i] for name in encoders} for i in range(len(rows[encoders[0]]))]
+            known[word] = [{name: rows[name][i] for name in encoders} for i in range(len(next(iter(rows.values()))))]
     return known
 
 

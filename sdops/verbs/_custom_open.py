@@ -111,6 +111,7 @@ def open_concepts(path: FilePath, words: Sequence[FilePath] = ()) -> ConceptFile
                 f"`{path}` holds no custom diffusion", hint=f"`sdops inspect {path}` shows what it is", path=path
             )
         concepts = layout(name).read(saved)
+        _check_shapes(path, concepts)
         found = ConceptFile(path, source, name, concepts, _family(path, concepts), paths=[path])
         _check(found)
         if not words:
@@ -129,6 +130,28 @@ def open_concepts(path: FilePath, words: Sequence[FilePath] = ()) -> ConceptFile
 def _in_folder(path: Path) -> Path:
     names = [f"pytorch_custom_diffusion_weights{ending}" for ending in (".safetensors", ".bin")]
     return next((path / name for name in names if (path / name).is_file()), path)
+
+
+def _check_shapes(path: Path, concepts: Concepts) -> None:
+    """Refuse what is no weight [o, i] or bias [o], or factors that are no product.
+
+    Raises:
+        FormatError: names the first and its shapes.
+    """
+    for edit in concepts.edits:
+        shapes = [leaf.spec.shape for leaf in edit.tensors]
+        ranks = {len(shape) for shape in shapes}
+        fits = len(shapes) == 1 or (edit.parameter == "weight" and shapes[0][-1:] == shapes[1][:1])
+        if ranks != {2 if edit.parameter == "weight" else 1} or not fits:
+            raise FormatError(
+                f"`{path}` holds a {edit.parameter} for `{edit.layer}` of shape {' and '.join(map(_listed, shapes))}",
+                hint="the file is damaged; get it again",
+                path=path,
+            )
+
+
+def _listed(shape: tuple[int, ...]) -> str:
+    return str(list(shape))
 
 
 def _family(path: Path, concepts: Concepts) -> str:
@@ -162,7 +185,7 @@ def _targets(family: str) -> Mapping[str, Target]:
 
 
 def _check(file: ConceptFile) -> None:
-    """Refuse layers that the family does not have, and shapes that make no sense.
+    """Refuse layers that the family does not have.
 
     Raises:
         FormatError: names the first.
@@ -311,16 +334,26 @@ def base_values(base: Opened, target: Target) -> Doubles:
 
 
 def check_model(file: ConceptFile, model: Opened) -> None:
-    """Refuse a model of another family.
+    """Refuse a model of another family, and one whose layers have other shapes.
 
     Raises:
-        MismatchError: names both.
+        MismatchError: names both, and the first layer's shapes.
     """
     if model.detection.family != file.family:
         raise MismatchError(
             f"`{file.path}` is for {file.family}, `{model.name}` is {model.detection.title}",
             hint=f"give a {file.family} checkpoint, best the one that it was trained on",
         )
+    places = Places(model)
+    for edit in file.concepts.edits:
+        place = places.find(file.target(edit), edit.parameter)
+        if place is not None and place.shape != edit.shape:
+            raise MismatchError(
+                f"`{edit.layer}` has shape {_listed(edit.shape)} in `{file.path}`, {_listed(place.shape)} in "
+                f"`{model.name}`",
+                hint="give the checkpoint that it was trained on; `sdops inspect` shows what a file is",
+                layer=edit.layer,
+            )
 
 
 def is_concepts(path: FilePath) -> bool:

@@ -235,6 +235,40 @@ def test_inspect_measures_the_changes(model, tmp_path):
     assert "what whole weights change shows beside their model" in str(alone)
 
 
+@WRITERS
+def test_a_model_whose_layers_have_other_shapes_is_refused(writer, model, tmp_path):
+    path, key = writer(tmp_path), f"{tiny.UNET}{files.LAYERS[0]}.weight"
+    state = load_file(model)
+    save_file(state | {key: state[key][:10, :24].contiguous()}, tmp_path / "small.safetensors")
+    small, made = tmp_path / "small.safetensors", tmp_path / "made.safetensors"
+    for call in (
+        lambda: custom.inspect(path, model=small),
+        lambda: custom.apply(small, path, output=made),
+        lambda: custom.merge(path, model=small, output=made, words=[files.adobe(tmp_path)]),
+        lambda: custom.to_lora(path, model=small, output=made),
+    ):
+        with pytest.raises(MismatchError, match=r"has shape \[320, 768\] in .*, \[10, 24\] in `small.safetensors`"):
+            call()
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "told"),
+    [
+        (((320, 4), (3, 768)), r"\[320, 4\] and \[3, 768\]"),
+        (((320, 4, 1), (4, 768)), r"\[320, 4, 1\]"),
+        (((),), r"\[\]"),
+    ],
+)
+def test_shapes_that_are_no_weight_are_refused(shapes, told, tmp_path):
+    name = f"{files.LDM}{files.LAYERS[0]}.weight"
+    keys, kind = ((name,), "delta") if len(shapes) == 1 else ((f"{name}.US", f"{name}.Vh"), "delta_factors")
+    state = {key: torch.zeros(shape) for key, shape in zip(keys, shapes, strict=True)}
+    save_file(state, tmp_path / "d.safetensors", metadata={"json": json.dumps({"entries": {name: kind}})})
+    with pytest.raises(FormatError, match=told):
+        open_concepts(tmp_path / "d.safetensors")
+
+
 def test_damage_and_other_files_are_named(tmp_path):
     path = files.webui_factors(tmp_path)
     state = load_file(path)

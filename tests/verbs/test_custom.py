@@ -158,6 +158,24 @@ def test_what_cannot_be_merged_is_refused(model, tmp_path):
     assert open_source(path)
 
 
+def test_words_of_another_width_than_the_models_are_refused(model, tmp_path):
+    """As when its text encoder is another model's."""
+    path = files.adobe(tmp_path)
+    state = load_file(model)
+    table = f"{tiny.CLIP}embeddings.token_embedding.weight"
+    narrow = state | {table: state[table][:, :24].contiguous()}
+    save_file(narrow, tmp_path / "narrow.safetensors")
+    with pytest.raises(MismatchError, match="are 24 numbers wide, not 768"):
+        custom.merge(path, model=tmp_path / "narrow.safetensors", output=tmp_path / "x.safetensors")
+    torch.save({"<new1>": torch.zeros(1024)}, tmp_path / "word.bin")
+    with pytest.raises(MismatchError, match=r"`<new1>` of .* no vectors for clip_l"):
+        custom.merge(path, model=model, words=[tmp_path / "word.bin"], output=tmp_path / "x.safetensors")
+    delta = torch.load(path, weights_only=True)
+    torch.save(delta | {"modifier_token": {"<new1>": torch.zeros(24)}}, path)
+    with pytest.raises(MismatchError, match=r"`<new1>` of .* has 24 numbers for clip_l, the words of the model 768"):
+        custom.merge(path, model=model, output=tmp_path / "x.safetensors")
+
+
 def test_the_examples_of_the_documentation_run(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sdops.verbs._custom_merge.CAPTIONS", 30)
