@@ -8,7 +8,7 @@ prefix it stands, to the junk, or is reported as unclaimed. "unknown" is an answ
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -104,7 +104,25 @@ def component_of(detection: Detection, key: str) -> str:
 
 
 def detect(specs: Mapping[str, Spec]) -> Detection:
-    """Recognise the components of a file from its keys, dtypes and shapes."""
+    """Recognise the components of a file from its keys, dtypes and shapes.
+
+    The models of a merge, and the results of a recipe's steps, mostly have the same names and sizes: what was found
+    last is the answer for them, too.
+    """
+    asked = dict(specs)
+    for known, found in tuple(_latest):
+        if known == asked and list(known) == list(asked):
+            return found
+    found = _detect(asked)
+    _latest.append((asked, found))
+    return found
+
+
+# What was asked last, and the answers; files of a recipe are of few kinds: models, and LoRAs in between.
+_latest: deque[tuple[Mapping[str, Spec], Detection]] = deque(maxlen=2)
+
+
+def _detect(specs: Mapping[str, Spec]) -> Detection:
     packed = quantised(specs)
     matches = exact_matches(specs)
     claims = _Claims(specs, matches, packed)
