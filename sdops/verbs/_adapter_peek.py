@@ -20,6 +20,11 @@ _TENSOR = re.compile(
     rb'|oft_(?:blocks|R)|on_input|\.b1\.weight|(?:unet|text_encoder):0:(?:up|down)|\.(?:diff|diff_b|[wb]_norm|set_weight|lambda_layer)")'
     rb'[^"\\]*"?\s*:\s*\{\s*"'
 )
+# What stands in every such name. To look for plain text is a hundred times as fast, and most models have none of it.
+_MARKS = (
+    b"lora", b"ia3_l", b"hada_w1", b"lokr_w", b"oft_", b"on_input", b".b1.weight", b":0:up", b":0:down", b'.diff"',
+    b'.diff_b"', b'_norm"', b".set_weight", b".lambda_layer",
+)  # fmt: skip
 _HEADER = 100_000_000  # bytes; no header is longer
 
 
@@ -46,7 +51,7 @@ def _name(model: str | os.PathLike[str] | Source) -> str:
 def is_adapter(model: str | os.PathLike[str] | Source) -> bool:
     """Whether it holds a LoRA or one of its relatives; False also for what cannot be read."""
     if not isinstance(model, str | os.PathLike):
-        return _TENSOR.search("".join(f'"{key}":{{"' for key in model.specs).encode()) is not None
+        return _names_adapter("".join(f'"{key}":{{"' for key in model.specs).encode())
     path = located(model)
     if path.is_dir():
         return (path / "adapter_config.json").is_file()
@@ -58,10 +63,14 @@ def is_adapter(model: str | os.PathLike[str] | Source) -> bool:
         head = bytes(file.read(0, min(9, file.size)))
         length = int.from_bytes(head[:8], "little")
         if head[8:9] == b"{" and length <= min(_HEADER, file.size - 8):
-            return _TENSOR.search(file.read(8, length)) is not None
+            return _names_adapter(file.read(8, length))
     finally:
         file.close()
     return path.suffix in (".pt", ".bin") and _opens_as_adapter(path)
+
+
+def _names_adapter(header: bytes | bytearray) -> bool:
+    return any(mark in header for mark in _MARKS) and _TENSOR.search(header) is not None
 
 
 def _opens_as_adapter(path: Path) -> bool:
