@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdops.archs import blocks
 from sdops.archs.detect import component_of
@@ -41,6 +40,18 @@ class Policy:
     exclude: Sequence[str] = ()
     missing: str = "error"
     prune: bool = False
+
+
+class Knobs(NamedTuple):
+    """The knobs of some tensors.
+
+    Attributes:
+        values: For the method.
+        only: The model that is all of the result, if the method is linear and says so.
+    """
+
+    values: Mapping[str, Any]
+    only: int | None
 
 
 @dataclass
@@ -78,8 +89,10 @@ class Pairing:
         self._markers = frozenset(self.template.detection.markers)
         self._lacking: dict[str, list[str]] = {}
         self._misshapen: list[str] = []
-        self._places: dict[str, Place] = {}
-        self._known: dict[tuple[Any, ...], tuple[Fraction, ...]] = {}
+        self._places: list[Place] = []  # of merged tensors, for dials that have rules
+        self._knobs: dict[tuple[Any, ...], Knobs] = {}
+        self._own = self._index(self.template)
+        self._merges = False
         for key, spec in self.template.source.specs.items():
             step = self._step(key, spec)
             if step is not None:
@@ -91,13 +104,13 @@ class Pairing:
         for dial in self.knobs.values():
             if isinstance(dial, Dial):
                 self.plan.warnings += dial.notes
-                for tally in dial.check(self._places.values()):
+                for tally in dial.check(self._places):
                     self.plan.rules[f"{dial.knob}: {tally.rule}"] = tally.decided
         return self.plan
 
     def _step(self, key: str, spec: Spec) -> Step | None:
         """What becomes of one tensor of the template; None if it is left out."""
-        own = Input(self.template.source, key, self._index(self.template))
+        own = Input(self.template.source, key, self._own)
         if self.policy.prune and key in self._junk:
             self.plan.dropped[key] = f"pruned: {self._junk[key]}"
             return None
@@ -107,17 +120,17 @@ class Pairing:
             # half precision would spoil a noise schedule
             as_it_is = not spec.is_float or key in self._markers or self._junk.get(key) == "schedule"
             return self._copied(own, why, spec if as_it_is else None)
-        lacking = [m.name for m in self.models if key not in m.source.specs]
-        if lacking:
-            return self._lacked(key, own, lacking)
-        inputs = tuple(Input(m.source, key, i) for i, m in enumerate(self.models))
-        for item in inputs:
-            if not item.spec.is_float:
-                return self._copied(own, f"{item.spec.dtype} in `{self.models[item.model].name}`, not merged")
-        if len({item.spec.shape for item in inputs}) > 1:
+        found = [m.source.specs.get(key) for m in self.models]
+        if None in found:
+            return self._lacked(key, own, [m.name for m, s in zip(self.models, found, strict=True) if s is None])
+        for model, other in zip(self.models, found, strict=True):
+            if other is not None and not other.is_float:
+                return self._copied(own, f"{other.dtype} in `{model.name}`, not merged")
+        if any(other is not None and other.shape != spec.shape for other in found):
             self._misshapen.append(key)
             return None
-        return self._merged(key, spec, inputs)
+        inputs = tuple([Input(m.source, key, i) if i != self._own else own for i, m in enumerate(self.models)])
+        return self._merged(key, inputs)
 
     def _unmerged(self, key: str, spec: Spec) -> str:
         """Why a tensor is copied whatever the other models hold; empty if it is not."""
@@ -129,25 +142,32 @@ class Pairing:
             return f"{self._junk[key]}, not merged"
         return "" if self._selected(key) else "excluded"
 
-    def _merged(self, key: str, spec: Spec, inputs: tuple[Input, ...]) -> Step:
+    def _merged(self, key: str, inputs: tuple[Input, ...]) -> Step:
         """Merge a tensor, or copy it if the method's coefficients say that one model is all of it."""
-        detection = self.template.detection
-        place = Place(key, blocks.block_of(detection, key), component_of(detection, key))
-        self._places[key] = place
-        knobs = {name: k.resolve(*place) if isinstance(k, Dial) else k for name, k in self.knobs.items()}
-        wanted = Spec(self._dtype(inputs[self._index(self.template)]), spec.shape)
-        if self.method is not None:
-            exact = self._coefficients(knobs, len(inputs))
-            used = [i for i, c in enumerate(exact) if c]
-            if len(used) == 1 and exact[used[0]] == 1:
-                return self._copied(inputs[used[0]], f"all of it from `{inputs[used[0]].source.name}`", wanted)
-        return Step(wanted, "merge", inputs, knobs)
+        self._merges = True
+        knobs = self._knobs_of(key, len(inputs))
+        own = inputs[self._own]
+        wanted = _with_dtype(own.spec, self._dtype(own))
+        if knobs.only is not None:
+            item = inputs[knobs.only]
+            return self._copied(item, f"all of it from `{item.source.name}`", wanted)
+        return Step(wanted, "merge", inputs, knobs.values)
 
-    def _coefficients(self, knobs: Mapping[str, Any], size: int) -> tuple[Fraction, ...]:
-        identity = tuple(sorted(knobs.items()))
-        if identity not in self._known and self.method is not None:
-            self._known[identity] = coefficients(self.method.function, size, knobs)
-        return self._known[identity]
+    def _knobs_of(self, key: str, size: int) -> Knobs:
+        """The knobs for a tensor; tensors with equal ones share them."""
+        if any(isinstance(knob, Dial) and (knob.rules or knob.blocks) for knob in self.knobs.values()):
+            detection = self.template.detection
+            place = Place(key, blocks.block_of(detection, key), component_of(detection, key))
+            self._places.append(place)
+        else:
+            place = Place("", "", "")
+        values = {name: k.resolve(*place) if isinstance(k, Dial) else k for name, k in self.knobs.items()}
+        identity = tuple(values.items())
+        if identity not in self._knobs:
+            exact = coefficients(self.method.function, size, values) if self.method is not None else ()
+            used = [i for i, c in enumerate(exact) if c]
+            self._knobs[identity] = Knobs(values, used[0] if len(used) == 1 and exact[used[0]] == 1 else None)
+        return self._knobs[identity]
 
     def _dtype(self, item: Input) -> str:
         """The output's dtype for a tensor that is like an input."""
@@ -162,7 +182,7 @@ class Pairing:
 
     def _copied(self, item: Input, reason: str, wanted: Spec | None = None) -> Step:
         """Copy a tensor, in the output's dtype."""
-        wanted = wanted or Spec(self._dtype(item), item.spec.shape)
+        wanted = wanted or _with_dtype(item.spec, self._dtype(item))
         return Step(wanted, "copy" if wanted == item.spec else "cast", (item,), reason=reason)
 
     def _lacked(self, key: str, own: Input, lacking: list[str]) -> Step | None:
@@ -211,7 +231,7 @@ class Pairing:
             self.plan.warnings.append(
                 f"`{self.template.name}` holds {count(packed, 'fp8 tensor')}, the result holds them as bf16"
             )
-        if not self._places:
+        if not self._merges:
             self.plan.warnings.append(f"nothing is merged: the result is a copy of `{self.template.name}`")
 
     def _position_ids(self, key: str, own: Input) -> Step:
@@ -276,3 +296,8 @@ class Pairing:
 
     def _index(self, model: Opened) -> int:
         return next(i for i, m in enumerate(self.models) if m is model)
+
+
+def _with_dtype(spec: Spec, dtype: str) -> Spec:
+    """A tensor of another dtype; the same object if it has that."""
+    return spec if spec.dtype == dtype else Spec(dtype, spec.shape)
