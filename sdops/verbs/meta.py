@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sdops.core import files
-from sdops.errors import FormatError, SdopsError, UsageError
+from sdops.errors import FormatError, OutputError, SdopsError, UsageError
 from sdops.formats import FileSource, open_source
 from sdops.formats.safetensors import SafetensorsFile
-from sdops.hub import located
+from sdops.hub import is_reference, located
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, shorten, size, suggest
 from sdops.verbs import _modelspec, _private
@@ -80,6 +80,11 @@ def meta(
         wishes = (set_, unset, strip, strip_training, strip_workflow, from_json, thumbnail, output)
         if not any(wishes):
             return _told(_shown(source), recovered, path)
+        if output is None and is_reference(file):
+            raise OutputError(
+                f"`{path}` is on the Hugging Face Hub: files there are not changed in place",
+                hint="`-o FILE` writes a changed copy, `sdops push FILE REPO` publishes it",
+            )
         if not isinstance(source, SafetensorsFile):
             raise FormatError(
                 f"`{path}` is not a safetensors file: its metadata cannot be changed",

@@ -73,8 +73,10 @@ def run(
         report.data["dry_run"] = True
         report.hints.append("nothing was trained; leave `--dry-run` away to begin")
         return report
+    from sdops.verbs._train_model import device_of
     from sdops.verbs._train_run import train
 
+    device_of(wanted.device)  # refused before anything is told
     if launched is None or launched[0] == 0:
         say(str(report))
     return train(course, report, say)

@@ -243,6 +243,12 @@ def test_a_header_is_kept_as_it_is(hub, sdops, tmp_path, model):
     assert changed.code == 0, changed.err
     assert _header(tmp_path / "copy.safetensors")["__metadata__"]["modelspec.author"] == "ann"
     assert _tensors(tmp_path / "copy.safetensors") == model[8 + int.from_bytes(model[:8], "little") :]
+    for _ in range(2):  # before the file is in the cache, and when it is
+        refused = sdops("meta", "hf://ann/one/one.safetensors", "--set", "author=ann")
+        assert refused.code == 1
+        assert "not changed in place" in refused.err
+        assert "`-o FILE`" in refused.err
+        assert sdops("hash", "hf://ann/one/one.safetensors").code == 0
 
 
 def test_fix_finds_no_fault_with_a_sound_file_of_the_hub(hub, sdops, tmp_path, model):

@@ -98,6 +98,13 @@ def test_no_room(train, tmp_path, monkeypatch):
     refused(train, tmp_path, OutputError, "1.00 kB free")
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_is_told(train, tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused(train, tmp_path, UsageError, "no CUDA device", "--device cpu", device="cuda", say=told.append)
+    assert not told
+
+
 def test_a_file_of_settings(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('model = "m"\nsteps = 5\n[loss]\nmin-snr = 5\n[output]\noutput = "/x/y.safetensors"\n')
