@@ -64,14 +64,37 @@ class Spelling:
                     yield module, target
 
 
+class _Stems(Mapping[str, Target]):
+    """All stems of a dialect. They are looked up below each prefix: to keep every name under every prefix would take
+    megabytes, and longer than to read a file's names.
+    """
+
+    def __init__(self, spelling: Spelling, names: Names) -> None:
+        self._found: list[tuple[tuple[str, ...], dict[str, Target]]] = []  # of each component: prefixes, modules
+        for component in (names.denoiser, *names.text_encoders):
+            if prefixes := spelling.prefixes(names, component):
+                modules: dict[str, Target] = {}
+                for module, target in spelling.modules(names, component):
+                    modules.setdefault(module.replace(".", spelling.joint), target)
+                self._found.append((prefixes, modules))
+
+    def __getitem__(self, stem: str) -> Target:
+        for prefixes, modules in self._found:
+            for prefix in prefixes:
+                if stem.startswith(prefix) and (target := modules.get(stem[len(prefix) :])) is not None:
+                    return target
+        raise KeyError(stem)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({prefix + name: None for prefixes, names in self._found for prefix in prefixes for name in names})
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 @cache
 def _stems(spelling: Spelling, names: Names) -> Mapping[str, Target]:
-    found: dict[str, Target] = {}
-    for component in (names.denoiser, *names.text_encoders):
-        for prefix in spelling.prefixes(names, component):
-            for module, target in spelling.modules(names, component):
-                found.setdefault(prefix + module.replace(".", spelling.joint), target)
-    return found
+    return _Stems(spelling, names)
 
 
 def diffusers(names: Names, component: str) -> str:

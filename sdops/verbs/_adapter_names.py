@@ -103,6 +103,7 @@ def _biased(table: Table, variant: str) -> frozenset[str]:
     return frozenset(key.removesuffix(".bias") for key in _keys(table, variant) if key.endswith(".bias"))
 
 
+@cache
 def _spellings(family: str, table: Table, variant: str) -> Mapping[tuple[str, str], Mapping[str, Target]]:
     """Layout -> module -> what it is, of one component."""
     keys = _keys(table, variant)
