@@ -61,25 +61,75 @@ static int is_exact(const chain_term *terms, int count, const block *registers) 
     return lattice > -1000 && reach < power_of_two(lattice + 52);
 }
 
+/* The same sums in plain double, which is exact: up to three terms in one pass. */
+static void add_plainly(const chain_term *terms, int count, const block *registers, size_t size, double *restrict sum) {
+    const chain_term first = terms[0], second = terms[count > 1], third = terms[count > 2 ? 2 : 0];
+    const double *restrict x = registers[first.operand].number, a = first.coefficient;
+    const double *restrict y = registers[second.operand].number, b = second.coefficient;
+    const double *restrict z = registers[third.operand].number, c = third.coefficient;
+    if (count == 1)
+        for (size_t i = 0; i < size; i++) sum[i] = a * x[i];
+    else if (count == 2)
+        for (size_t i = 0; i < size; i++) sum[i] = a * x[i] + b * y[i];
+    else
+        for (size_t i = 0; i < size; i++) sum[i] = a * x[i] + b * y[i] + c * z[i];
+    for (int term = 3; term < count; term++) {
+        const double *restrict values = registers[terms[term].operand].number, coefficient = terms[term].coefficient;
+        for (size_t i = 0; i < size; i++) sum[i] += coefficient * values[i];
+    }
+}
+
 /* The sum of some terms, to be rounded to any format; 0 if an element needs more than twice double's precision. */
 static int add(const chain_term *terms, int count, const block *registers, size_t size, double *restrict sum) {
     double lo[BLOCK], rest[BLOCK], lost = 0;
-    int exact = is_exact(terms, count, registers);
-    for (size_t i = 0; i < size; i++) sum[i] = terms->coefficient * registers[terms->operand].number[i];
-    if (!exact)
-        for (size_t i = 0; i < size; i++) lo[i] = 0, rest[i] = 0;
-    for (const chain_term *term = terms + 1; term < terms + count; term++) {
-        const double *restrict values = registers[term->operand].number;
-        if (exact)
-            for (size_t i = 0; i < size; i++) sum[i] += term->coefficient * values[i];
-        else
-            add_exactly(term->coefficient, values, size, sum, lo, rest);
+    if (is_exact(terms, count, registers)) {
+        add_plainly(terms, count, registers, size, sum);
+        return 1;
     }
-    if (exact) return 1;
+    for (size_t i = 0; i < size; i++) sum[i] = terms->coefficient * registers[terms->operand].number[i];
+    for (size_t i = 0; i < size; i++) lo[i] = 0, rest[i] = 0;
+    for (const chain_term *term = terms + 1; term < terms + count; term++)
+        add_exactly(term->coefficient, registers[term->operand].number, size, sum, lo, rest);
     to_odd_doubles(sum, lo, size);
     for (size_t i = 0; i < size; i++) lost += rest[i];
     return lost == 0;
 }
+
+#if defined(__x86_64__)
+
+/* A block of doubles to the nearest halves, ties to even, still as doubles; 0 if one overflows.
+ *
+ * With m = 1.5 * 2^(52 - 10) * 2^exponent(x), x + m has no room for more than the 10 bits behind x's first one. Below the
+ * smallest normal half the exponent is held.
+ */
+static int round_to_halves(const double *restrict sum, block *restrict out) {
+    const __m256d exponent = _mm256_castsi256_pd(_mm256_set1_epi64x(0x7FF0000000000000)), sign = _mm256_set1_pd(-0.0);
+    const __m256d smallest = _mm256_set1_pd(0x1p-14), to_m = _mm256_set1_pd(0x1.8p42);
+    __m256d most[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+    for (size_t i = 0; i < BLOCK; i += 8) {
+        for (size_t k = 0; k < 2; k++) {
+            __m256d x = _mm256_loadu_pd(sum + i + 4 * k);
+            __m256d m = _mm256_mul_pd(_mm256_max_pd(_mm256_and_pd(x, exponent), smallest), to_m);
+            __m256d rounded = _mm256_sub_pd(_mm256_add_pd(x, m), m);
+            most[k] = _mm256_max_pd(most[k], _mm256_andnot_pd(sign, rounded));
+            _mm256_storeu_pd(out->number + i + 4 * k, _mm256_or_pd(rounded, _mm256_and_pd(x, sign))); /* -0 */
+        }
+    }
+    double lanes[4];
+    _mm256_storeu_pd(lanes, _mm256_max_pd(most[0], most[1]));
+    out->largest = fmax(fmax(lanes[0], lanes[1]), fmax(lanes[2], lanes[3]));
+    out->lattice = LAST[F16];
+    return out->largest <= 65504;
+}
+
+#else
+
+static int round_to_halves(const double *sum, block *out) {
+    uint16_t halves[BLOCK];
+    return !narrow(sum, BLOCK, halves, F16, 0) && load(halves, F16, 0, BLOCK, out);
+}
+
+#endif
 
 /* The last step's sum for every element, rounded once to nearest, ties to even, as is every sum before it.
  *
@@ -104,6 +154,10 @@ int sdops_chain(const chain_step *steps, int length, const chain_term *terms, co
                 continue;
             }
             if (!add(terms + step->first, step->terms, registers, size, sum)) return 0;
+            if (!is_last && step->dtype == F16 && size == BLOCK) {
+                if (!round_to_halves(sum, &registers[step->out])) return 0;
+                continue;
+            }
             if (narrow(sum, size, is_last ? out : rounded, step->dtype, is_last ? start : 0)) return 0;
             if (!is_last && !load(rounded, step->dtype, 0, size, &registers[step->out])) return 0;
         }
