@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 
 from sdops.archs.junk import is_marker, is_position_ids, junk_kind
 from sdops.archs.matching import Match, exact_matches, near_matches
@@ -118,6 +119,31 @@ def detect(specs: Mapping[str, Spec]) -> Detection:
     return found
 
 
+def with_adapter(found: Detection, specs: Mapping[str, Spec], understood: AbstractSet[str]) -> Detection:
+    """The same of a file that a reader of adapters opened: what it understood belongs to the adapter.
+
+    Ends of names that models have, too, do not tell an adapter here: `.weight` of (IA)^3, `.up.weight` of XLabs.
+    """
+    if understood.isdisjoint(found.unclaimed):
+        return found
+    own = next((part for part in found.components if part.table.ends), None)
+    table = own.table if own else next(table for table in tables() if table.ends)
+    keys = [key for key in specs if component_of(found, key) == table.name]
+    keys += [key for key in found.unclaimed if key in understood]
+    adapter = _adapter(table, keys, specs, own.evidence if own else (f"`{keys[0]}` is there",))
+    parts = (*(part for part in found.components if part is not own), adapter)
+    main = _main(parts)
+    return replace(
+        found,
+        family=main.family if main else UNKNOWN,
+        title=main.title if main else found.title,
+        layout=main.layout if main else UNKNOWN,
+        components=parts,
+        unclaimed=tuple(key for key in found.unclaimed if key not in understood),
+        owners=found.owners | dict.fromkeys(keys, adapter.name),
+    )
+
+
 # What was asked last, and the answers; files of a recipe are of few kinds: models, and LoRAs in between.
 _latest: deque[tuple[Mapping[str, Spec], Detection]] = deque(maxlen=2)
 
@@ -130,7 +156,7 @@ def _detect(specs: Mapping[str, Spec]) -> Detection:
         matches += near
         claims = _Claims(specs, matches, packed)
     parts = [_component(match, claims.keys[index], specs, claims) for index, match in enumerate(matches)]
-    parts += [_adapter(table, keys, specs) for table, keys in claims.adapters]
+    parts += [_adapter(table, keys, specs, _evidence(table, keys)) for table, keys in claims.adapters]
     return _detection(specs, tuple(part for part in parts if part.keys), claims, packed)
 
 
@@ -226,8 +252,11 @@ def _component(match: Match, keys: list[str], specs: Mapping[str, Spec], claims:
     )
 
 
-def _adapter(table: Table, keys: list[str], specs: Mapping[str, Spec]) -> Component:
-    example = next(key for key in keys if key.endswith(table.ends))
+def _evidence(table: Table, keys: list[str]) -> tuple[str, ...]:
+    return (f"`{next(key for key in keys if key.endswith(table.ends))}` is there",)
+
+
+def _adapter(table: Table, keys: list[str], specs: Mapping[str, Spec], evidence: tuple[str, ...]) -> Component:
     return Component(
         table.name,
         table.title,
@@ -242,7 +271,7 @@ def _adapter(table: Table, keys: list[str], specs: Mapping[str, Spec]) -> Compon
         extra=(),
         dtypes=_dtypes(keys, specs),
         nbytes=sum(specs[key].nbytes for key in keys),
-        evidence=(f"`{example}` is there",),
+        evidence=evidence,
         table=table,
         ranges={},
     )

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,25 +30,35 @@ _CLAMPED = 0.003  # share of numbers at the bound that no training leaves there
 _BOUNDS = (0.1, 0.25, 0.5, 0.75)  # of the largest block -> shade of report.HEAT
 
 
-def add_adapter(report: Report, path: Path, *, norms: bool, progress: Progress) -> None:
-    """Add to a report what there is to say of an adapter. One that cannot be read as such is a warning, no error."""
+@contextmanager
+def opened(path: Path) -> Iterator[Adapter | str]:
+    """The adapter in a file, or why it cannot be read as such, which is a warning, no error."""
     try:
         adapter = open_adapter(path, allow_unknown=True)
     except SdopsError as error:
-        report.warnings.append(f"it looks like an adapter, but {error.message}")
+        yield f"it looks like an adapter, but {error.message}"
         return
-    try:
-        if not adapter.patches:  # embeddings alone are no adapter
-            return
-        facts = facts_of(adapter)
-        report.data["adapter"] = facts
-        found = [Section("Adapter", _rows(facts)), _components(facts)]
-        if norms:
-            found += _measured(adapter, facts, progress, report)
-        report.sections[1:1] = found
-        report.warnings += [*adapter.notes, *_oddities(adapter, facts)]
-    finally:
-        adapter.source.close()
+    with closing(adapter.source):
+        yield adapter
+
+
+def understood(adapter: Adapter) -> set[str]:
+    """The tensors of which its dialect's reader knows what they are; none of embeddings alone, which are no adapter."""
+    parts = {key for patch in adapter.patches for key in patch.parts.values()}
+    return parts | adapter.extras.keys() if parts else set()
+
+
+def add_adapter(report: Report, adapter: Adapter, *, norms: bool, progress: Progress) -> None:
+    """Add to a report what there is to say of an adapter."""
+    if not adapter.patches:  # embeddings alone are no adapter
+        return
+    facts = facts_of(adapter)
+    report.data["adapter"] = facts
+    found = [Section("Adapter", _rows(facts)), _components(facts)]
+    if norms:
+        found += _measured(adapter, facts, progress, report)
+    report.sections[1:1] = found
+    report.warnings += [*adapter.notes, *_oddities(adapter, facts)]
 
 
 def told_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> Section:

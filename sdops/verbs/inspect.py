@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sdops.archs.detect import UNKNOWN, Component, Detection, component_of, detect
+from sdops.archs.detect import UNKNOWN, Component, Detection, component_of, detect, with_adapter
+from sdops.core.patch import Adapter
 from sdops.core.source import Source
 from sdops.errors import FormatError
 from sdops.formats import FileSource, open_source
@@ -45,22 +46,37 @@ def inspect(
 
 
 def _one(path: Path, keys: bool, hashes: bool, norms: bool, progress: Progress) -> Report:
-    adapter = is_adapter(path)
+    if not is_adapter(path):
+        return _told(path, None, keys, hashes, norms, progress)
+    from sdops.verbs._inspect_adapter import opened
+
+    with opened(path) as adapter:
+        return _told(path, adapter, keys, hashes, norms, progress)
+
+
+def _told(
+    path: Path, adapter: Adapter | str | None, keys: bool, hashes: bool, norms: bool, progress: Progress
+) -> Report:
+    """The report; of what looks like an adapter with that, or with why it cannot be read as one."""
     try:
-        source = open_adapter_file(path) if adapter else open_source(path)
+        source = open_source(path) if adapter is None else open_adapter_file(path)
     except FormatError:
         return _without_model(path)
     try:
         detection = detect(source.specs)
+        if isinstance(adapter, Adapter):
+            detection = _claimed(detection, source, adapter)
         report = _report(source, detection, position_ids(source))
     finally:
         source.close()
     if detection.family in _PERSONAL and added(report, path):
-        adapter = False
-    if adapter:
+        adapter = None
+    if isinstance(adapter, Adapter):
         from sdops.verbs._inspect_adapter import add_adapter
 
-        add_adapter(report, path, norms=norms, progress=progress)
+        add_adapter(report, adapter, norms=norms, progress=progress)
+    elif adapter is not None:
+        report.warnings.append(adapter)
     if keys:
         report.data["keys"] = _key_facts(source, detection)
         report.sections.append(_key_table(source, detection))
@@ -71,6 +87,13 @@ def _one(path: Path, keys: bool, hashes: bool, norms: bool, progress: Progress) 
         report.data["hashes"] = hashed.data["files"]
         report.sections += hashed.sections
     return report
+
+
+def _claimed(detection: Detection, source: Source, adapter: Adapter) -> Detection:
+    """What is in the file, with all that the adapter's dialect understands counted as the adapter."""
+    from sdops.verbs._inspect_adapter import understood
+
+    return with_adapter(detection, source.specs, understood(adapter))
 
 
 def _without_model(path: Path) -> Report:

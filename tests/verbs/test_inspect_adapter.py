@@ -97,12 +97,30 @@ def test_real_files(path):
         assert any("clamps" in text for text in report.warnings)
 
 
-@pytest.mark.parametrize("family", ["lora_alpha", "tucker", "dora", "loha", "lokr", "glora", "oft", "boft", "full"])
+@pytest.mark.parametrize(
+    "family", ["lora_alpha", "tucker", "dora", "loha", "lokr", "glora", "oft", "boft", "full", "ia3"]
+)
 def test_no_part_of_an_adapter_is_unclaimed(family, tmp_path):
     arrays = loras.tensors("kohya", loras.SPELLINGS["kohya", "sd1"], family)
     norm = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_norm1"
     arrays |= {f"{norm}.{part}": np.ones(320, np.float16) for part in ("w_norm", "b_norm")}
     assert sdops.inspect(loras.save(tmp_path / "a.safetensors", arrays)).data["files"][0]["unclaimed"] == []
+
+
+@pytest.mark.parametrize("block", ["double", "single", "block"])
+def test_what_the_dialect_understands_is_the_adapters(block, tmp_path):
+    """XLabs' names end as those of models do: `.up.weight`."""
+    arrays = loras.tensors("xlabs", loras.SPELLINGS["xlabs", "flux1"], "lora")
+    arrays = {key: values for key, values in arrays.items() if block in key}
+    path = loras.save(tmp_path / "a.safetensors", arrays | {"foo.weight": np.ones(3, np.float16)})
+    facts = sdops.inspect(path, keys=True).data["files"][0]
+    assert facts["architecture"] == "adapter"
+    assert facts["unclaimed"] == facts["adapter"]["unknown"] == ["foo.weight"]
+    assert [(part["name"], part["keys"]) for part in facts["components"]] == [("adapter", len(arrays))]
+    assert {key: said["component"] for key, said in facts["keys"].items()} == {
+        **dict.fromkeys(arrays, "adapter"),
+        "foo.weight": "other",
+    }
 
 
 def test_t_lora_is_named(tmp_path):
