@@ -58,12 +58,15 @@ def convert_command(console: Console, file: str, **options: Any) -> int:
     "merge",
     epilog="""\b
     Examples:
+      sdops hypernet merge a.pt:0.7 b.pt:0.3 -o both.pt
       sdops hypernet merge a.pt b.pt --weights 0.7,0.3 -o both.pt
-      sdops hypernet merge a.pt --weights 0.5 -o weaker.pt
+      sdops hypernet merge a.pt:0.5 -o weaker.pt
     """,
 )
-@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE, help="Hypernetworks of any layout")
-@click.option("--weights", callback=numbers(float, "0.7,0.3"), help="One each: 0.7,0.3; default: 1")
+@click.argument(
+    "files", metavar="FILE[:STRENGTH]...", nargs=-1, required=True, type=FILE, help="Hypernetworks of any layout"
+)
+@click.option("--weights", callback=numbers(float, "0.7,0.3"), help="One each, as strengths are: 0.7,0.3; default: 1")
 @click.option("--name", help="The network's own name; default: the output's")
 @click.option("--to", help="Layout: a1111, safetensors; default: as the output's ending says")
 @dtype_option("keep", "fp32", "fp16", "bf16")

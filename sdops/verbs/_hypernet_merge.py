@@ -27,6 +27,7 @@ from sdops.hypernetworks._types import Chain, Layer, Network
 from sdops.report import Report, Section
 from sdops.text import size
 from sdops.verbs._adapter_source import AdapterSource, Lazy
+from sdops.verbs._file_strength import Wish, with_number
 from sdops.verbs._hypernet_chain import affine_of, check_evaluable
 from sdops.verbs._hypernet_open import (
     Doubles,
@@ -46,7 +47,7 @@ Chains = dict[int, tuple[list[Linear], list[Linear]]]
 
 
 def merge(
-    *files: FilePath,
+    *files: Wish,
     output: FilePath,
     weights: Sequence[float] | None = None,
     name: str | None = None,
@@ -60,9 +61,9 @@ def merge(
     With one file and a weight, its strength is changed for good.
 
     Args:
-        files: Hypernetworks with the same activation, in any layout.
+        files: Hypernetworks with the same activation, in any layout: a path, `"PATH:STRENGTH"`, or path and strength.
         output: Where to write.
-        weights: One each; default: 1 for all, their sum.
+        weights: One each, instead of strengths; default: 1 for all, their sum.
         name: The network's own name; default: the output's.
         to: a1111 or safetensors; default: what the output's ending says.
         dtype: keep (theirs if all agree, else fp32), fp32, fp16 or bf16.
@@ -70,15 +71,16 @@ def merge(
         dry_run: Only work it out.
 
     Raises:
-        UsageError: no file, as many weights as files are not there, or no such layout or dtype.
+        UsageError: no file, other than one weight each, a malformed strength, or no such layout or dtype.
         MismatchError: the networks cannot be joined exactly.
         OutputError: the output exists or cannot be written.
     """
     path = Path(output)
-    weights = _weights(files, weights)
+    named = [with_number(file) for file in files]
+    weights = _weights([strength for _, strength in named], weights)
     if dtype not in DTYPES:
         raise UsageError(f"there is no dtype `{dtype}`", hint=f"one of {', '.join(DTYPES)}")
-    opened = [open_network(file) for file in files]
+    opened = [open_network(file) for file, _ in named]
     try:
         check_joinable(opened)
         to = check_layout(to) if to else layout_for(path, Network("", "a1111", {}))
@@ -97,15 +99,23 @@ def merge(
     return _report(opened, weights, structure, path, to, source, dry_run=dry_run)
 
 
-def _weights(files: Sequence[FilePath], weights: Sequence[float] | None) -> list[float]:
-    if not files:
+def _weights(strengths: list[float], weights: Sequence[float] | None) -> list[float]:
+    """One for each file: its strength, or the weight that is given for it."""
+    if not strengths:
         raise UsageError("`hypernet merge` needs at least one file", hint="`sdops hypernet merge A B -o C.pt`")
-    found = [1.0] * len(files) if weights is None else list(weights)
-    if len(found) != len(files):
+    if weights is None:
+        return strengths
+    if len(weights) != len(strengths):
         raise UsageError(
-            f"there are {len(files)} hypernetworks and {len(found)} weights", hint="give one each: `--weights 0.7,0.3`"
+            f"there are {len(strengths)} hypernetworks and {len(weights)} weights",
+            hint="give one each: `--weights 0.7,0.3`",
         )
-    return found
+    if any(strength != 1 for strength in strengths):
+        raise UsageError(
+            "strengths are given twice, behind files and as weights",
+            hint="either `A.pt:0.7 B.pt:0.3` or `A.pt B.pt --weights 0.7,0.3`",
+        )
+    return list(weights)
 
 
 def check_joinable(files: Sequence[HypernetFile]) -> None:

@@ -59,6 +59,10 @@ def test_merge(sdops, style):
     assert sdops("hypernet", "merge", style, style, "--weights", "0.25,0.5", "-o", "both.pt").code == 0
     found = torch.load("both.pt", weights_only=True)
     assert found[768][0]["linear.0.weight"].shape == (14, 768)
+    same = sdops("hypernet", "merge", f"{style}:0.25", f"{style}:0.5", "-o", "same.pt", "--name", "both")
+    assert same.code == 0, same.err
+    again = torch.load("same.pt", weights_only=True)
+    assert all(torch.equal(found[768][0][key], value) for key, value in again[768][0].items())
     wrong = sdops("hypernet", "merge", style, style, "--weights", "1,x", "-o", "x.pt")
     assert (wrong.code, "no list of numbers" in wrong.err) == (2, True)
     assert sdops("hypernet", "merge", style, style, "--weights", "1", "-o", "x.pt").code == 2

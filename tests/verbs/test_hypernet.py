@@ -66,6 +66,18 @@ def test_hidden_units_keep_their_bits(tmp_path):
     assert torch.equal(weight[64:], weight[:64])
 
 
+def test_strengths_stand_behind_files_or_are_weights(tmp_path):
+    path, _ = files.relu(tmp_path)
+    hypernet.merge(f"{path}:0.25", (path, -2), path, output=tmp_path / "a.pt", name="sum")
+    hypernet.merge(path, path, path, weights=[0.25, -2, 1], output=tmp_path / "b.pt", name="sum")
+    one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pt", "b.pt"))
+    for width in open_network(path).network.pairs:
+        for state, same in zip(one[width], other[width], strict=True):
+            assert all(torch.equal(state[key], same[key]) for key in state)
+    report = hypernet.merge(f"{path}:0.25", output=tmp_path / "c.pt", dry_run=True)
+    assert report.data["weights"] == [0.25]
+
+
 def test_merges_that_are_no_network_are_refused(tmp_path):
     relu, linear, deep, active = (w(tmp_path)[0] for w in (files.relu, files.linear, files.everything, files.activated))
     for pair, error in (((relu, linear), "has the activation"), ((deep, deep), "layer norms"),
@@ -74,6 +86,8 @@ def test_merges_that_are_no_network_are_refused(tmp_path):
             hypernet.merge(*pair, output=tmp_path / "x.pt")
     with pytest.raises(UsageError, match="1 weights"):
         hypernet.merge(relu, relu, weights=[1.0], output=tmp_path / "x.pt")
+    with pytest.raises(UsageError, match="given twice"):
+        hypernet.merge(f"{relu}:0.5", relu, weights=[1.0, 2.0], output=tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
 
 
