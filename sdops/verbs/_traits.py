@@ -28,6 +28,7 @@ _TRAINING = (
 )  # fmt: skip
 
 _COUNTED = re.compile(r"(?:unet|text_encoder):\d+:rank|<[^<>]+>")  # of every layer and token of cloneofsimo's LoRAs
+_NUMBERED = re.compile(r"([^0-9]*)0*([0-9]*)")  # a word, and a number without leading zeros
 
 
 def prediction(source: Source, detection: Detection) -> list[str]:
@@ -64,9 +65,17 @@ def is_detail(key: str) -> bool:
     return (key.startswith("ss_") and key not in _TRAINING) or _COUNTED.fullmatch(key) is not None
 
 
-def metadata_order(key: str) -> tuple[int, int, str]:
-    """Sorts metadata: what a model says of itself, how it was made, how it was trained, the rest."""
+def metadata_order(key: str) -> tuple[int, int, list[tuple[str, int, str]], str]:
+    """Sorts metadata: what a model says of itself, how it was made, how it was trained, the rest.
+
+    Numbers within keys go by value: `unet:2:rank` comes before `unet:100:rank`.
+    """
     for rank, start in enumerate(("modelspec.", "sdops", "sd_merge", "ss_")):
         if key.startswith(start):
-            return rank, _TRAINING.index(key) if key in _TRAINING else len(_TRAINING), key
-    return 9, 0, key
+            return rank, _TRAINING.index(key) if key in _TRAINING else len(_TRAINING), _natural(key), key
+    return 9, 0, _natural(key), key
+
+
+def _natural(text: str) -> list[tuple[str, int, str]]:
+    """Words and the numbers behind them, which compare by value: first by their length, then by their digits."""
+    return [(word, len(number), number) for word, number in _NUMBERED.findall(text)]

@@ -12,6 +12,7 @@ from sdops import standin
 from sdops.report import HEAT, Progress, Report, Section, silent
 from sdops.text import count, shorten
 from sdops.verbs._each import FilePath
+from sdops.verbs._traits import metadata_order
 
 if TYPE_CHECKING:
     from sdops.core.compare import Measure
@@ -237,10 +238,10 @@ def _facts(found: Compared, states: Mapping[str, int]) -> dict[str, Any]:
 def metadata(found: Compared) -> dict[str, list[str]]:
     """Keys of the headers that differ."""
     a, b = found.a.origin.metadata, found.b.origin.metadata
+    changed = (key for key in a.keys() & b.keys() if a[key] != b[key])
     return {
-        "only_a": sorted(a.keys() - b.keys()),
-        "only_b": sorted(b.keys() - a.keys()),
-        "changed": sorted(key for key in a.keys() & b.keys() if a[key] != b[key]),
+        name: sorted(keys, key=metadata_order)
+        for name, keys in {"only_a": a.keys() - b.keys(), "only_b": b.keys() - a.keys(), "changed": changed}.items()
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from sdops.errors import OutputError
 from sdops.verbs.diff import diff
+from sdops.verbs.meta import meta
 from tests import tiny
 
 KEY = f"{tiny.UNET}middle_block.1.transformer_blocks.0.attn1.to_q.weight"
@@ -145,6 +146,17 @@ def test_scaled_fp8_is_compared_by_value(against, model):
     report = diff(Path(plain).with_name("b.safetensors"), tiny.write(Path(plain).with_name("q.safetensors"), packed))
     assert report.data["differences"][KEY]["state"] == "equal"
     assert report.data["differences"][KEY]["dtype"] == ["F32", "F8_E4M3"]
+
+
+def test_metadata_are_in_the_order_of_their_numbers(tmp_path):
+    """And as `inspect` and `meta` order them."""
+    model = tiny.checkpoint(1, clip=False, vae=False)
+    keys = [f"unet:{number}:rank" for number in (0, 2, 10, 100)]
+    a = tiny.write(tmp_path / "a.safetensors", model, dict.fromkeys(sorted(keys, reverse=True), "4"))
+    b = tiny.write(tmp_path / "b.safetensors", model, dict.fromkeys(["note", "modelspec.title"], "x"))
+    found = diff(a, b).data["metadata"]
+    assert found == {"only_a": keys, "only_b": ["modelspec.title", "note"], "changed": []}
+    assert [line.split("=")[0] for line in meta(a).result] == keys
 
 
 def test_metadata_are_told_and_do_not_count(tmp_path, model):
