@@ -3,18 +3,21 @@
     python tools/bench_recipe.py --folder bench-data --rounds 3
 
 The floor (tools/floor.py) reads the three checkpoints and writes one, in every round; a plain merge of two runs beside
-it, for its memory. One round more, the first, warms up. Inputs are in the page cache and their hashes remembered.
+it, for its memory. One round more, the first, warms up. Inputs are in the page cache and their hashes remembered;
+outputs are removed and the disk is synced between runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+from bench_merge import settle
 from measure import Cost, run
 
 HERE = Path(__file__).parent
@@ -143,6 +146,8 @@ def main() -> None:
     for number in range(options.rounds + 1):
         for name, command in commands.items():
             output.unlink(missing_ok=True)
+            os.sync()
+            settle(folder, set(map(Path, models)))
             cost = run(command, environment={"SDOPS_CACHE": str(folder / "cache")})
             print(f"{name}: {cost.wall:.2f} s, {cost.user:.1f} + {cost.system:.1f} CPU s, {cost.anonymous_mb:.0f} MB"
                   f" {cost.error}")  # fmt: skip
