@@ -346,7 +346,8 @@ class Applied(View):
     def _buffer(self, name: str, count: int) -> Singles:
         """This thread's buffer of that name, grown as needed."""
         if len(getattr(self._local, name, ())) < count:
-            setattr(self._local, name, np.empty(count, np.float32))
+            size = max(count, PIECE)  # what is not touched takes no memory; one that grew would leave holes in it
+            setattr(self._local, name, np.frombuffer(aligned(4 * size), np.float32))
         buffer: Singles = getattr(self._local, name)
         return buffer[:count]
 
