@@ -26,6 +26,7 @@ class Names:
         spellings: Component, layout -> dotted module name -> what it is. Text encoders have the canonical layout alone,
             and maybe others that are only read.
         biased: Component -> canonical names of its modules that have a bias.
+        stems: Spelling -> what it calls the modules, once it was asked.
     """
 
     architecture: str
@@ -33,6 +34,7 @@ class Names:
     text_encoders: tuple[str, ...]
     spellings: Mapping[tuple[str, str], Mapping[str, Target]]
     biased: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    stems: dict[object, Mapping[str, Target]] = field(default_factory=dict, repr=False)
     _places: dict[tuple[str, str], dict[str, list[tuple[str, Target]]]] = field(default_factory=dict, repr=False)
 
     def layouts(self, component: str) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Literal
 
 from sdops.core.patch import Target
@@ -50,7 +49,9 @@ class Spelling:
 
     def stems(self, names: Names) -> Mapping[str, Target]:
         """Every stem that the dialect reads, in all layouts -> what it is."""
-        return _stems(self, names)
+        if self not in names.stems:
+            names.stems[self] = _Stems(self, names)
+        return names.stems[self]
 
     def modules(self, names: Names, component: str) -> Iterator[tuple[str, Target]]:
         """Dotted names in all layouts, the written one first."""
@@ -90,11 +91,6 @@ class _Stems(Mapping[str, Target]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-@cache
-def _stems(spelling: Spelling, names: Names) -> Mapping[str, Target]:
-    return _Stems(spelling, names)
 
 
 def diffusers(names: Names, component: str) -> str:

@@ -172,6 +172,12 @@ def _recipes(table: Table, source: str, variant: str) -> tuple[Recipe, ...]:
     return tuple(recipe for each in equations for recipe in (each.forward() if forward else each.backward()))
 
 
+def forget() -> None:
+    """Let go of all equations, some megabytes; they are made again when somebody asks."""
+    for made in (modules, aliases, _recipes):
+        made.cache_clear()
+
+
 def _of(family: str, component: str) -> list[Table]:
     """The tables of a component: the family's own, else those that families share."""
     rows = [table for table in tables() if table.name == component]

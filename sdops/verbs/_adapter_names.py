@@ -98,6 +98,13 @@ def names_of(family: str, variant: str = "") -> Names:
     return Names(family, denoiser.name, architecture.text_encoders, spellings, biased)
 
 
+def forget() -> None:
+    """Let go of all names, some megabytes: who opens an adapter later looks them up again."""
+    names_of.cache_clear()
+    _spellings.cache_clear()
+    layouts.tables.forget()
+
+
 def _biased(table: Table, variant: str) -> frozenset[str]:
     """The modules that have a bias."""
     return frozenset(key.removesuffix(".bias") for key in _keys(table, variant) if key.endswith(".bias"))

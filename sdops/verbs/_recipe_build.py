@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,6 +71,10 @@ def build_job(job: Job, running: Mapping[str, Any]) -> Report:
             planned = plan_job(job, running["memory"])
         if not job.ignore_hashes:
             check_hashes(planned.found.values(), running["progress"])
+        if "sdops.verbs._adapter_names" in sys.modules:  # all is opened
+            from sdops.verbs._adapter_names import forget
+
+            forget()
         done, asked = build_recipe(planned, job.output, how)
         seconds = time.monotonic() - begin
         return build_report(planned, job.output, done, asked, seconds, dry_run=running["dry_run"])
@@ -88,7 +93,7 @@ def derived_name(checked: Checked, settings: Mapping[str, object], inputs: Mappi
     first = Path(os.fspath(inputs[roles[0]])).name.removesuffix(".safetensors") if roles else ""
     stem = Path(own).stem if isinstance(own, str) else ".".join(filter(None, [first, checked.recipe.name]))
     set_ = [f"{name}{_short(checked.values[name])}" for name in checked.recipe.parameters if name in settings]
-    return ".".join([stem, *set_]) + ".safetensors"
+    return ".".join([stem, *set_]) + (Path(own).suffix if isinstance(own, str) else ".safetensors")
 
 
 def _short(value: object) -> str:
