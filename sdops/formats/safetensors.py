@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from shlex import quote
@@ -227,7 +228,13 @@ def _entry(path: Path, key: str, info: Any) -> tuple[str, Spec, int, int]:
         _refuse(
             path, f"`{shorten(key)}` has {end - begin:,} bytes, which do not make {dtype}{shorten(repr(shape), 80)}"
         )
-    return key, Spec(dtype, tuple(shape)), begin, end
+    return key, _spec(dtype, tuple(shape)), begin, end
+
+
+@lru_cache(maxsize=1024)
+def _spec(dtype: str, shape: tuple[int, ...]) -> Spec:
+    """Tensors of one kind share theirs, in all files: there are few sizes, and comparing finds the same object."""
+    return Spec(dtype, shape)
 
 
 def _check_sizes(path: Path, key: str, what: str, numbers: Any, *, count: int | None = None) -> None:
