@@ -92,6 +92,7 @@ class Pairing:
         self._places: list[Place] = []  # of merged tensors, for dials that have rules
         self._knobs: dict[tuple[Any, ...], Knobs] = {}
         self._own = self._index(self.template)
+        self._varies = any(isinstance(knob, Dial) and (knob.rules or knob.blocks) for knob in self.knobs.values())
         self._merges = False
         for key, spec in self.template.source.specs.items():
             step = self._step(key, spec)
@@ -155,12 +156,13 @@ class Pairing:
 
     def _knobs_of(self, key: str, size: int) -> Knobs:
         """The knobs for a tensor; tensors with equal ones share them."""
-        if any(isinstance(knob, Dial) and (knob.rules or knob.blocks) for knob in self.knobs.values()):
+        if not self._varies and self._knobs:
+            return next(iter(self._knobs.values()))
+        place = Place("", "", "")
+        if self._varies:
             detection = self.template.detection
             place = Place(key, blocks.block_of(detection, key), component_of(detection, key))
             self._places.append(place)
-        else:
-            place = Place("", "", "")
         values = {name: k.resolve(*place) if isinstance(k, Dial) else k for name, k in self.knobs.items()}
         identity = tuple(values.items())
         if identity not in self._knobs:
