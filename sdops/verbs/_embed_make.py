@@ -55,9 +55,12 @@ def make(
         )
     vocabulary = read_vocabulary(model) if model is not None and has_words(formula) else None
     read = {file: _one(found.embeddings, file) for file, found in files.items()}
+    encoders = _encoders(vocabulary, read)
+    for encoder in encoders:
+        _check_widths(encoder, vocabulary, read)
     vectors = {
         encoder: Vectors(evaluate(formula, _meaning(encoder, vocabulary, read)).astype(np.float32))
-        for encoder in _encoders(vocabulary, read)
+        for encoder in encoders
     }
     counts = {len(part) for part in vectors.values()}
     if len(counts) > 1:
@@ -108,6 +111,23 @@ def _encoders(vocabulary: Vocabulary | None, files: Mapping[str, Embedding]) -> 
         )
     order = list(vocabulary.tables) if vocabulary else list(next(iter(files.values())).vectors)
     return [name for name in order if name in common]
+
+
+def _check_widths(encoder: str, vocabulary: Vocabulary | None, files: Mapping[str, Embedding]) -> None:
+    """Refuse vectors of different widths.
+
+    Raises:
+        MismatchError: names every file and the model, with their widths.
+    """
+    widths = {file: one.vectors[encoder].width for file, one in files.items()}
+    if vocabulary and (table := vocabulary.tables.get(encoder.removesuffix(OUT))):
+        widths[vocabulary.name] = table.width
+    if len(set(widths.values())) > 1:
+        told = ", ".join(f"{width} in `{name}`" for name, width in widths.items())
+        raise MismatchError(
+            f"vectors for {encoder} have different numbers: {told}",
+            hint="give a model of the embeddings' family with `--model`; `sdops embed inspect` shows which that is",
+        )
 
 
 def _meaning(encoder: str, vocabulary: Vocabulary | None, files: Mapping[str, Embedding]) -> Meaning:

@@ -105,7 +105,7 @@ def reached(found: Sequence[Attention], networks: Networks, model: Opened) -> li
     """Those whose contexts have a width that a network is for.
 
     Raises:
-        MismatchError: there is none.
+        MismatchError: there is none, or one whose layers do not fit each other.
     """
     widths = {width for file, _ in networks for width in file.network.pairs}
     hit = [each for each in found if each.width in widths]
@@ -116,7 +116,26 @@ def reached(found: Sequence[Attention], networks: Networks, model: Opened) -> li
             f"({model.detection.title}) are {own} wide",
             hint="give a model of the family that it was trained on",
         )
+    for each in hit:
+        _check_shapes(each, model)
     return hit
+
+
+def _check_shapes(each: Attention, model: Opened) -> None:
+    """Refuse values with another context than the keys', and a layer behind them that does not take them.
+
+    Raises:
+        MismatchError: names the layers and their shapes.
+    """
+    names = [each.keys, each.values, *([f"{each.out}.weight"] if each.has_bias else [])]
+    shapes = [model.source.specs[name].shape if name in model.source.specs else () for name in names]
+    fits = len(shapes[1]) == 2 and shapes[1][1] == each.width
+    if not fits or (each.has_bias and shapes[2][1:2] != shapes[1][:1]):
+        told = ", ".join(f"`{name}` {list(shape)}" for name, shape in zip(names, shapes, strict=True))
+        raise MismatchError(
+            f"layers of `{model.name}` do not fit each other: {told}",
+            hint="it is damaged, or put together of two models; use a whole one",
+        )
 
 
 def maps_of(

@@ -43,6 +43,19 @@ def made(formula: str, folder, model=None, name: str = "made.pt") -> np.ndarray:
     return open_embeddings(folder / name).embeddings[0].vectors["clip_l"].values
 
 
+def test_make_refuses_vectors_of_different_widths(model, tmp_path):
+    made("cat", tmp_path, model, "cat.pt")
+    save_file({"clip_l": torch.zeros(1, 24), "clip_g": torch.zeros(1, 1280)}, tmp_path / "narrow.safetensors")
+    file, narrow = (f"'{tmp_path / name}'" for name in ("cat.pt", "narrow.safetensors"))
+    for formula, base, other in (
+        (f"{narrow} + cat", model, "model.safetensors"),
+        (f"{narrow} + {file}", None, "cat.pt"),
+    ):
+        with pytest.raises(MismatchError, match=rf"24 in `.*narrow.safetensors`, 768 in `.*{other}`"):
+            embed.make(formula, output=tmp_path / "x.pt", model=base)
+    assert not (tmp_path / "x.pt").exists()
+
+
 def test_make_adds_words(model, table, tmp_path):
     found = made("0.7*painting + 0.3*ink - photo", tmp_path, model)
     expected = 0.7 * word(table, "painting") + 0.3 * word(table, "ink") - word(table, "photo")

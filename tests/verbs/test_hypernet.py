@@ -225,6 +225,16 @@ def test_networks_of_other_widths_are_refused_or_told(tmp_path):
         hypernet.apply(tmp_path / "other.safetensors", tmp_path / "h.pt", output=tmp_path / "x")
 
 
+@pytest.mark.parametrize(("part", "shape"), [("to_v", (48, 33)), ("to_out.0", (48, 47))])
+def test_a_model_whose_layers_do_not_fit_each_other_is_refused(part, shape, tmp_path):
+    path, _ = files.linear(tmp_path)
+    name = next(key for key in unet(tmp_path) if key.endswith(f"attn2.{part}.weight"))
+    save_file(unet(tmp_path) | {name: torch.zeros(shape)}, tmp_path / "unet.safetensors")
+    with pytest.raises(MismatchError, match=rf"`{name}` \[{shape[0]}, {shape[1]}\]"):
+        hypernet.apply(tmp_path / "unet.safetensors", path, output=tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------- LoRAs
 
 
