@@ -23,10 +23,10 @@ from sdops.core.sink import remove_leftovers
 from sdops.errors import OutputError, SdopsError, UsageError
 from sdops.report import Progress, Report, silent
 from sdops.text import count
+from sdops.verbs._build_place import place
 from sdops.verbs._many_finished import is_finished
 from sdops.verbs._many_jobs import Build, Failed, PlannedWithStored, guarded, running, step_keys
-from sdops.verbs._many_place import place
-from sdops.verbs._recipe_check import Checked
+from sdops.verbs._recipe_check import Checked, is_embed
 
 Result = Report | str | Failed
 
@@ -83,7 +83,7 @@ def build_many(
     builds = [build.anywhere() for build in checked]
     wanted = _number_of(workers, sizes) if cluster is None else 0
     done: dict[str, Result] = {}
-    with place(Path(builds[0].output)) as shared:
+    with place(Path(builds[0].output).parent) as shared:
         try:
             with _engine(wanted, cluster) as (engine, threads):
                 tasks = _tasks(builds, sizes, shared, threads)
@@ -176,7 +176,7 @@ def _shared_steps(builds: Sequence[Build]) -> dict[str, tuple[int, tuple[str, ..
     """Key of each step that is worth a file -> a build that has it, and the other such steps that it reads.
 
     Worth a file is what several builds have in common, where it meets what they do not: a step before that is read on
-    the way, once.
+    the way, once. Embeddings are made again sooner than told about.
     """
     plans = {index: build.checked() for index, build in enumerate(builds) if not build.finished}
     keys = {index: step_keys(plan, builds[index].found(plan)) for index, plan in plans.items()}
@@ -184,7 +184,7 @@ def _shared_steps(builds: Sequence[Build]) -> dict[str, tuple[int, tuple[str, ..
     found: dict[str, tuple[int, tuple[str, ...]]] = {}
     for index, plan in plans.items():
         own = keys[index]
-        common = {step.id for step in plan.steps if times[own[step.id]] > 1} - {plan.result.id}
+        common = {step.id for step in plan.steps if times[own[step.id]] > 1 and not is_embed(step)} - {plan.result.id}
         edge = {name for step in plan.steps if step.id not in common for name in step.uses if name in common}
         for step in plan.steps:  # what a step reads comes before it
             if step.id in edge and own[step.id] not in found:

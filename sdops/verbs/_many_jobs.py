@@ -25,6 +25,7 @@ from sdops.hub import is_reference
 from sdops.report import Report, silent
 from sdops.verbs._recipe_calls import Call
 from sdops.verbs._recipe_check import Checked, check_recipe
+from sdops.verbs._recipe_embeddings import Embeddings
 from sdops.verbs._recipe_inputs import Found, check_hashes, find_inputs
 from sdops.verbs._recipe_plan import Planned, build_recipe
 from sdops.verbs._recipe_text import Recipe
@@ -145,15 +146,17 @@ class PlannedWithStored(Planned):
         stored: Mapping[str, str],
         memory: int | None = None,
         work: Callable[[Call], Source] | None = None,
+        embeddings: Embeddings | None = None,
     ) -> None:
         keys = step_keys(checked, found) if stored else {}
         self._by_key = stored
         self._stored = {name: Path(stored[key]) for name, key in keys.items() if key in stored}
-        super().__init__(checked, found, folder, memory, work and self._sparing(work))
+        super().__init__(checked, found, folder, memory, work and self._sparing(work), embeddings)
 
     def again(self, work: Callable[[Call], Source]) -> Planned:
         """As Planned's."""
-        return PlannedWithStored(self.checked, self.found, self.folder, self._by_key, self.memory, work)
+        others = (self.folder, self._by_key, self.memory, work, self.embeddings)
+        return PlannedWithStored(self.checked, self.found, *others)
 
     def _sparing(self, work: Callable[[Call], Source]) -> Callable[[Call], Source]:
         """Work that is not done where a file has its result."""

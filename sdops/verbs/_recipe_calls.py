@@ -139,11 +139,6 @@ class Call:
         return function(*arguments.pop(starred, ()), **arguments, **_known(function, more))
 
 
-def is_embed(step: CheckedStep) -> bool:
-    """Whether a step makes embeddings."""
-    return step.step.verb.startswith("embed ")
-
-
 def _with_files(formula: str, files: Mapping[str, File], path: str) -> str:
     """A formula with quoted files in place of `$name`."""
 

@@ -125,7 +125,7 @@ def _locate(one: Input, folders: Sequence[Path]) -> str:
         if path.exists():
             _check_inside(path, folder, one)
             return str(path)
-    looked = dict.fromkeys("this folder" if folder == Path() else f"`{folder}`" for folder in folders)
+    looked = dict.fromkeys("this folder" if folder.resolve() == Path.cwd() else f"`{folder}`" for folder in folders)
     raise SdopsError(
         f"`inputs.{one.name}`: `{shorten(one.file)}` is {'neither' if len(looked) > 1 else 'not'} in "
         f"{' nor in '.join(looked)}",

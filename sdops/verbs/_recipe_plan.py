@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 from sdops.core.sink import check_inputs, check_target
 from sdops.core.source import Source
 from sdops.report import Report
-from sdops.verbs._recipe_calls import Call, File, is_embed
-from sdops.verbs._recipe_check import Checked, CheckedStep
+from sdops.verbs._recipe_calls import Call, File
+from sdops.verbs._recipe_check import Checked, CheckedStep, is_embed
+from sdops.verbs._recipe_embeddings import Embeddings
 from sdops.verbs._recipe_inputs import Found, check_stays
 from sdops.verbs._recipe_sources import NamedFile, SharedStep
 from sdops.verbs._recipe_work import placeholder, worker
@@ -37,6 +38,7 @@ class Planned:
         memory: Bytes that each step shall stay below.
         work: Does a step that has to be done before others can be planned (`_recipe_work`); None = plan those on what
             is known of it before.
+        embeddings: Those that steps make for others.
 
     Attributes:
         calls: The steps by id, in order.
@@ -53,6 +55,7 @@ class Planned:
         folder: Path,
         memory: int | None = None,
         work: Callable[[Call], Source] | None = None,
+        embeddings: Embeddings | None = None,
     ) -> None:
         self.checked = checked
         self.found = found
@@ -62,17 +65,33 @@ class Planned:
         self._readers = Counter(name for step in checked.steps for name in step.uses)
         self._files: dict[str, File] = {}
         self.is_trial = False
-        for step in checked.steps:
-            paths = {name: found[name].address for name in step.uses} if is_embed(step) else None
-            call = Call(step, paths or self._handles(step), memory)
-            self.calls[step.id] = call
-            if call.is_lazy:
-                self._files[step.id] = self._shared(step.id, call.lazy())
-            elif self._readers[step.id] and call.is_conversion:
-                self._files[step.id] = self._shared(step.id, call.converted(folder))
-            elif self._readers[step.id]:
-                self._files[step.id] = (work or placeholder)(call)
-                self.is_trial = self.is_trial or work is None
+        self.embeddings = embeddings or Embeddings()
+        try:
+            for step in checked.steps:
+                self._plan(step, work)
+        except BaseException:
+            self.embeddings.close()
+            raise
+
+    def _plan(self, step: CheckedStep, work: Callable[[Call], Source] | None) -> None:
+        """Add a step, whose files are there."""
+        call = Call(step, self._paths(step) if is_embed(step) else self._handles(step), self.memory)
+        self.calls[step.id] = call
+        if call.is_lazy:
+            self._files[step.id] = self._shared(step.id, call.lazy())
+        elif not self._readers[step.id]:
+            return
+        elif is_embed(step):
+            self._files[step.id] = self.embeddings.made(call)
+        elif call.is_conversion:
+            self._files[step.id] = self._shared(step.id, call.converted(self.folder))
+        else:
+            self._files[step.id] = (work or placeholder)(call)
+            self.is_trial = self.is_trial or work is None
+
+    def _paths(self, step: CheckedStep) -> Mapping[str, File]:
+        """The files that a step of embeddings reads: inputs, and what other such steps have made."""
+        return {name: self.found[name].address if name in self.found else self._files[name] for name in step.uses}
 
     def _handles(self, step: CheckedStep) -> Mapping[str, File]:
         """What stands for the files that a step reads; each is opened once."""
@@ -83,7 +102,7 @@ class Planned:
 
     def again(self, work: Callable[[Call], Source]) -> Planned:
         """The same, now with somebody to do the steps that cannot wait."""
-        return Planned(self.checked, self.found, self.folder, self.memory, work)
+        return Planned(self.checked, self.found, self.folder, self.memory, work, self.embeddings)
 
     @property
     def result(self) -> Call:
@@ -156,7 +175,8 @@ class Planned:
         return {call.lazy().name: call.id for call in self.calls.values() if call.is_lazy and call is not self.result}
 
     def close(self) -> None:
-        """Close all inputs."""
+        """Close all inputs, and remove the embeddings that steps have made for others."""
+        self.embeddings.close()
         for one in self.found.values():
             one.close()
 
@@ -216,5 +236,5 @@ def build_recipe(
 def _write(planned: Planned, output: Path, running: Mapping[str, Any]) -> tuple[Report, dict[str, Report]]:
     asked: dict[str, Report] = {}
     for name, path in planned.outputs().items():
-        asked[name] = planned.calls[name].save(path, running)
-    return planned.result.save(output, running), asked
+        asked[name] = planned.embeddings.save(planned.calls[name], path, running)
+    return planned.embeddings.save(planned.result, output, running), asked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,13 @@ from pathlib import Path
 from sdops.core.hashing import digests
 from sdops.errors import SdopsError
 from sdops.report import Progress, Report, Section
+from sdops.verbs._build_place import place
 from sdops.verbs._recipe_inputs import FilePath
 from sdops.verbs._recipe_text import Recipe
 from sdops.verbs.build import build, with_references
 
-_OPTION = re.compile(r"`--([a-z0-9-]+) FILE`")  # as `build` takes its inputs
+_OPTION = re.compile(r"--([a-z0-9-]+)(?: ([^`,;]+))?")
+_TAKES_ANY = "; `--ignore-hashes` takes this one"  # what would be no proof
 
 
 def verify_rebuilt(
@@ -42,12 +43,12 @@ def verify_rebuilt(
         SdopsError: it cannot be built.
     """
     recipe = with_references(replace(recipe, folder=file.absolute().parent), file)
-    with tempfile.TemporaryDirectory(prefix=".sdops-", dir=".") as folder:
-        built = Path(folder) / file.name
+    with place(Path()) as folder:
+        built = folder / file.name
         try:
             build(recipe, inputs=inputs, output=built, root=root, jobs=jobs, progress=progress)
         except SdopsError as error:
-            error.hint = error.hint and _OPTION.sub(_as_input, error.hint)
+            error.hint = error.hint and _in_own_options(error.hint, recipe)
             raise
         one, two = digests(file, progress), digests(built, progress, fresh=True)
     same, tensors = one.sha256 == two.sha256, one.tensors is not None and one.tensors == two.tensors
@@ -62,7 +63,11 @@ def verify_rebuilt(
     report.failed = not (same or tensors)
 
 
-def _as_input(found: re.Match[str]) -> str:
-    """`--base FILE` as `recipe from` takes it."""
-    name = found[1].replace("-", "_")
-    return f"`--input {name}=FILE`"
+def _in_own_options(hint: str, recipe: Recipe) -> str:
+    """A hint of `build` in options of `recipe from`: `--base FILE` is `--input base=FILE`."""
+
+    def spelled(found: re.Match[str]) -> str:
+        name = found[1].replace("-", "_")
+        return f"--input {name}={found[2] or 'FILE'}" if name in recipe.inputs else found[0]
+
+    return _OPTION.sub(spelled, hint.removesuffix(_TAKES_ANY))

@@ -6,7 +6,6 @@ In memory they would take more than all else that a build holds: hundreds of meg
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 from sdops.archs.detect import detect
 from sdops.core.source import Source
 from sdops.formats import open_source
+from sdops.verbs._build_place import place
 from sdops.verbs._inputs import Opened, open_model
 from sdops.verbs._recipe_calls import Call, File
 from sdops.verbs._recipe_sources import MadeFile
-from sdops.verbs._recipe_text import wrong
 from sdops.verbs._recipe_told import told
 
 _ORDER = {"extract": ("tuned", "base"), "resize": ("lora",), "merge": ("models", "base"), "convert": ("file", "base")}
@@ -28,7 +27,6 @@ def placeholder(call: Call) -> Source:
     """A Source to plan on: the layers of the LoRA to be, in rank 1 or in those that they have now.
 
     Raises:
-        UsageError: other steps cannot read what this one makes.
         SdopsError: as the verb's own checks.
     """
     first = _inputs(call)[0]
@@ -53,13 +51,13 @@ def worker(folder: Path, running: Mapping[str, Any]) -> Iterator[Callable[[Call]
         folder: Where the folder that vanishes is made.
         running: As for `Call.save`.
     """
-    with tempfile.TemporaryDirectory(prefix=".sdops-", dir=folder) as name:
+    with place(folder) as own:
         opened: list[Source] = []
 
         def work(call: Call) -> Source:
             inputs = _inputs(call)
             stem = Path(_name(inputs[0])).stem
-            path = Path(name) / call.id / f"{stem}.{call.verb}.safetensors"
+            path = own / call.id / f"{stem}.{call.verb}.safetensors"
             path.parent.mkdir()
             call.save(path, running)
             made = open_source(path)
@@ -75,12 +73,6 @@ def worker(folder: Path, running: Mapping[str, Any]) -> Iterator[Callable[[Call]
 
 def _inputs(call: Call) -> list[File]:
     """What a step is made of, in the order of its record."""
-    if call.verb not in _ORDER:
-        raise wrong(
-            call.step.step.path,
-            f"other steps cannot read what `{call.verb}` makes",
-            "let it be the last step, or build it apart",
-        )
     found: list[File] = []
     for key in _ORDER[call.verb]:
         value = call.arguments.get(key)

@@ -12,7 +12,7 @@ import pytest
 import sdops
 from fixtures import loras
 from sdops.card import Card, Knob, cards
-from sdops.errors import FormatError, MismatchError, SdopsError
+from sdops.errors import FormatError, MismatchError, SdopsError, UsageError
 from sdops.verbs import recipe
 from tests import tiny
 
@@ -206,6 +206,19 @@ def test_files_of_other_names_give_the_same_bytes(files: Path) -> None:
     assert Path("again.safetensors").read_bytes() == Path("made.safetensors").read_bytes()
     with pytest.raises(MismatchError, match=r"`inputs\.m1`"):
         sdops.build("r.toml", inputs={"m1": files / "m3.safetensors"}, root=[files], output="x.safetensors")
+
+
+def test_hints_of_a_proof_name_its_own_options(files: Path) -> None:
+    sdops.merge(files / "m1.safetensors", files / "m2.safetensors", output="made.safetensors")
+    with pytest.raises(SdopsError, match=r"`m1\.safetensors` is not in this folder") as missing:
+        recipe.from_("made.safetensors", verify=True)
+    assert missing.value.hint.startswith("`--input m1=FILE` names it, `--root FOLDER`")
+    with pytest.raises(MismatchError) as other:
+        recipe.from_("made.safetensors", verify=True, root=[files], inputs={"m1": files / "m3.safetensors"})
+    assert other.value.hint == "`--input m1=FILE` names another one"
+    with pytest.raises(UsageError) as unknown:
+        recipe.from_("made.safetensors", verify=True, root=[files], inputs={"x": files / "m3.safetensors"})
+    assert unknown.value.hint == "its inputs: --input m1=FILE, --input m2=FILE"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -103,12 +104,87 @@ def test_embeddings_are_made_of_inputs(folder):
     assert all(tiny.same(made[key], wanted[key]) for key in made)
 
 
-def test_embeddings_of_steps_and_training_are_refused(folder):
+CHAIN = (
+    EMBED.replace("[[steps]]", '[[steps]]\nid = "mixed"')
+    + """
+dtype = "fp16"
+[[steps]]
+id = "both"
+verb = "embed merge"
+files = ["mixed", "one"]
+mode = "collect"
+to = "diffusers"
+[[steps]]
+verb = "embed convert"
+file = "both"
+only = "mixed"
+to = "a1111"
+"""
+)
+
+
+@pytest.fixture
+def vectors(folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two embeddings; gives the folder where those that steps make for others wait."""
+    for name, number in (("first.pt", 1), ("second.pt", 2)):
+        torch.save(files.a1111_dict(files.rows(3, 768, number)), name)
+    waiting = tmp_path_factory.mktemp("waiting")
+    monkeypatch.setattr(tempfile, "tempdir", str(waiting))
+    return waiting
+
+
+def test_embeddings_are_made_of_those_that_other_steps_make(folder, vectors):
+    Path("r.toml").write_text(CHAIN)
+    before = set(os.listdir())
+    report = sdops.build("r.toml", output="made.pt", dry_run=True)
+    assert report.data["result"]["input"] == "both"
+    assert set(os.listdir()) == before
+    sdops.build("r.toml", output="made.pt")
+    assert set(os.listdir()) - before == {"made.pt"}
+    assert not list(vectors.iterdir())
+    sdops.embed.make("0.25 * 'first.pt' + (1 - 0.25) * 'second.pt'", dtype="fp16", output="mixed.safetensors")
+    sdops.embed.merge("mixed.safetensors", "first.pt", mode="collect", to="diffusers", output="both.safetensors")
+    sdops.embed.convert("both.safetensors", only="mixed", to="a1111", output="wanted.pt")
+    assert Path("made.pt").read_bytes() == Path("wanted.pt").read_bytes()
+
+
+def test_a_sweep_of_embeddings(folder, vectors):
+    Path("r.toml").write_text(CHAIN.replace('to = "a1111"', 'to = "kohya"'))
+    sdops.build("r.toml", set_={"share": [0.1, 0.2]}, output="swept")
+    assert len({path.read_bytes() for path in Path("swept").iterdir()}) == 2
+    assert not list(vectors.iterdir())
+
+
+def test_what_is_wrong_with_a_made_embedding_is_told_by_its_step(folder, vectors):
+    for change, message in (
+        (('only = "mixed"', 'only = "nix"'), r"^`steps\.3`: `both` holds no embedding `nix`"),
+        (('to = "diffusers"', 'to = "difusers"'), r"^`steps\.2`: there is no layout `difusers`"),
+    ):
+        Path("r.toml").write_text(CHAIN.replace(*change))
+        with pytest.raises(UsageError, match=message):
+            sdops.build("r.toml", output="made.pt")
+        assert not list(vectors.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("step", "path", "message"),
+    [
+        ('verb = "merge"\nmodels = ["one", "mixed"]', "steps.2", "`mixed` makes embeddings, which `merge`"),
+        ('verb = "apply"\nmodel = "two"\nlora = ["mixed:0.5"]', "steps.2", "which `apply` does not read"),
+        ('verb = "embed make"\nformula = "cat"\nmodel = "mixed"', "steps.2.model", "`mixed` makes embeddings"),
+        ('verb = "embed make"\nformula = "$mixed + $y"\n[[steps]]\nid = "y"\nverb = "merge"\nmodels = ["one", "two"]',
+         "steps.2", "`embed make` reads files and embeddings, `y` makes neither"),
+    ],
+)  # fmt: skip
+def test_steps_read_what_others_can_give(folder, step, path, message):
+    Path("r.toml").write_text(EMBED.replace("[[steps]]", '[[steps]]\nid = "mixed"') + f"[[steps]]\n{step}\n")
+    with pytest.raises(UsageError, match=message) as caught:
+        sdops.recipe.check("r.toml")
+    assert caught.value.data["path"] == path
+
+
+def test_training_is_refused(folder):
     Path("r.toml").write_text('[inputs]\na = "m0.safetensors"\n[[steps]]\nverb = "train lora"\nmodel = "a"\n')
     with pytest.raises(UsageError, match=r"`steps\.1\.verb`: recipes do not train") as caught:
         sdops.build("r.toml")
     assert "sdops train" in caught.value.hint
-    Path("r.toml").write_text(EMBED.replace("[[steps]]", '[[steps]]\nid = "x"\nverb = "embed make"\nformula = "$one"\n'
-                                            "[[steps]]").replace("* $two", "* $x"))  # fmt: skip
-    with pytest.raises(UsageError, match=r"`embed make` reads files, `x` is a step"):
-        sdops.build("r.toml")
