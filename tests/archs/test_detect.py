@@ -98,6 +98,17 @@ def test_known_list(name: str) -> None:
     assert sum(part.nbytes for part in found.components) == sum(specs[key].nbytes for key in claimed)
 
 
+def test_equal_names_are_looked_at_once_and_changed_ones_again() -> None:
+    specs = load("sd15-ldm")
+    found = detect(specs)
+    assert detect(dict(specs)) is found
+    gone = next(iter(found.components[0].keys))
+    spec = specs.pop(gone)  # the mapping that was asked about
+    assert gone in detect(specs).components[0].missing
+    specs[gone] = spec  # the same tensors in another order
+    assert detect(specs).components[0].keys[-1] == gone
+
+
 def test_the_junk_of_a_training_checkpoint() -> None:
     found = detect(load("sd15-ldm-with-ema"))
     assert {kind: len(keys) for kind, keys in found.junk.items()} == {"ema": 688, "schedule": 12}
