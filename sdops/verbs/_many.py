@@ -26,7 +26,8 @@ from sdops.text import count
 from sdops.verbs._build_place import place
 from sdops.verbs._many_finished import is_finished
 from sdops.verbs._many_jobs import Build, Failed, PlannedWithStored, guarded, running, step_keys
-from sdops.verbs._recipe_check import Checked, is_embed
+from sdops.verbs._recipe_check import Checked
+from sdops.verbs._recipe_check_embed import is_embed
 
 Result = Report | str | Failed
 
@@ -184,7 +185,8 @@ def _shared_steps(builds: Sequence[Build]) -> dict[str, tuple[int, tuple[str, ..
     found: dict[str, tuple[int, tuple[str, ...]]] = {}
     for index, plan in plans.items():
         own = keys[index]
-        common = {step.id for step in plan.steps if times[own[step.id]] > 1 and not is_embed(step)} - {plan.result.id}
+        common = {step.id for step in plan.steps if times[own[step.id]] > 1} - {plan.result.id}
+        common -= {step.id for step in plan.steps if is_embed(step.step)}
         edge = {name for step in plan.steps if step.id not in common for name in step.uses if name in common}
         for step in plan.steps:  # what a step reads comes before it
             if step.id in edge and own[step.id] not in found:

@@ -19,6 +19,7 @@ from sdops.errors import UsageError
 from sdops.text import suggest
 from sdops.verbs._merge_adapters_wish import METHODS
 from sdops.verbs._merge_request import check_count
+from sdops.verbs._recipe_check_embed import check_embed
 from sdops.verbs._recipe_text import Recipe, Scalar, Step, checked_value, shown, wrong
 from sdops.verbs._recipe_values import check_values
 from sdops.verbs._verb_card import RUNNING, VERBS, VerbParameter, lora_merge_card, verb_card
@@ -150,7 +151,7 @@ def _check_step(recipe: Recipe, step: Step, values: Mapping[str, Scalar]) -> Che
             raise wrong(step.path, f"`{step.verb}` needs `{key}`", f"`{key}`: {_WORDS[parameter.kind]}")
     if step.verb == "embed make":
         uses += _files_of_formula(arguments["formula"], files, f"{step.path}.formula")
-    _check_embed(recipe, step, arguments, uses)
+    check_embed(recipe, step, arguments, uses)
     if card is not None and "method" in arguments:
         _check_models(card, step, arguments)
     check_values(step, arguments)
@@ -346,32 +347,6 @@ def _files_of_formula(formula: str, files: Sequence[str], path: str) -> list[str
     if _FORMULA_FILE.search(formula):
         raise wrong(path, "names a file", "declare it under `[inputs]` and write `$name` in the formula")
     return [mark[1] for mark in MARK.finditer(formula) if mark[1] in files]
-
-
-def is_embed(step: CheckedStep) -> bool:
-    """Whether a step makes embeddings."""
-    return _makes_embeddings(step.step)
-
-
-def _makes_embeddings(step: Step) -> bool:
-    return step.verb.startswith("embed ")
-
-
-def _check_embed(recipe: Recipe, step: Step, arguments: Mapping[str, Any], uses: Sequence[str]) -> None:
-    """Steps of embeddings read each other, and nobody else reads them; their models and LoRAs are files."""
-    embeds = {one.id: _makes_embeddings(one) for one in recipe.steps}
-    for name in uses:
-        if name in recipe.inputs or embeds[name] == _makes_embeddings(step):
-            continue
-        if embeds[name]:
-            message, hint = f"`{name}` makes embeddings, which `{step.verb}` does not read", "steps of `embed` do"
-        else:
-            message = f"`{step.verb}` reads files and embeddings, `{name}` makes neither"
-            hint = f"build `{name}` apart, and name its result under `[inputs]`"
-        raise wrong(step.path, message, hint)
-    for key in ("model", "lora"):
-        if _makes_embeddings(step) and embeds.get(arguments.get(key, "")):
-            raise wrong(f"{step.path}.{key}", f"`{arguments[key]}` makes embeddings", "name a file under `[inputs]`")
 
 
 # ----------------------------------------------------------------------------------------------------------- all steps

@@ -16,7 +16,8 @@ from sdops.core.sink import check_inputs, check_target
 from sdops.core.source import Source
 from sdops.report import Report
 from sdops.verbs._recipe_calls import Call, File
-from sdops.verbs._recipe_check import Checked, CheckedStep, is_embed
+from sdops.verbs._recipe_check import Checked, CheckedStep
+from sdops.verbs._recipe_check_embed import is_embed
 from sdops.verbs._recipe_embeddings import Embeddings
 from sdops.verbs._recipe_inputs import Found, check_stays
 from sdops.verbs._recipe_sources import NamedFile, SharedStep
@@ -75,13 +76,13 @@ class Planned:
 
     def _plan(self, step: CheckedStep, work: Callable[[Call], Source] | None) -> None:
         """Add a step, whose files are there."""
-        call = Call(step, self._paths(step) if is_embed(step) else self._handles(step), self.memory)
+        call = Call(step, self._paths(step) if is_embed(step.step) else self._handles(step), self.memory)
         self.calls[step.id] = call
         if call.is_lazy:
             self._files[step.id] = self._shared(step.id, call.lazy())
         elif not self._readers[step.id]:
             return
-        elif is_embed(step):
+        elif is_embed(step.step):
             self._files[step.id] = self.embeddings.made(call)
         elif call.is_conversion:
             self._files[step.id] = self._shared(step.id, call.converted(self.folder))
@@ -145,7 +146,7 @@ class Planned:
         Raises:
             SdopsError: as the verbs.
         """
-        late = [call for call in self.calls.values() if not call.is_lazy and not is_embed(call.step)]
+        late = [call for call in self.calls.values() if not call.is_lazy and not is_embed(call.step.step)]
         if not self.is_trial and not any(one.input.sha256 for one in self.found.values()):
             return False
         asked = {**self.outputs(), self.checked.result.id: output}

@@ -212,7 +212,7 @@ def test_hints_of_a_proof_name_its_own_options(files: Path) -> None:
     sdops.merge(files / "m1.safetensors", files / "m2.safetensors", output="made.safetensors")
     with pytest.raises(SdopsError, match=r"`m1\.safetensors` is not in this folder") as missing:
         recipe.from_("made.safetensors", verify=True)
-    assert missing.value.hint.startswith("`--input m1=FILE` names it, `--root FOLDER`")
+    assert str(missing.value.hint).startswith("`--input m1=FILE` names it, `--root FOLDER`")
     with pytest.raises(MismatchError) as other:
         recipe.from_("made.safetensors", verify=True, root=[files], inputs={"m1": files / "m3.safetensors"})
     assert other.value.hint == "`--input m1=FILE` names another one"
