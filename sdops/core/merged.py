@@ -235,15 +235,12 @@ class Merged:
 
     def _chained(self, key: str, first: int, out: Raw) -> bool:
         """Compute elements through all sums that they come from; False if that has to be done one by one."""
-        with self._lock:
-            known = key in self._chains
-            chain = self._chains.get(key)
-        if not known:
-            chain = chain_of(self, key)
-            with self._lock:
-                self._chains[key] = chain
+        with self._lock:  # threads ask for the pieces of a tensor at the same time: its chain is made once
+            if key not in self._chains:
+                self._chains[key] = chain_of(self, key)
                 while len(self._chains) > CHAINS:
                     self._chains.popitem(last=False)
+            chain = self._chains[key]
         if chain is None:
             return False
         rooms = self._room.buffers(len(chain.reads))
