@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_merge import free_memory, machine, read, say
+from bench_merge import free_memory, machine, memory, read, say
 from measure import Cost, run
 
 from sdops.adapters import family
@@ -172,13 +172,13 @@ class Bench:
 
     def optimum(self, targets: list[Target]) -> dict[str, float]:
         """The squared singular values beyond the rank, summed; remembered in the folder."""
-        memory = self.folder / f"optimum-{RANK}.json"
-        known: dict[str, float] = json.loads(memory.read_text()) if memory.exists() else {}
+        kept = self.folder / f"optimum-{RANK}.json"
+        known: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
         for target in [target for target in targets if str(target) not in known]:
             matrix = difference(self.pairs[target], noise=False).values.double()
             square = torch.linalg.qr(matrix.T if len(matrix) < matrix.shape[1] else matrix, mode="r").R
             known[str(target)] = float(torch.linalg.svdvals(square)[RANK:].square().sum())
-            memory.write_text(json.dumps(known))
+            kept.write_text(json.dumps(known))
         return known
 
 
@@ -213,8 +213,7 @@ def parse() -> argparse.Namespace:
         "--one-thread", action="store_true", help="OMP_NUM_THREADS=1: no processor time is lost waiting"
     )
     parser.add_argument("--time-limit", type=int, help="seconds after which another program is ended")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    parser.add_argument("--peer-memory", type=float, default=0.75 * memory, metavar="GB", help="more is killed")
+    parser.add_argument("--peer-memory", type=float, default=0.75 * memory() / 1e9, metavar="GB", help="more is killed")
     parser.add_argument("--small", action="store_true", help="small models in a folder of their own: does all work?")
     return parser.parse_args()
 

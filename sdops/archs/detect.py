@@ -104,6 +104,10 @@ def component_of(detection: Detection, key: str) -> str:
     return detection.owners.get(key, OTHER)
 
 
+# What was asked last, and the answers; files of a recipe are of few kinds: models, and LoRAs in between.
+_latest: deque[tuple[Mapping[str, Spec], Detection]] = deque(maxlen=2)
+
+
 def detect(specs: Mapping[str, Spec]) -> Detection:
     """Recognise the components of a file from its keys, dtypes and shapes.
 
@@ -142,10 +146,6 @@ def with_adapter(found: Detection, specs: Mapping[str, Spec], understood: Abstra
         unclaimed=tuple(key for key in found.unclaimed if key not in understood),
         owners=found.owners | dict.fromkeys(keys, adapter.name),
     )
-
-
-# What was asked last, and the answers; files of a recipe are of few kinds: models, and LoRAs in between.
-_latest: deque[tuple[Mapping[str, Spec], Detection]] = deque(maxlen=2)
 
 
 def _detect(specs: Mapping[str, Spec]) -> Detection:

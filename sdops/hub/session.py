@@ -103,10 +103,8 @@ def _pause(error: Exception, attempt: int) -> float | None:
     asked = _retry_after(error)
     if asked is not None:
         return asked if asked <= LONGEST_WAIT else None
-    if (
-        type(error).__name__ in ("ConnectError", "UnsupportedProtocol") and attempt
-    ):  # nobody there: the second look is enough
-        return None
+    if type(error).__name__ in ("ConnectError", "UnsupportedProtocol") and attempt:
+        return None  # nobody there: the second look is enough
     return min(0.25 * 2.0**attempt, 8.0)
 
 

@@ -24,7 +24,7 @@ from sdops.verbs._many_jobs import Build
 from sdops.verbs._recipe_text import parse_recipe
 from sdops.verbs.build import build
 
-SWEEP = """
+HEAD = """
 [inputs]
 a = { about = "a model" }
 b = { about = "another" }
@@ -36,6 +36,10 @@ verb = "merge"
 models = ["a", "b"]
 method = "slerp"
 alpha = 0.3
+"""
+SWEEP = (
+    HEAD
+    + """
 [[steps]]
 id = "lora"
 verb = "extract"
@@ -49,23 +53,16 @@ models = ["both", "b"]
 alpha = "$alpha"
 lora = ["lora:$alpha"]
 """
-SHARED = """
-[inputs]
-a = { about = "a model" }
-b = { about = "another" }
-[parameters]
-alpha = { default = 0.5 }
-[[steps]]
-id = "both"
-verb = "merge"
-models = ["a", "b"]
-method = "slerp"
-alpha = 0.3
+)
+SHARED = (
+    HEAD
+    + """
 [[steps]]
 verb = "merge"
 models = ["both", "b"]
 alpha = "$alpha"
 """
+)
 SIMPLE = """
 [inputs]
 a = { about = "a model" }
