@@ -18,9 +18,10 @@ import numpy as np
 from sdops.core import native
 from sdops.core.exact import SHORT_BITS, short_parts
 from sdops.core.precision import FORMATS, Raw
-from sdops.core.source import Source
+from sdops.core.source import Place, Source, place
 
 MOST_REGISTERS = 32  # REGISTERS of chain.c
+PORTION = 1 << 16  # elements that are read at once: of all inputs, they shall fit the second-level cache
 
 Term = tuple[float, int, int]  # coefficient, register, -log2 of what it is a multiple of
 Read = Callable[[int, int, memoryview], Raw]  # first element, number of elements, room -> their bit patterns
@@ -34,11 +35,13 @@ class Link:
         dtype: F16, BF16 or F32.
         read: Gives elements, in the room or elsewhere. Of a sum None.
         terms: Of a sum: coefficients, none of them zero, and what they multiply.
+        place: Where compiled code can read the elements instead.
     """
 
     dtype: str
     read: Read | None
     terms: tuple[tuple[Fraction, Link], ...] = ()
+    place: Place | None = None
 
 
 Links = dict[tuple[int, str], Link]  # tensors that are known already, by the Source's id and the key
@@ -53,12 +56,13 @@ class Linked(Source, Protocol):
 
 def link(source: Source, key: str, links: Links) -> Link:
     """How a tensor of a source is made, or that it is read; the same object whenever it is asked for."""
-    place = id(source), key
-    if place not in links:
+    identity = id(source), key
+    if identity not in links:
         asked = getattr(source, "link", None)  # isinstance would look for every method of the protocol, each time
         made = None if asked is None else asked(key, links)
-        links[place] = made or Link(source.specs[key].dtype, partial(_read, source, key))
-    return links[place]
+        dtype = source.specs[key].dtype
+        links[identity] = made or Link(dtype, partial(_read, source, key), place=place(source, key))
+    return links[identity]
 
 
 def _read(source: Source, key: str, first: int, count: int, room: memoryview) -> Raw:
@@ -75,13 +79,15 @@ class Chain:
         last: What is made: a sum. There must be a compiled library.
 
     Attributes:
-        reads: What is read, in the order of the rooms.
+        reads: The tensors that are read, in the order of the rooms.
         is_compiled: Whether compiled code can do it: it knows all dtypes, and has registers enough.
     """
 
     def __init__(self, last: Link) -> None:
         order = _ordered(last)
-        self.reads = [one.read for one in order if one.read is not None]
+        self.reads = [one for one in order if one.read is not None]
+        self._sizes = [np.dtype(FORMATS[one.dtype].raw).itemsize for one in self.reads]
+        self._places = [one.place for one in self.reads if one.place is not None]
         registers = _registers(order)
         dtypes = {one.dtype for one in order}
         self.is_compiled = max(registers.values()) < MOST_REGISTERS and dtypes <= set(native.DTYPES)
@@ -93,12 +99,31 @@ class Chain:
         Args:
             first: Place of the first element in the tensor.
             out: Where they go.
-            rooms: For each tensor that is read, so many elements of any dtype.
+            rooms: For each tensor that is read, so many elements of any dtype, or PORTION if that is less.
+
+        Raises:
+            ChangedError: a file was written to since it was opened.
         """
         if self._native is None:
             return False
-        raws = [read(first, len(out), room) for read, room in zip(self.reads, rooms, strict=True)]
-        return self._native(raws, out)
+        reach = len(out) if len(self._places) == len(self.reads) else PORTION  # what others read shall be little, too
+        for begin in range(0, len(out), max(reach, 1)):
+            part = out[begin : begin + reach]
+            if not self._native(self._inputs(first + begin, len(part), rooms), rooms, PORTION, part):
+                return False
+        for each in self._places:
+            each.check()
+        return True
+
+    def _inputs(self, first: int, count: int, rooms: Sequence[memoryview]) -> list[native.ChainInput]:
+        """For compiled code: where it can read elements, or those that others have read."""
+        found: list[native.ChainInput] = []
+        for one, size, room in zip(self.reads, self._sizes, rooms, strict=True):
+            if one.place is not None:
+                found.append((one.place.file, one.place.position + first * size, size))
+            elif one.read is not None:
+                found.append(one.read(first, count, room))
+        return found
 
 
 def chain_of(source: Linked, key: str) -> Chain | None:

@@ -35,7 +35,6 @@ from sdops.errors import UsageError
 if TYPE_CHECKING:
     from sdops.core.stream import Stream
 
-CHAINED = 1 << 16  # elements that a chain takes at once: what it reads shall fit the second-level cache
 CHAINS = 4  # tensors whose chains are kept: pieces of one come in a row, in several threads
 
 
@@ -243,9 +242,7 @@ class Merged:
             chain = self._chains[key]
         if chain is None:
             return False
-        rooms = self._room.buffers(len(chain.reads))
-        portions = range(0, len(out), CHAINED)
-        return all(chain(first + begin, out[begin : begin + CHAINED], rooms) for begin in portions)
+        return chain(first, out, self._room.buffers(len(chain.reads)))
 
     def _sample(self, step: Step, out: Raw) -> None:
         """Account for a tensor whose first elements a chain has made: few are read of the steps in between."""

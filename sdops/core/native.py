@@ -21,10 +21,11 @@ from sdops.core.precision import Raw
 from sdops.core.tape import Program
 
 DTYPES = ("F16", "BF16", "F32")  # the order of `enum dtype`
-VERSION = 5
+VERSION = 6
 MOST_INPUTS = 16  # of `inner`
 
 Words = NDArray[np.uint32]
+ChainInput = Raw | tuple[int, int, int]  # elements, or where they lie: file, position, size of an element
 
 
 @cache
@@ -120,13 +121,51 @@ class NativeChain:
         self._length = len(steps)
         self._terms = (_ChainTerm * len(terms))(*(_ChainTerm(*term) for term in terms))
 
-    def __call__(self, raws: Sequence[Raw], out: Raw) -> bool:
-        """Write the last step's sums into `out`; False if they have to be made sum by sum, see chain.c."""
+    def __call__(self, inputs: Sequence[ChainInput], rooms: Sequence[memoryview], portion: int, out: Raw) -> bool:
+        """Write the last step's sums into `out`.
+
+        Args:
+            inputs: Elements, or the file, the position, and the size of an element.
+            rooms: Where elements are read to.
+            portion: How many at once.
+            out: Where the result goes.
+
+        Returns:
+            Whether it is done; else it has to be made sum by sum, see chain.c and chain_files.c.
+        """
         functions = library()
         assert functions is not None  # noqa: S101 - whoever made this object has asked
-        pointers = (ctypes.c_void_p * len(raws))(*map(_pointer, raws))
-        size = ctypes.c_size_t(len(out))
-        return bool(functions.sdops_chain(self._steps, self._length, self._terms, pointers, size, _pointer(out)))
+        sources = (_ChainSource * len(inputs))(*map(_chain_source, inputs))
+        pointers = (ctypes.c_void_p * len(rooms))(*(_pointer(np.frombuffer(room, np.uint8)) for room in rooms))
+        done = functions.sdops_chain_files(
+            self._steps,
+            self._length,
+            self._terms,
+            sources,
+            len(inputs),
+            pointers,
+            ctypes.c_size_t(portion),
+            ctypes.c_size_t(len(out)),
+            out.itemsize,
+            _pointer(out),
+        )
+        return bool(done)
+
+
+def _chain_source(given: ChainInput) -> _ChainSource:
+    if isinstance(given, tuple):
+        file, position, size = given
+        return _ChainSource(None, position, file, size)
+    return _ChainSource(_pointer(given), 0, -1, given.itemsize)
+
+
+class _ChainSource(ctypes.Structure):
+    _fields_ = (
+        ("raw", ctypes.c_void_p),
+        ("position", ctypes.c_int64),
+        ("file", ctypes.c_int32),
+        ("size", ctypes.c_int32),
+    )
 
 
 class _ChainTerm(ctypes.Structure):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from sdops.core.spec import Spec
@@ -38,6 +39,28 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Release file handles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor's bytes lie, one after the other, for compiled code that reads the file itself.
+
+    Attributes:
+        file: The open file's descriptor.
+        position: Of the first byte.
+        check: Raises ChangedError if the file is not as it was when it was opened.
+    """
+
+    file: int
+    position: int
+    check: Callable[[], None]
+
+
+def place(source: Source, key: str) -> Place | None:
+    """Where a source that is a file on this disk has a tensor; None for all others."""
+    ask = getattr(source, "place", None)
+    found: Place | None = None if ask is None else ask(key)
+    return found
 
 
 def splits(source: Source, key: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sdops import standin
 from sdops.core import files
+from sdops.core.source import Place
 from sdops.errors import ChangedError, FormatError, SdopsError
 
 HEAD = 4096  # bytes that tell what a file is
@@ -74,7 +75,7 @@ class InputFile:
                         f"`{self.path}` was cut short while it was being read", hint=_AGAIN, path=self.path
                     )
                 done += count
-            self._check(os.fstat(self.fd))
+            self._check_open()
         except OSError as error:
             raise FormatError(
                 f"reading `{self.path}` failed: {error.strerror}",
@@ -87,6 +88,10 @@ class InputFile:
         data = bytearray(count)
         self.read_into(offset, memoryview(data))
         return data
+
+    def place(self, offset: int) -> Place | None:
+        """Where compiled code can read from `offset` on; None for what is elsewhere."""
+        return Place(self.fd, offset, self._check_open) if self._elsewhere is None else None
 
     def check_unchanged(self) -> None:
         """See that the file of this name is still the one that was opened, and as it was.
@@ -113,6 +118,9 @@ class InputFile:
     def __del__(self) -> None:
         # Sources are composed and dropped like values; as with Python's own files, the last one out closes.
         self.close()
+
+    def _check_open(self) -> None:
+        self._check(os.fstat(self.fd))
 
     def _check(self, status: os.stat_result) -> None:
         if _fingerprint(status) != self.fingerprint:

@@ -20,6 +20,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NoReturn
 
+from sdops.core.source import Place
 from sdops.core.spec import DTYPE_BITS, Spec
 from sdops.errors import FormatError
 from sdops.formats._file import HEAD, InputFile
@@ -94,6 +95,10 @@ class SafetensorsFile:
             ChangedError: the file was cut short or written to since it was opened.
         """
         self._file.read_into(self.offsets[key] + start, buffer)
+
+    def place(self, key: str) -> Place | None:
+        """Where the tensor's bytes lie, if that is on this disk."""
+        return self._file.place(self.offsets[key])
 
     def check_unchanged(self) -> None:
         """Raises ChangedError if the file was written to, replaced or removed since it was opened."""
