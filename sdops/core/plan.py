@@ -5,7 +5,7 @@ A Plan holds one Step per output tensor. It can be shown (`--dry-run`), and run:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +29,30 @@ class Input:
         return self.source.specs[self.key]
 
 
+class Inputs(Sequence[Input]):
+    """The tensors of one name in several models, made when they are asked for: plans hold thousands of these.
+
+    Args:
+        sources: The models, in the order of their indices.
+        key: The name.
+    """
+
+    __slots__ = ("_key", "_sources")
+
+    def __init__(self, sources: tuple[Source, ...], key: str) -> None:
+        self._sources = sources
+        self._key = key
+
+    def __iter__(self) -> Iterator[Input]:
+        return iter([Input(source, self._key, index) for index, source in enumerate(self._sources)])
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(self)[index]
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """How one output tensor comes about.
@@ -44,7 +68,7 @@ class Step:
 
     spec: Spec
     action: Action
-    inputs: tuple[Input, ...] = ()
+    inputs: Sequence[Input] = ()
     knobs: Mapping[str, Any] = field(default_factory=dict)
     value: bytes = b""
     reason: str = ""

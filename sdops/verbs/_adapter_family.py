@@ -98,6 +98,8 @@ def read_as_any(file: Contents, spelling: Dialect, wanted: str | None = None) ->
     found: list[tuple[_Fit, Architecture, Reading]] = []
     error: FormatError | None = None
     for architecture in _candidates(file, wanted):
+        if any(_rules_out(file, fit, reading, architecture) for fit, _, reading in found):
+            continue  # to know the names of a family takes time and memory
         names = names_of(architecture.family, architecture.variant)
         try:
             reading = spelling.read(file, names)
@@ -205,6 +207,13 @@ def _fit(file: Contents, architecture: Architecture, names: Names, reading: Read
         said=any(word in words for word in _SAID.get(architecture.family, ())),
         usual=architecture.family == "flux1" and any(key.startswith(_FLUX_BEGINS) for key in file.specs),
     )
+
+
+def _rules_out(file: Contents, fit: _Fit, reading: Reading, other: Architecture) -> bool:
+    """Whether a family explains everything, and a layer's sizes tell that no other family could that this one is."""
+    if (fit.understood, fit.fitting) != (len(file.specs), 0):
+        return False
+    return any(_contradicts(patch, file.specs, other) for patch in reading.patches)
 
 
 def _has_denoiser(reading: Reading) -> bool:

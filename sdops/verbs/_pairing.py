@@ -13,7 +13,7 @@ from sdops.card import Card
 from sdops.core.dial import Dial, Place
 from sdops.core.linear import coefficients
 from sdops.core.method import Method
-from sdops.core.plan import Input, Plan, Step
+from sdops.core.plan import Input, Inputs, Plan, Step
 from sdops.core.spec import FP8, INTEGERS, Spec
 from sdops.errors import MismatchError, UsageError
 from sdops.text import count
@@ -92,6 +92,7 @@ class Pairing:
         self._places: list[Place] = []  # of merged tensors, for dials that have rules
         self._knobs: dict[tuple[Any, ...], Knobs] = {}
         self._own = self._index(self.template)
+        self._sources = tuple(model.source for model in self.models)
         self._varies = any(isinstance(knob, Dial) and (knob.rules or knob.blocks) for knob in self.knobs.values())
         self._merges = False
         for key, spec in self.template.source.specs.items():
@@ -111,27 +112,32 @@ class Pairing:
 
     def _step(self, key: str, spec: Spec) -> Step | None:
         """What becomes of one tensor of the template; None if it is left out."""
-        own = Input(self.template.source, key, self._own)
         if self.policy.prune and key in self._junk:
             self.plan.dropped[key] = f"pruned: {self._junk[key]}"
             return None
         if blocks.is_position_ids(key):
-            return self._position_ids(key, own)
+            return self._position_ids(key, self._input(key))
         if why := self._unmerged(key, spec):
             # half precision would spoil a noise schedule
             as_it_is = not spec.is_float or key in self._markers or self._junk.get(key) == "schedule"
-            return self._copied(own, why, spec if as_it_is else None)
-        found = [m.source.specs.get(key) for m in self.models]
+            return self._copied(self._input(key), why, spec if as_it_is else None)
+        found = [source.specs.get(key) for source in self._sources]
+        if found.count(spec) == len(found):
+            return self._merged(key, spec)
         if None in found:
-            return self._lacked(key, own, [m.name for m, s in zip(self.models, found, strict=True) if s is None])
+            lacking = [m.name for m, s in zip(self.models, found, strict=True) if s is None]
+            return self._lacked(key, self._input(key), lacking)
         for model, other in zip(self.models, found, strict=True):
             if other is not None and not other.is_float:
-                return self._copied(own, f"{other.dtype} in `{model.name}`, not merged")
+                return self._copied(self._input(key), f"{other.dtype} in `{model.name}`, not merged")
         if any(other is not None and other.shape != spec.shape for other in found):
             self._misshapen.append(key)
             return None
-        inputs = tuple([Input(m.source, key, i) if i != self._own else own for i, m in enumerate(self.models)])
-        return self._merged(key, inputs)
+        return self._merged(key, spec)
+
+    def _input(self, key: str) -> Input:
+        """A tensor of the template."""
+        return Input(self.template.source, key, self._own)
 
     def _unmerged(self, key: str, spec: Spec) -> str:
         """Why a tensor is copied whatever the other models hold; empty if it is not."""
@@ -143,18 +149,17 @@ class Pairing:
             return f"{self._junk[key]}, not merged"
         return "" if self._selected(key) else "excluded"
 
-    def _merged(self, key: str, inputs: tuple[Input, ...]) -> Step:
+    def _merged(self, key: str, spec: Spec) -> Step:
         """Merge a tensor, or copy it if the method's coefficients say that one model is all of it."""
         self._merges = True
-        knobs = self._knobs_of(key, len(inputs))
-        own = inputs[self._own]
-        wanted = _with_dtype(own.spec, self._dtype(own))
+        knobs = self._knobs_of(key)
+        wanted = _with_dtype(spec, self._dtype(self._own, key, spec))
         if knobs.only is not None:
-            item = inputs[knobs.only]
+            item = Input(self._sources[knobs.only], key, knobs.only)
             return self._copied(item, f"all of it from `{item.source.name}`", wanted)
-        return Step(wanted, "merge", inputs, knobs.values)
+        return Step(wanted, "merge", Inputs(self._sources, key), knobs.values)
 
-    def _knobs_of(self, key: str, size: int) -> Knobs:
+    def _knobs_of(self, key: str) -> Knobs:
         """The knobs for a tensor; tensors with equal ones share them."""
         if not self._varies and self._knobs:
             return next(iter(self._knobs.values()))
@@ -166,25 +171,25 @@ class Pairing:
         values = {name: k.resolve(*place) if isinstance(k, Dial) else k for name, k in self.knobs.items()}
         identity = tuple(values.items())
         if identity not in self._knobs:
-            exact = coefficients(self.method.function, size, values) if self.method is not None else ()
+            exact = coefficients(self.method.function, len(self.models), values) if self.method is not None else ()
             used = [i for i, c in enumerate(exact) if c]
             self._knobs[identity] = Knobs(values, used[0] if len(used) == 1 and exact[used[0]] == 1 else None)
         return self._knobs[identity]
 
-    def _dtype(self, item: Input) -> str:
-        """The output's dtype for a tensor that is like an input."""
-        if self.policy.dtype and item.spec.is_float:
+    def _dtype(self, model: int, key: str, spec: Spec) -> str:
+        """The output's dtype for a tensor that is like that of a model."""
+        if self.policy.dtype and spec.is_float:
             return self.policy.dtype
         # fp8 weights are presented as float32; bfloat16 holds their range
-        return "BF16" if self._was_fp8(item) else item.spec.dtype
+        return "BF16" if self._was_fp8(model, key) else spec.dtype
 
-    def _was_fp8(self, item: Input) -> bool:
-        original = self.models[item.model].origin.specs.get(item.key)
+    def _was_fp8(self, model: int, key: str) -> bool:
+        original = self.models[model].origin.specs.get(key)
         return original is not None and original.dtype in FP8
 
     def _copied(self, item: Input, reason: str, wanted: Spec | None = None) -> Step:
         """Copy a tensor, in the output's dtype."""
-        wanted = wanted or _with_dtype(item.spec, self._dtype(item))
+        wanted = wanted or _with_dtype(item.spec, self._dtype(item.model, item.key, item.spec))
         return Step(wanted, "copy" if wanted == item.spec else "cast", (item,), reason=reason)
 
     def _lacked(self, key: str, own: Input, lacking: list[str]) -> Step | None:
@@ -253,9 +258,10 @@ class Pairing:
         return Step(Spec("I64", spec.shape), "value", value=numbers, reason="repaired")
 
     def _selected(self, key: str) -> bool:
-        if self.policy.include and not any(fnmatchcase(key, p) for p in self.policy.include):
+        include, exclude = self.policy.include, self.policy.exclude
+        if include and not any(fnmatchcase(key, p) for p in include):
             return False
-        return not any(fnmatchcase(key, p) for p in self.policy.exclude)
+        return not (exclude and any(fnmatchcase(key, p) for p in exclude))
 
     def _unknown_patterns(self) -> None:
         for option, patterns in (("include", self.policy.include), ("exclude", self.policy.exclude)):
