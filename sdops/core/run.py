@@ -20,7 +20,7 @@ from sdops.core.source import Source, aligned
 PIECE_BYTES = 1 << 20  # read at once from sources that only copy
 JOB_BYTES = 4 << 20  # handed to a thread at once
 FORK_BYTES = 256 << 20  # smaller outputs are not worth a process
-WRITEBACK_BYTES = 512 << 20
+WRITEBACK_BYTES = 64 << 20  # the disk shall always have work, and little of it when the last byte is written
 GRACE_SECONDS = 1.0
 
 Piece = tuple[str, int, int]  # key, first byte, one past the last byte
