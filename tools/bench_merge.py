@@ -264,16 +264,16 @@ class Bench:
 
 
 def settle(folder: Path, inputs: set[Path]) -> None:
-    """Fill free memory with the page cache of other models in the folder, then read the inputs that fit with an output.
+    """Fill free memory with the page cache of a file without content, then read the inputs that fit with an output.
 
     A virtual machine may have given free memory back to its host, and getting it again costs more than the
     merge: with memory full of cache every run finds the same state.
     """
-    for path in sorted(set(folder.glob("*.safetensors")) - inputs):
-        if free_memory() < LITTLE:
-            break
-        if path.stat().st_blocks * 512 >= path.stat().st_size:  # no holes
-            read(path)
+    filler = folder / "filler"
+    if not filler.exists():
+        with filler.open("wb") as file:
+            file.truncate(memory())
+    read(filler, while_free=LITTLE)
     for path in inputs:
         if path.stat().st_size < 0.7 * memory():
             read(path)
@@ -289,11 +289,11 @@ def memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def read(path: Path) -> None:
-    """Bring a file into the page cache."""
+def read(path: Path, *, while_free: int = 0) -> None:
+    """Bring a file into the page cache, as long as so much memory holds nothing."""
     buffer = bytearray(1 << 22)
     with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
+        while free_memory() >= while_free and file.readinto(buffer):
             pass
 
 
