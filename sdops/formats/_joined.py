@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdops.core.source import Place, place
 from sdops.core.spec import Spec
 from sdops.formats import FileSource
 
@@ -49,6 +50,11 @@ class JoinedSource:
         """
         part, inner = self.places[key]
         part.read_into(inner, start, buffer)
+
+    def place(self, key: str) -> Place | None:
+        """Where the tensor's bytes lie, if the part that has it can say so."""
+        part, inner = self.places[key]
+        return place(part, inner)
 
     def check_unchanged(self) -> None:
         """Raises ChangedError if a file was written to, replaced or removed since it was opened."""

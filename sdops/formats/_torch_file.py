@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdops.core.source import Place
 from sdops.core.spec import Spec
 from sdops.errors import FormatError
 from sdops.formats._file import InputFile
@@ -80,6 +81,10 @@ class TorchFile:
                 self._gathered = (key, self._gather(self._tensors[key]))
             data = self._gathered[1]
         buffer.cast("B")[:] = data[start : start + len(buffer.cast("B"))]
+
+    def place(self, key: str) -> Place | None:
+        """Where the tensor's bytes lie, if that is on this disk and they are just as `read_into` gives them."""
+        return self._file.place(self.offsets[key]) if key in self.offsets else None
 
     def check_unchanged(self) -> None:
         """Raises ChangedError if the file was written to, replaced or removed since it was opened."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdops.core.ggml import BY_CODE, DECODABLE, PLAIN, TYPES
+from sdops.core.source import Place
 from sdops.core.spec import Spec
 from sdops.errors import FormatError
 from sdops.formats._file import InputFile
@@ -103,6 +104,10 @@ class GgufFile:
         view = buffer.cast("B")
         for begin in range(0, len(view), _PIECE * 4):
             self._dequantise(place, start + begin, view[begin : begin + _PIECE * 4])
+
+    def place(self, key: str) -> Place | None:
+        """Where the tensor's bytes lie, if that is on this disk and they are just as `read_into` gives them."""
+        return self._file.place(self.offsets[key]) if key in self.offsets else None
 
     def tally(self) -> None:
         """Nothing is counted."""

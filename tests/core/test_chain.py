@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +21,10 @@ from sdops.core.plan import Input, Plan, Step
 from sdops.core.remembered import Remembered
 from sdops.core.source import Source, read
 from sdops.core.spec import Spec
-from sdops.errors import FormatError
-from tests.tiny import Memory, Model, encoded
+from sdops.errors import ChangedError, FormatError
+from sdops.formats import FileSource, open_source
+from sdops.formats.safetensors import SafetensorsFile
+from tests.tiny import Memory, Model, encoded, write
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="installed without a C compiler")
 KEY = "w"
@@ -28,8 +32,11 @@ METHODS = {name: load(f"sdops.merges.{name}", "linear", frozenset()) for name in
 
 
 def tensor(seed: int, dtype: str, count: int, scale: float = 1.0) -> Memory:
-    model: Model = {KEY: encoded(np.random.default_rng(seed).standard_normal(count) * scale, dtype)}
-    return Memory(model, f"{seed}")
+    return Memory({KEY: values(seed, dtype, count, scale)}, f"{seed}")
+
+
+def values(seed: int, dtype: str, count: int, scale: float = 1.0) -> tuple[str, Any]:
+    return encoded(np.random.default_rng(seed).standard_normal(count) * scale, dtype)
 
 
 def merged(sources: Sequence[Source], dtype: str, alpha: float) -> Merged:
@@ -150,3 +157,37 @@ def test_registers_are_used_again():
     for number in range(1, 200):
         source = merged([source, tensor(number, "F16", 4)], "F16", 0.1)
     assert Chain(link(source, KEY, {})).is_compiled
+
+
+def in_files(folder: Path, count: int) -> list[FileSource]:
+    """Three models of other dtypes, each with a tensor before the one that is merged."""
+    found = []
+    for number, dtype in enumerate(native.DTYPES):
+        model: Model = {"a": encoded(np.ones(number + 1), dtype), KEY: values(number, dtype, count)}
+        found.append(open_source(write(folder / f"{dtype}.safetensors", model)))
+    return found
+
+
+@needs_library
+def test_compiled_code_reads_files_itself(tmp_path, monkeypatch):
+    files = in_files(tmp_path, PIECE + PORTION + 3)
+    last = merged([merged(files[:2], "F16", 0.3), tensor(9, "F16", PIECE + PORTION + 3), files[2]], "BF16", 0.1)
+    all_files = merged([merged(files[:2], "F16", 0.3), files[2]], "F32", 0.1)
+    wanted = [by_steps(one, monkeypatch) for one in (last, all_files)]
+    monkeypatch.setattr(SafetensorsFile, "read_into", lambda *_: pytest.fail("read in Python"))
+    assert [bytes(read(one, KEY)) for one in (last, all_files)] == wanted
+    size = len(wanted[1])
+    data = bytearray(size - 400)
+    all_files.read_into(KEY, 400, memoryview(data))  # from any element on
+    assert bytes(data) == wanted[1][400:]
+
+
+@needs_library
+@pytest.mark.parametrize("change", [lambda file: file.truncate(3000), lambda file: file.write(b"!")])
+def test_files_that_change_while_compiled_code_reads_them(tmp_path, change):
+    files = in_files(tmp_path, 5000)
+    last = merged([merged(files[:2], "F16", 0.3), files[2]], "F16", 0.1)
+    with files[1].files[0].open("r+b") as file:
+        change(file)
+    with pytest.raises(ChangedError, match=r"BF16\.safetensors"):
+        read(last, KEY)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdops import formats
-from sdops.core.source import read
+from sdops.core.source import place, read
 from sdops.core.spec import Spec
 from sdops.errors import ChangedError, SdopsError
 from sdops.formats import open_source
@@ -109,6 +109,24 @@ def test_offsets_lead_to_the_bytes(tmp_path, writer):
 
 
 @pytest.mark.parametrize("writer", WRITERS)
+def test_places_are_where_the_bytes_lie(tmp_path, writer):
+    tensors = sample()
+    source = open_source(WRITERS[writer](tmp_path, tensors))
+    places = [found for key in tensors if (found := place(source, key))]
+    assert len(places) == len(tensors)
+    for found, key in zip(places, tensors, strict=True):
+        assert os.pread(found.file, source.specs[key].nbytes, found.position) == raw_bytes(tensors[key])
+        found.check()
+    for file in source.files:
+        with file.open("ab") as appended:
+            appended.write(b"!")
+    for found in places:
+        with pytest.raises(ChangedError):
+            found.check()
+    source.close()
+
+
+@pytest.mark.parametrize("writer", WRITERS)
 def test_threads_may_read_at_once(tmp_path, writer):
     torch.manual_seed(1)
     tensors = {f"t{i}": torch.randn(50, 40) for i in range(8)} | {"turned": torch.randn(64, 64)}
@@ -181,7 +199,7 @@ def test_headers_need_neither_torch_nor_numpy(tmp_path):
         paths.append(str(write(folder, sample())))
     code = """
 import sys
-from sdops.core.source import read
+from sdops.core.source import place, read
 from sdops.formats import open_source
 for path in sys.argv[1:]:
     source = open_source(path)
