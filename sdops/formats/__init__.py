@@ -123,10 +123,14 @@ def open_list(path: str | os.PathLike[str], names: Callable[[list[Spec]], list[s
     Raises:
         SdopsError: as `open_source`.
     """
-    from sdops.formats._torch import Tensor
+    from sdops.formats import safetensors
 
     path = located(path)
     head = b"" if path.is_dir() else read_head(path)
+    if safetensors.sniff(path, head):  # as most are; what reads torch files need not be imported
+        return None
+    from sdops.formats._torch import Tensor
+
     for name in ("torch_zip", "torch_legacy"):
         module = import_module(f"{__name__}.{name}")
         if not module.sniff(path, head):

@@ -227,7 +227,8 @@ class _Plain:
         source, parts, piece = self.lora.adapter.source, self.patch.parts, self.piece
         down = singles_of(source, parts["down"]).reshape(source.specs[parts["down"]].shape[0], -1)  # [r, i kh kw]
         up = singles_of(source, parts["up"]).reshape(source.specs[parts["up"]].shape[0], -1)  # [o, r]
-        up = up[piece.begin : piece.begin + piece.rows] * np.float32(self.strength * self._scale(len(down)))
+        up = up[piece.begin : piece.begin + piece.rows]
+        up *= np.float32(self.strength * self._scale(len(down)))
         return (np.ascontiguousarray(down.T), np.ascontiguousarray(up.T)) if piece.turned else (up, down)
 
     def _scale(self, rank: int) -> float:

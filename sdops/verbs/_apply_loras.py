@@ -24,7 +24,6 @@ from sdops.hub import located
 from sdops.verbs._adapters import AdapterFile, name_of, open_adapter
 from sdops.verbs._file_strength import split_file
 from sdops.verbs._inputs import Opened
-from sdops.verbs._personal_files import not_a_lora
 
 Wish = AdapterFile | tuple[AdapterFile, DialValue]  # a LoRA as callers name it
 
@@ -121,6 +120,8 @@ def _open(wish: Wish, model: Opened, architecture: str | None, *, allow_unknown:
     except FormatError as error:
         if not isinstance(path, str | os.PathLike):
             raise
+        from sdops.verbs._personal_files import not_a_lora
+
         raise not_a_lora(located(path), error) from None
     opened = Opened(adapter.source, adapter.source, detect(adapter.source.specs))
     spelled = f"{strength.dial.default:g}" if strength.dial.is_constant and not strength.blocks else "-blocks"
@@ -166,9 +167,10 @@ def _strength(given: DialValue, options: Mapping[str, str], model: Opened, name:
     blocks = None
     if "lbw" in options:
         blocks = parse_dial(options["lbw"], knob=f"lbw of {name}", default=1.0, slots=slots, components=parts)
-    places = [Place(key, block_of(detection, key), component_of(detection, key)) for key in model.source.specs]
-    for each in (dial, blocks):
-        if each is not None and each.rules:
+    ruled = [each for each in (dial, blocks) if each is not None and each.rules]
+    if ruled:
+        places = [Place(key, block_of(detection, key), component_of(detection, key)) for key in model.source.specs]
+        for each in ruled:
             each.check(places)
     return Strength(dial, plain, blocks, numbers.get("te"), numbers.get("unet"))
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdops.core.blas import one_thread
 from sdops.core.run import run
 from sdops.core.sink import SafetensorsSink, Sink
-from sdops.core.sink_folder import FolderSink, Tensors
-from sdops.core.sink_shards import ShardedSink, split
 from sdops.core.source import Source
 from sdops.core.spec import Spec
 from sdops.errors import OutputError
 from sdops.formats.diffusers import DiffusersFolder
 from sdops.report import Progress
-from sdops.verbs._convert_folder import small_files
-from sdops.verbs._convert_output import check_output
 from sdops.verbs._hashes import Hashes
 from sdops.verbs._inputs import Opened
 from sdops.verbs._provenance import RECIPE, with_hashes, without_hashes
+
+if TYPE_CHECKING:
+    from sdops.core.sink_folder import Tensors
 
 SUFFIX = ".safetensors"
 INDEX = f"{SUFFIX}.index.json"
@@ -68,6 +68,8 @@ def sink_of(specs: Mapping[str, Spec], model: Opened, path: Path, header: Mappin
     Raises:
         OutputError: it exists, cannot be written, is an input, or does not fit on the disk.
     """
+    from sdops.verbs._convert_output import check_output  # steps of recipes that others read come without outputs
+
     if path.suffix in _OTHERS:
         raise OutputError(
             f"the result is safetensors, `{path}` is called as another kind of file",
@@ -75,10 +77,14 @@ def sink_of(specs: Mapping[str, Spec], model: Opened, path: Path, header: Mappin
         )
     check_output(path, [file for leaf in model.leaves() for file in leaf.files])
     if path.name.endswith(INDEX):
+        from sdops.core.sink_shards import ShardedSink, split
+
         limit = max((file.stat().st_size for file in model.files), default=_SHARD) if is_sharded(model) else _SHARD
         whole = path.with_name(path.name.removesuffix(".index.json"))
         return ShardedSink(whole, split(specs, limit), header, force=force)
     if isinstance(model.origin, DiffusersFolder) and not is_file(path):
+        from sdops.core.sink_folder import FolderSink
+
         return FolderSink(path, _files(specs, model.origin, header), force=force)
     return SafetensorsSink(path, specs, header, force=force)
 
@@ -125,6 +131,9 @@ def save(
 
 def _files(specs: Mapping[str, Spec], model: DiffusersFolder, header: Mapping[str, str]) -> dict[str, bytes | Tensors]:
     """The weights of every component, and all the small files as they are."""
+    from sdops.core.sink_folder import Tensors
+    from sdops.verbs._convert_folder import small_files
+
     found: dict[str, bytes | Tensors] = dict(small_files(model.path, set(model.components)))
     if (model.path / _PIPELINE).is_file():
         found[_PIPELINE] = (model.path / _PIPELINE).read_bytes()

@@ -5,7 +5,6 @@ They are a few kilobytes, made in no time, and verbs for embeddings read files: 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +35,8 @@ class Embeddings:
         """
         if call.id not in self._made:
             if self._folder is None:
+                import tempfile
+
                 self._folder = self._stack.enter_context(place(Path(tempfile.gettempdir())))
             own = self._folder / call.id
             own.mkdir()

@@ -298,7 +298,9 @@ class Merge:
             OutputError, FormatError, ChangedError: as `merge`.
         """
         from sdops.core.blas import one_thread
+        from sdops.core.heap import stay_small
 
+        stay_small()
         self.check(output, force=force, jobs=jobs)
         begin = time.monotonic()
         self._jobs = jobs or default_jobs()
