@@ -10,7 +10,7 @@ import click
 
 from sdops import hub
 from sdops.commands._console import Console
-from sdops.commands._options import FILE, general_options, size_option
+from sdops.commands._options import FILE, general_options, size_option, stream_option
 from sdops.verbs._recipe_text import Recipe
 
 _SHORT_WITH_VALUE = "oj"
@@ -46,6 +46,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Processes for a folder or a sweep; default: one per core if it is large",
     ),
     click.option("--cluster", metavar="ADDRESS", help="A dask scheduler (tcp://...) whose workers build instead"),
+    stream_option,
 )
 
 

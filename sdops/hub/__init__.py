@@ -3,7 +3,8 @@
     located(path) -> Path          what a verb can open: the path itself, or a stand-in for the file on the Hub
 
 Opening a stand-in asks the Hub for the list of files of one commit; reading it takes small portions by range requests,
-and brings the whole file into huggingface_hub's cache once a verb reads more than headers, unless `streaming`.
+and brings the whole file into huggingface_hub's cache once a verb reads more than headers, unless `streaming`. Whoever
+goes through streamed files more than once has them `held` in a folder meanwhile.
 huggingface_hub, slow to import, is imported by the first reference.
 
 reference   the text `hf://...` and its parts
@@ -27,6 +28,7 @@ from sdops.report import Progress, silent
 
 _progress: Progress = silent
 _streaming = False
+_holder: Path | None = None
 
 
 def is_reference(path: str | os.PathLike[str]) -> bool:
@@ -75,6 +77,29 @@ def set_streaming(wish: bool) -> None:
 def is_streaming() -> bool:
     """Whether `streaming` is in force."""
     return _streaming
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Files that would be streamed are brought into a folder instead, as a whole, once, by whichever process comes
+    first. The folder is the caller's, and may go as soon as this ends.
+    """
+    from sdops.hub import mount
+
+    global _streaming, _holder
+    before = _streaming, _holder
+    _streaming, _holder = False, folder
+    files = mount.hold()
+    try:
+        yield
+    finally:
+        _streaming, _holder = before
+        mount.let_go(files)
+
+
+def holder() -> Path | None:
+    """The folder for files of which no copy is to be kept, but while `held` is in force."""
+    return _holder
 
 
 def show_progress(progress: Progress) -> None:

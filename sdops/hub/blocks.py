@@ -1,4 +1,8 @@
-"""A file on the Hub read to its end in blocks, of which a few are in memory, and compared with its hash on the way."""
+"""A file on the Hub read to its end in blocks, of which a few are in memory, and compared with its hash on the way.
+
+Whoever goes through the file once needs few blocks. Threads that are at tensors far from each other, or read a tensor
+twice, come back for blocks that were let go of: for them more are kept.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from sdops.errors import HubError
 BLOCK = 8 << 20
 AHEAD = 1  # blocks that are asked for before they are wanted
 KEPT = 4 + (os.cpu_count() or 1) // 2  # blocks in memory: threads of a run are at neighbouring places
+MOST = 24  # blocks in memory, for others
 
 
 class Blocks:
@@ -30,6 +35,7 @@ class Blocks:
         self._lock, self._hashing = threading.Lock(), threading.Lock()
         self._pool = ThreadPoolExecutor(AHEAD + 2, thread_name_prefix="hub")
         self._here: OrderedDict[int, Future[memoryview]] = OrderedDict()
+        self._kept = KEPT
         self._count = -(-size // BLOCK)
         self._states = [hashlib.sha256()]  # of the beginning, up to each block
         self._early: dict[int, memoryview] = {}  # came before the one that is to be hashed next
@@ -67,7 +73,7 @@ class Blocks:
                 if number not in self._here:
                     self._here[number] = self._pool.submit(self._bring, number)
             self._here.move_to_end(index)
-            while len(self._here) > KEPT:
+            while len(self._here) > self._kept:
                 self._here.popitem(last=False)
             wanted = self._here[index]
         try:
@@ -78,9 +84,12 @@ class Blocks:
             raise
 
     def _bring(self, number: int) -> memoryview:
+        if (waiting := self._early.get(number)) is not None:
+            return waiting
         data = self._ask_for(number)
         with self._hashing:
             if number < self._next:
+                self._kept = min(self._kept + 1, MOST)
                 self._compare(number, data)
             elif self._spare >= 0:
                 self._early[number] = data
@@ -102,8 +111,10 @@ class Blocks:
             state = self._states[-1].copy()
             state.update(self._early.pop(self._next))
             self._states.append(state)
-        if len(self._early) > KEPT:
-            if self._spare > 0:
+        if len(self._early) > self._kept:
+            if self._kept < MOST:
+                self._kept += 1
+            elif self._spare > 0:
                 self._fill_gap()
             else:
                 self._early.clear()

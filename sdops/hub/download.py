@@ -26,12 +26,18 @@ from sdops.hub.session import is_offline, library, patiently, utilities
 from sdops.text import size
 
 _CHUNK = 1 << 20
+_OTHER_CACHE = "HF_HOME names another place for it; `--stream` reads without keeping the file"
 
 Advance = Callable[[int], None]
 
 
-def download(found: Listing, path: str) -> Path:
+def download(found: Listing, path: str, holder: Path | None = None) -> Path:
     """The file in the cache, brought there if need be.
+
+    Args:
+        found: The repository.
+        path: Of the file in it.
+        holder: A folder to bring it to instead, under the name of its content.
 
     Raises:
         HubError: the Hub does not give it, or twice gives something else than it announces.
@@ -40,10 +46,16 @@ def download(found: Listing, path: str) -> Path:
     if here := cached(found, path):
         return here
     what, entry = found.pinned(path), found.files[path]
+    if holder is not None:
+        held = holder / entry.blob
+        if not held.exists():
+            _check_space(holder, entry, path, f"the folder `{holder.parent}`", "`-o` names another place")
+            _by_http(found, path, entry, held)
+        return held
     blob = cache_folder(found.repo) / "blobs" / entry.blob
     if not blob.exists() and not is_offline():
         blob.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(blob.parent, entry, path)
+        _check_space(blob.parent, entry, path, f"the cache `{blob.parent.parent.parent}`", _OTHER_CACHE)
         if not _by_xet(found, path, entry):
             _by_http(found, path, entry, blob)
     linked = patiently(
@@ -174,12 +186,12 @@ def _digest(file: Path, entry: Entry) -> str:
     return digest.hexdigest()
 
 
-def _check_space(folder: Path, entry: Entry, path: str) -> None:
+def _check_space(folder: Path, entry: Entry, path: str, named: str, hint: str) -> None:
     free = shutil.disk_usage(folder).free
     if entry.size > free:
         raise OutputError(
-            f"`{Path(path).name}` needs {size(entry.size)}, the cache `{folder.parent.parent}` has {size(free)} free",
-            hint="HF_HOME names another place for it; `--stream` reads without keeping the file",
+            f"`{Path(path).name}` needs {size(entry.size)}, {named} has {size(free)} free",
+            hint=hint,
             needed=entry.size,
             free=free,
         )

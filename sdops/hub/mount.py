@@ -52,6 +52,22 @@ def fetch(text: str) -> Path:
     return standin.real(mounted(text))
 
 
+def hold() -> list[HubFile]:
+    """Have all files that are streamed read from where `hub.holder` says; returns those."""
+    found = [file for file in _files.values() if file.stream]
+    for file in found:
+        file.stream = False
+    return found
+
+
+def let_go(streamed: list[HubFile]) -> None:
+    """Forget what was brought there, and stream again what was streamed before."""
+    for file in _files.values():
+        file.let_go()
+    for file in streamed:
+        file.stream = True
+
+
 def _listed(what: Reference) -> tuple[Listing, Path]:
     """A repository's listing and the folder for its stand-ins; asked for once a run."""
     key = what.repo, what.revision

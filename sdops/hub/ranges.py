@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from sdops import hub
 from sdops.core.source import aligned
 from sdops.errors import HubError
 from sdops.hub.blocks import Blocks
@@ -53,6 +54,7 @@ class HubFile:
         self._portion = GRAIN
         self._direct: str | None = None  # where the Hub sent us to
         self._here = -1
+        self._holder: Path | None = None  # where it is here, if not in the cache
         self._start()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -66,7 +68,7 @@ class HubFile:
         if self._pid != os.getpid():  # locks and threads do not survive a fork
             self._start()
         self._looked += len(buffer)
-        wanted = self._looked > LOOK or self._entry.size <= SMALL
+        wanted = self._is_whole or self._looked > LOOK or self._entry.size <= SMALL
         if self._here < 0 and wanted and not self.stream:
             self.fetch()
         if self._here >= 0:
@@ -98,10 +100,17 @@ class HubFile:
             HubError: the Hub does not give it, or gives something else.
         """
         with self._lock:
-            path = download(self._found, self._path)
+            path = download(self._found, self._path, hub.holder())
             if self._here < 0:
-                self._here = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._here, self._holder = os.open(path, os.O_RDONLY | os.O_CLOEXEC), hub.holder()
         return path
+
+    def let_go(self) -> None:
+        """Close the file if it is only here for a while."""
+        with self._lock:
+            if self._holder is not None:
+                os.close(self._here)
+                self._here, self._holder = -1, None
 
     def _start(self) -> None:
         self._pid = os.getpid()
@@ -150,8 +159,8 @@ class HubFile:
             Exception: as the client does, if it brought none.
         """
         stop, done = start + len(buffer), 0
-        hub = library().hf_hub_url(self._found.repo, self._path, revision=self._found.commit)
-        url = self._direct or hub
+        asked = library().hf_hub_url(self._found.repo, self._path, revision=self._found.commit)
+        url = self._direct or asked
         headers = {} if self._direct else utilities().build_hf_headers(library_name="sdops")
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         timeout = library().constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -166,7 +175,7 @@ class HubFile:
                     raise ConnectionError
                 utilities().hf_raise_for_status(answer)
                 self._check(answer.status_code, str(answer.headers.get("Content-Range")), start, stop)
-                if urlsplit(str(answer.url)).netloc != urlsplit(hub).netloc:
+                if urlsplit(str(answer.url)).netloc != urlsplit(asked).netloc:
                     self._direct = str(answer.url)
                 for chunk in answer.iter_raw():
                     chunk = chunk[: len(buffer) - done]

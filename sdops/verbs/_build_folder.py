@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdops import hub
 from sdops.errors import OutputError, SdopsError, UsageError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, duration, size, suggest
@@ -80,9 +81,8 @@ def build_folder(
     for one in recipes:
         own = {name: value for name, value in settings.items() if name in one.parameters}
         files = {name: os.fspath(file) for name, file in given.items() if name in one.inputs}
-        build_ = Build(
-            one, own, files, "", **{**options, "root": tuple(os.fspath(each) for each in options.get("root", ()))}
-        )
+        how = {**options, "root": tuple(os.fspath(each) for each in options.get("root", ()))}
+        build_ = Build(one, own, files, "", stream=hub.is_streaming(), **how)
         builds.append(replace(build_, output=str(place / derived_name(build_.checked(), own, files))))
     begin = time.monotonic()
     with results_folder(place, keep=not dry_run):
@@ -172,6 +172,7 @@ def _build_of(job: Job, running: Mapping[str, Any]) -> Build:
         str(job.output),
         tuple(os.fspath(one) for one in job.root),
         job.ignore_hashes,
+        stream=hub.is_streaming(),
         **{name: running[name] for name in ("hash_inputs", "jobs", "memory", "force")},
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sdops import hub
 from sdops.core import files
 
 _PREFIX = ".sdops-shared-"
@@ -35,6 +36,21 @@ def place(folder: Path) -> Iterator[Path]:
         if lock >= 0:
             os.close(lock)
         shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def streamed_once(folder: Path, *, again: bool) -> Iterator[None]:
+    """Have files that are streamed come over the net once.
+
+    Args:
+        folder: Of the output: there they lie meanwhile, if once through is not enough.
+        again: Whether it is not.
+    """
+    if not (again and hub.is_streaming()):
+        yield
+        return
+    with place(folder) as own, hub.held(own):
+        yield
 
 
 def _locked(folder: Path) -> int:

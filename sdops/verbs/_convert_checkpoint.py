@@ -24,6 +24,7 @@ from sdops.verbs import _convert_extra
 from sdops.verbs._convert_draft import Draft, Entry, restore_header, single_file, vae_scale
 from sdops.verbs._convert_dtypes import casts, wanted_dtypes
 from sdops.verbs._convert_layout import check_fit
+from sdops.verbs._convert_order import as_inputs_lie
 from sdops.verbs._convert_output import (
     assembled,
     carried_metadata,
@@ -54,6 +55,7 @@ class Conversion:
 
     Attributes:
         draft: Every tensor of the output.
+        tensors: The same, and those of the side file.
         dtypes: Those that shall be cast, and to which dtype.
         cast: Tensor -> the type that its numbers had, and the other that they get: dtypes, or types of GGUF.
         sink: The output, not begun.
@@ -86,6 +88,7 @@ class Conversion:
         self.draft = self._draft()
         self.dtypes: dict[str, str] = {}
         self.cast: dict[str, tuple[str, str]] = {}
+        self.tensors = dict(self.draft.tensors)
         self.lazy, self.sink = self._sink(force=force)
 
     def save(self, *, jobs: int | None = None, progress: Progress) -> Report:
@@ -99,8 +102,9 @@ class Conversion:
         begin = time.monotonic()
         standin.prepare(file for each in self._inputs() for file in each.files)
         with self.sink:
+            order = as_inputs_lie(self.sink, self.tensors) if standin.is_streaming() else self.sink
             with progress("converting", self.sink.nbytes) as advance:
-                run(self.lazy, self.sink, jobs=jobs or default_jobs(), progress=advance)
+                run(self.lazy, order, jobs=jobs or default_jobs(), progress=advance)
             for each in self._inputs():
                 each.check_unchanged()
             counts = self._counts()
@@ -217,7 +221,7 @@ class Conversion:
     def _sink(self, *, force: bool) -> tuple[Source, Sink]:
         """The chain of Sources, and where it ends."""
         draft, wish = self.draft, self.wish
-        tensors = dict(draft.tensors)
+        tensors = self.tensors
         if wish.to == "diffusers":
             tensors |= self._side_file()
         self.dtypes = wanted_dtypes(tensors, self.detection, wish) if wish.dtypes else {}

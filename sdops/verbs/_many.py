@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from sdops.core.run import FORK_BYTES, default_jobs
 from sdops.core.sink import remove_leftovers
@@ -46,7 +47,7 @@ class Task:
 
     name: str
     kind: str
-    arguments: tuple[object, ...]
+    arguments: tuple[Any, ...]
     after: tuple[str, ...]
     nbytes: int
 

@@ -11,13 +11,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sdops import __version__
+from sdops import __version__, hub
 from sdops.core.source import Source
 from sdops.core.view import View
 from sdops.errors import SdopsError
@@ -49,6 +49,7 @@ class Build:
         output: The file to write.
         root: More folders to look for inputs in.
         ignore_hashes, hash_inputs, jobs, memory, force: As in `sdops.build`.
+        stream: Whether files on the Hub are kept nowhere; until all builds are done they lie in `place`.
         measured: Whether to measure the result, too: it is in memory still, and workers share that work.
         finished: Whether the output is there already.
         place: A folder for what is worked out on the way; default: the output's own.
@@ -65,6 +66,7 @@ class Build:
     jobs: int | None = None
     memory: int | None = None
     force: bool = False
+    stream: bool = False
     measured: bool = False
     finished: bool = False
     place: str = ""
@@ -297,10 +299,11 @@ def running(build: Build) -> dict[str, Any]:
     }
 
 
-def guarded(kind: str, *arguments: Any) -> Report | str | Failed:
+def guarded(kind: str, build: Build, *key: str) -> Report | str | Failed:
     """Do a job by its kind, `build` or `store`; errors that a user can understand come back as values."""
     try:
-        return run_build(*arguments) if kind == "build" else store_step(*arguments)
+        with hub.held(Path(build.place)) if build.stream else nullcontext():
+            return run_build(build) if kind == "build" else store_step(build, *key)
     except SdopsError as error:
         return Failed(error.message, error.hint, type(error).__name__)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdops.report import Report
+from sdops.verbs._build_place import streamed_once
 from sdops.verbs._recipe_check import Checked, check_recipe
 from sdops.verbs._recipe_inputs import FilePath, check_hashes, find_inputs
 from sdops.verbs._recipe_plan import Planned, build_recipe, plan_recipe
@@ -75,7 +76,9 @@ def build_job(job: Job, running: Mapping[str, Any]) -> Report:
             from sdops.verbs._adapter_names import forget
 
             forget()
-        done, asked = build_recipe(planned, job.output, how)
+        again = (planned.is_trial or bool(planned.outputs())) and not running["dry_run"]
+        with streamed_once(job.output.absolute().parent, again=again):
+            done, asked = build_recipe(planned, job.output, how)
         seconds = time.monotonic() - begin
         return build_report(planned, job.output, done, asked, seconds, dry_run=running["dry_run"])
     finally:

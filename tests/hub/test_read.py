@@ -108,9 +108,11 @@ def test_streamed_contents_are_compared_with_the_hash(hub, sdops, tmp_path, mode
     assert sdops(*streamed).code == 0  # a block that broke off goes on there, whatever `SDOPS_HUB_RETRIES` says
 
 
-def test_blocks_are_followed_in_whatever_order_they_come():
+def test_blocks_are_followed_in_whatever_order_they_come(monkeypatch):
     """What is skipped, overtaken or let go of is asked for, a little; who reads everywhere is not followed."""
-    data = bytes(range(256)) * (20 * blocks.BLOCK // 256)
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 20)
+    total = 2 * blocks.MOST
+    data = bytes(range(256)) * (total * blocks.BLOCK // 256)
     digest, asked, wrong = hashlib.sha256(data).hexdigest(), [], -1
 
     def ask(start: int, stop: int) -> memoryview:
@@ -119,22 +121,42 @@ def test_blocks_are_followed_in_whatever_order_they_come():
 
     def read(*order: int) -> blocks.Blocks:
         asked.clear()
-        file, piece = blocks.Blocks("file", len(data), ask), bytearray(1 << 20)
+        file, piece = blocks.Blocks("file", len(data), ask), bytearray(1 << 16)
         for number in order:
             file.read_into(number * blocks.BLOCK, memoryview(piece))
         return file
 
-    forward = [number for number in range(20) if number != 7]
+    forward = [number for number in range(total) if number != 7]
     read(*forward).check(digest)
-    assert sorted(asked) == list(range(20))
+    assert sorted(asked) == list(range(total))
     with pytest.raises(HubError, match="arrived damaged"):
         read(*forward).check("0" * 64)
-    backward = read(*range(19, -1, -1))
+    with pytest.raises(HubError, match="arrived damaged"):  # all could wait in memory for the first
+        read(*range(blocks.MOST - 1, -1, -1), *range(blocks.MOST, total)).check("0" * 64)
+    assert set(asked) == set(range(total))
+    assert len(asked) <= total + 1
+    backward = read(*range(total - 1, -1, -1))
     backward.check("0" * 64)
-    assert len(asked) <= 20 + 5
-    again, wrong = read(*range(20)), 0
+    assert len(asked) <= total + 5
+    again, wrong = read(*range(total)), 0
     with pytest.raises(HubError, match="arrived damaged"):
         again.read_into(0, memoryview(bytearray(1)))
+
+
+def test_blocks_that_are_wanted_again_stay(monkeypatch):
+    """Threads at tensors far from each other, each of which they read twice: few blocks come twice."""
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 20)
+    data, asked = bytes(40 << 20), []
+
+    def ask(start: int, stop: int) -> memoryview:
+        asked.append(start)
+        return memoryview(data)[start:stop]
+
+    file, piece = blocks.Blocks("file", len(data), ask), bytearray(1 << 16)
+    for tensor in range(0, 40, 8):  # two threads in turn, of four blocks each
+        for number in [0, 4, 1, 5, 2, 6, 3, 7] * 2:
+            file.read_into((tensor + number) << 20, memoryview(piece))
+    assert len(asked) < 1.2 * 40
 
 
 def test_no_token_reaches_another_origin(hub, sdops, model):
