@@ -1,4 +1,4 @@
-"""Sums of sums, in one go: what consecutive steps do to an element, each rounded as if it were written and read again.
+"""Sums, and sums of sums in one go: what steps do to an element, each rounded as if it were written and read again.
 
 Step by step, each would work in buffers of its own, and read again what others read, too. Where all of them are exact
 sums (core/exact.py), links describe the whole, and compiled code (core/chain.c) takes a block of elements through all
@@ -127,9 +127,12 @@ class Chain:
 
 
 def chain_of(source: Linked, key: str) -> Chain | None:
-    """A tensor's chain; None where it is no sum of sums, or there is no compiled code for it."""
+    """A tensor's chain; None where there is no compiled code for it, or nothing to gain: for a single sum of tensors that
+    others have to read."""
     last = source.link(key, {})
-    if last is None or not any(operand.terms for _, operand in last.terms) or native.library() is None:
+    if last is None or native.library() is None:
+        return None
+    if not last.terms or not any(operand.terms or operand.place for _, operand in last.terms):
         return None
     chain = Chain(last)
     return chain if chain.is_compiled else None

@@ -88,7 +88,8 @@ class Merged:
         self._taped = Taped(method, self.retained, seed=seed)
         self._stream: Stream | None = None
         self._engines: dict[str, Engine] = {}
-        self._is_linked = any(hasattr(item.source, "link") for step in plan.steps.values() for item in step.inputs)
+        sources = {id(item.source): item.source for step in plan.steps.values() for item in step.inputs}.values()
+        self._may_chain = any(hasattr(source, name) for source in sources for name in ("link", "place"))
         self._chains: OrderedDict[str, Chain | None] = OrderedDict()
 
     def close(self) -> None:
@@ -204,7 +205,7 @@ class Merged:
         for begin in range(0, len(out), PIECE):
             part = out[begin : begin + PIECE]
             sample = first + begin == 0 and self.retained.wants(key)
-            if self._is_linked and self._chained(key, first + begin, part):
+            if self._may_chain and self._chained(key, first + begin, part):
                 if sample:
                     self._sample(step, part)
                 continue
