@@ -67,9 +67,9 @@ def build_folder(
         UsageError: a recipe makes no sense, or none has a parameter or input that is given.
         SdopsError: as `build_many`.
     """
+    from sdops.verbs._build_name import derived_name
     from sdops.verbs._many import build_many, is_there
     from sdops.verbs._many_jobs import Build
-    from sdops.verbs._recipe_build import derived_name
     from sdops.verbs.build import build
 
     recipes = recipes_in(Path(folder))

@@ -29,6 +29,7 @@ from sdops.verbs._many_finished import is_finished
 from sdops.verbs._many_jobs import Build, Failed, PlannedWithStored, guarded, running, step_keys
 from sdops.verbs._recipe_check import Checked
 from sdops.verbs._recipe_check_embed import is_embed
+from sdops.verbs._recipe_plan import Planned
 
 Result = Report | str | Failed
 
@@ -141,9 +142,15 @@ def _checked_one(build: Build, progress: Progress) -> tuple[Build, int]:
             planned.rehearse(path, running(build))
             if lazy is not None:
                 lazy.check(path, force=build.force)
-        return replace(build, finished=finished), sum(spec.nbytes for spec in lazy.specs.values()) if lazy else 1
+        return replace(build, finished=finished), _bytes(planned)
     finally:
         planned.close()
+
+
+def _bytes(planned: Planned) -> int:
+    """How much the result will have; if that is not known yet, how much it is made of."""
+    sources = [planned.result.lazy()] if planned.result.is_lazy else [one.open() for one in planned.found.values()]
+    return max(1, sum(spec.nbytes for source in sources for spec in source.specs.values()))
 
 
 def is_there(build: Build, progress: Progress) -> bool:

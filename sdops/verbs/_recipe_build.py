@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from sdops.report import Report
 from sdops.verbs._build_place import streamed_once
-from sdops.verbs._recipe_check import Checked, check_recipe
+from sdops.verbs._recipe_check import check_recipe
 from sdops.verbs._recipe_inputs import FilePath, check_hashes, find_inputs
 from sdops.verbs._recipe_plan import Planned, build_recipe, plan_recipe
 from sdops.verbs._recipe_report import build_report
@@ -83,22 +82,3 @@ def build_job(job: Job, running: Mapping[str, Any]) -> Report:
         return build_report(planned, job.output, done, asked, seconds, dry_run=running["dry_run"])
     finally:
         planned.close()
-
-
-def derived_name(checked: Checked, settings: Mapping[str, object], inputs: Mapping[str, FilePath]) -> str:
-    """What a result is called when nobody names it: the first model that had to be given, the recipe's name, and the
-    parameters that were set.
-    """
-    own = checked.result.arguments.get("output")
-    if isinstance(own, str) and not settings:
-        return own
-    roles = [name for name, one in checked.recipe.inputs.items() if not one.file and name in inputs]
-    first = Path(os.fspath(inputs[roles[0]])).name.removesuffix(".safetensors") if roles else ""
-    stem = Path(own).stem if isinstance(own, str) else ".".join(filter(None, [first, checked.recipe.name]))
-    set_ = [f"{name}{_short(checked.values[name])}" for name in checked.recipe.parameters if name in settings]
-    return ".".join([stem, *set_]) + (Path(own).suffix if isinstance(own, str) else ".safetensors")
-
-
-def _short(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return "".join(sign if sign.isalnum() or sign in "+-._" else "_" for sign in text)[:60]

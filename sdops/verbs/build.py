@@ -107,7 +107,8 @@ def build(
     if html is not None:
         raise UsageError("a page shows a sweep", hint="give a parameter several values: `--set NAME=0.1:0.9:0.1`")
     checked = check_recipe(text, settings)
-    from sdops.verbs._recipe_build import Job, build_job, derived_name
+    from sdops.verbs._build_name import derived_name
+    from sdops.verbs._recipe_build import Job, build_job
 
     path = Path(output) if output is not None else Path(derived_name(checked, settings, given))
     return build_job(Job(text, checked.values, given, path, tuple(root), ignore_hashes), running)
@@ -139,6 +140,8 @@ def _sweep(
     kept = [cell.output for one, cell in done if one.data.get("kept")]
     report = sheet_report(recipe.name, sheet, kept, time.monotonic() - begin, dry_run=running["dry_run"])
     report.warnings = list(dict.fromkeys(text for one, _ in done for text in one.warnings))
+    if not running["dry_run"] and not sheet[0].distances:
+        report.hints.append("no distances: the results have other tensors, or other names of them, than the inputs")
     if html is not None and not running["dry_run"]:
         from sdops.verbs._recipe_sheet_page import write_page
 
@@ -174,10 +177,11 @@ def sweep_jobs(
         UsageError: a value does not fit, or `output` is a file.
     """
     folder = Path() if output is None else Path(output)
-    if folder.suffix in (".safetensors", ".ckpt") or folder.is_file():
+    if folder.suffix in (".safetensors", ".ckpt", ".gguf") or folder.is_file():
         raise UsageError(f"a sweep writes several files, `{folder}` is one", hint="`-o FOLDER`")
     grid = cells(recipe, settings)
-    from sdops.verbs._recipe_build import Job, derived_name
+    from sdops.verbs._build_name import derived_name
+    from sdops.verbs._recipe_build import Job
 
     return [
         Job(recipe, checked.values, inputs, folder / derived_name(checked, one, inputs), root, ignore_hashes)

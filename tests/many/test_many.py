@@ -330,3 +330,26 @@ def test_a_folder_of_recipes(models, tmp_path, monkeypatch):
         build(folder, inputs=models, set_={"alpah": 0.25})
     with pytest.raises(SdopsError, match="holds no recipes"):
         build(tmp_path / "recipes" / "..", inputs=models)
+
+
+@pytest.mark.parametrize(("to", "ending"), [("diffusers", ""), ("ckpt", ".ckpt"), ("gguf", ".gguf")])
+def test_a_sweep_of_conversions(models, tmp_path, monkeypatch, to, ending):
+    """Results are named as their containers are, and are those of single builds."""
+    monkeypatch.chdir(tmp_path)
+    Path("r.toml").write_text(
+        SIMPLE.replace('verb = "merge"', 'id = "m"\nverb = "merge"')
+        + f'[[steps]]\nverb = "convert"\nfile = "m"\nto = "{to}"\n'
+    )
+    report = build("r.toml", inputs=models, set_={"alpha": [0.1, 0.2]}, output="out")
+    stem = Path(models["a"]).stem
+    assert report.result == [f"out/{stem}.r.alpha{alpha}{ending}" for alpha in (0.1, 0.2)]
+    assert any("no distances" in hint for hint in report.hints) == (to == "diffusers")
+    (alone,) = build("r.toml", inputs=models, set_={"alpha": 0.2}).result
+    made = Path(report.result[1])
+    pairs = (
+        [(made, Path(alone))]
+        if made.is_file()
+        else [(one, Path(alone) / one.relative_to(made)) for one in made.rglob("*.*")]
+    )
+    assert pairs
+    assert all(one.read_bytes() == other.read_bytes() for one, other in pairs)
