@@ -18,7 +18,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FLAGS = ["-std=c11", "-O3", "-funroll-loops", "-fPIC", "-shared"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-PROCESSOR = {"x86_64": ["-mavx2", "-mf16c"], "AMD64": ["-mavx2", "-mf16c"], "aarch64": [], "arm64": []}
+X86 = ["-mavx2", "-mf16c", "-mfma"]  # what sdops_version asks the processor for
+PROCESSOR = {"x86_64": X86, "AMD64": X86, "aarch64": [], "arm64": []}
 
 
 class NativeHook(BuildHookInterface[Any]):

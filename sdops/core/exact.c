@@ -15,7 +15,7 @@ enum { VERSION = 6 }; /* of all functions, as core/native.py expects them */
 int sdops_version(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c")) return 0;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c") || !__builtin_cpu_supports("fma")) return 0;
 #endif
     return VERSION;
 }
