@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -39,8 +38,6 @@ from sdops.core.view import View
 
 Factors = tuple[Singles, Singles]  # up [rows, r], down [r, columns]; scale and strength are in them
 Weights = Callable[[str], Singles]  # tensor of the model -> its values, in its shape
-
-REMEMBERED = 4  # tensors whose factors are kept: pieces of one come in a row, in several threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +114,6 @@ class Applied(View):
         self._scales = _shared({key: source.specs[name].numel for name, key in self._scaled.items()})
         self._lock = threading.Lock()
         self._local = threading.local()
-        self._factors: OrderedDict[str, list[tuple[int, Singles, Singles]]] = OrderedDict()
         self._whole: tuple[str, bytearray] = ("", bytearray())
 
     # ------------------------------------------------------------------------------------------- what core.run asks
@@ -294,20 +290,22 @@ class Applied(View):
                 total[begin - top : end - top] += np.matmul(up[begin - start : end - start], down, out=product)
 
     def _loaded(self, key: str) -> list[tuple[int, Singles, Singles]]:
-        """First row, up, down of all low-rank terms; those of the same rows side by side: one product for all."""
-        with self._lock:
-            if key not in self._factors:
-                rows: dict[tuple[int, int], list[Factors]] = {}
-                for term in self.changes[key].terms:
-                    if isinstance(term, LowRank):
-                        rows.setdefault((term.start, term.rows), []).append(term.factors())
-                self._factors[key] = [
-                    (start, *(found[0] if len(found) == 1 else _side_by_side(found)))
-                    for (start, _), found in rows.items()
-                ]
-                while len(self._factors) > REMEMBERED:
-                    self._factors.popitem(last=False)
-            return self._factors[key]
+        """First row, up, down of all low-rank terms; those of the same rows side by side: one product for all.
+
+        This thread keeps those of the last tensor.
+        """
+        if getattr(self._local, "loaded", None) != key:
+            self._local.loaded = self._local.factors = None
+            rows: dict[tuple[int, int], list[Factors]] = {}
+            for term in self.changes[key].terms:
+                if isinstance(term, LowRank):
+                    rows.setdefault((term.start, term.rows), []).append(term.factors())
+            self._local.factors = [
+                (start, *(found[0] if len(found) == 1 else _side_by_side(found))) for (start, _), found in rows.items()
+            ]
+            self._local.loaded = key
+        factors: list[tuple[int, Singles, Singles]] = self._local.factors
+        return factors
 
     def _whole_change(self, key: str) -> tuple[Raw, Singles]:
         """The weight's bit patterns and what is added, flat."""

@@ -7,7 +7,7 @@ of them. The bits are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -24,6 +24,7 @@ MOST_REGISTERS = 32  # REGISTERS of chain.c
 PORTION = 1 << 16  # elements that are read at once: of all inputs, they shall fit the second-level cache
 
 Term = tuple[float, int, int]  # coefficient, register, -log2 of what it is a multiple of
+Form = tuple[tuple[str, bool, tuple[tuple[int, int, int], ...]], ...]  # dtype, whether read, terms: c as p / q, operand
 Read = Callable[[int, int, memoryview], Raw]  # first element, number of elements, room -> their bit patterns
 
 
@@ -88,10 +89,8 @@ class Chain:
         self.reads = [one for one in order if one.read is not None]
         self._sizes = [np.dtype(FORMATS[one.dtype].raw).itemsize for one in self.reads]
         self._places = [one.place for one in self.reads if one.place is not None]
-        registers = _registers(order)
-        dtypes = {one.dtype for one in order}
-        self.is_compiled = max(registers.values()) < MOST_REGISTERS and dtypes <= set(native.DTYPES)
-        self._native = native.NativeChain(*_compiled(order, registers)) if self.is_compiled else None
+        self._native = _compiled(_form(order))
+        self.is_compiled = self._native is not None
 
     def __call__(self, first: int, out: Raw, rooms: Sequence[memoryview]) -> bool:
         """Make the elements from `first` on; False if they have to be made step by step.
@@ -127,8 +126,7 @@ class Chain:
 
 
 def chain_of(source: Linked, key: str) -> Chain | None:
-    """A tensor's chain; None where there is no compiled code for it, or nothing to gain: for a single sum of tensors that
-    others have to read."""
+    """A tensor's chain; None where there is no compiled code for it, or it is one sum of what others read."""
     last = source.link(key, {})
     if last is None or native.library() is None:
         return None
@@ -152,38 +150,49 @@ def _ordered(last: Link) -> list[Link]:
     return list(found)
 
 
-def _registers(order: Sequence[Link]) -> dict[Link, int]:
-    """A register for each link, free again after its last use."""
-    uses = {operand: index for index, one in enumerate(order) for _, operand in one.terms}
-    found: dict[Link, int] = {}
-    free: list[int] = []
-    count = 0
-    for index, one in enumerate(order):
-        free += sorted({found[operand] for _, operand in one.terms if uses[operand] == index}, reverse=True)
-        if not free:
-            free, count = [count], count + 1
-        found[one] = free.pop()
-    return found
+def _form(order: Sequence[Link]) -> Form:
+    """What tensors that are made alike have in common; fractions as two numbers, whose hashes take less time."""
+    numbers = {one: index for index, one in enumerate(order)}
+    return tuple(
+        (
+            one.dtype,
+            one.read is not None,
+            tuple([(*c.as_integer_ratio(), numbers[operand]) for c, operand in one.terms]),
+        )
+        for one in order
+    )
 
 
-def _compiled(order: Sequence[Link], registers: Mapping[Link, int]) -> tuple[list[tuple[int, ...]], list[Term]]:
-    """The steps and terms of chain.c."""
+@lru_cache(maxsize=64)
+def _compiled(form: Form) -> native.NativeChain | None:
+    """For chain.c; None if that does not know a dtype, or has too few registers."""
+    registers = _registers(form)
+    if max(registers) >= MOST_REGISTERS or not {dtype for dtype, _, _ in form} <= set(native.DTYPES):
+        return None
     steps: list[tuple[int, ...]] = []
     terms: list[Term] = []
     inputs = 0
-    for one in order:
+    for register, (dtype, is_read, operands) in zip(registers, form, strict=True):
         own = [
-            (part, registers[operand], coefficient.denominator.bit_length() - 1)
-            for coefficient, operand in one.terms
-            for part in _short_parts(coefficient)
+            (part, registers[operand], denominator.bit_length() - 1)
+            for numerator, denominator, operand in operands
+            for part in short_parts(Fraction(numerator, denominator), SHORT_BITS)
         ]
-        read = inputs if one.read is not None else -1
-        inputs += one.read is not None
-        steps.append((registers[one], read, native.DTYPES.index(one.dtype), len(terms), len(own)))
+        steps.append((register, inputs if is_read else -1, native.DTYPES.index(dtype), len(terms), len(own)))
+        inputs += is_read
         terms += own
-    return steps, terms
+    return native.NativeChain(steps, terms)
 
 
-@lru_cache(maxsize=256)
-def _short_parts(coefficient: Fraction) -> list[float]:
-    return short_parts(coefficient, SHORT_BITS)
+def _registers(form: Form) -> list[int]:
+    """A register for each link, free again after its last use."""
+    uses = {operand: index for index, (_, _, terms) in enumerate(form) for *_, operand in terms}
+    found: list[int] = []
+    free: list[int] = []
+    count = 0
+    for index, (_, _, terms) in enumerate(form):
+        free += sorted({found[operand] for *_, operand in terms if uses[operand] == index}, reverse=True)
+        if not free:
+            free, count = [count], count + 1
+        found.append(free.pop())
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -205,9 +205,10 @@ class Merged:
         for begin in range(0, len(out), PIECE):
             part = out[begin : begin + PIECE]
             sample = first + begin == 0 and self.retained.wants(key)
+            looked_at = self._beginnings(step, len(part)) if sample and self._may_chain else []
             if self._may_chain and self._chained(key, first + begin, part):
                 if sample:
-                    self._sample(step, part)
+                    self._sample(step, looked_at, part)
                 continue
             raws = read_unchecked(step, first + begin, len(part), self._room)
             if step.action == "cast":
@@ -223,11 +224,11 @@ class Merged:
         inputs = [link(item.source, item.key, links) for item in step.inputs]
         if step.action == "copy":
             return inputs[0]
-        if not {step.spec.dtype, *(item.spec.dtype for item in step.inputs)} <= FORMATS.keys():
+        if not {step.spec.dtype, *[one.dtype for one in inputs]} <= FORMATS.keys():
             return None
         if step.action == "cast":
             return Link(step.spec.dtype, None, ((Fraction(1), inputs[0]),))
-        used, combine = self._combination(step)
+        used, combine = self._combination(step, [one.dtype for one in inputs])
         terms = tuple((c, inputs[i]) for c, i in zip(combine.coefficients, used, strict=True))
         if [c for c, _ in terms] == [1] and terms[0][1].dtype == step.spec.dtype:
             return terms[0][1]
@@ -245,10 +246,13 @@ class Merged:
             return False
         return chain(first, out, self._room.buffers(len(chain.reads)))
 
-    def _sample(self, step: Step, out: Raw) -> None:
-        """Account for a tensor whose first elements a chain has made: few are read of the steps in between."""
-        raws = read_unchecked(step, 0, min(SAMPLE, len(out)), self._room)
-        used, combine = self._combination(step)
+    def _beginnings(self, step: Step, count: int) -> list[Raw]:
+        """The first elements of all inputs, read before a chain makes more of them: LoRAs keep what they made last."""
+        return [raw.copy() for raw in read_unchecked(step, 0, min(SAMPLE, count), self._room)]
+
+    def _sample(self, step: Step, raws: list[Raw], out: Raw) -> None:
+        """Account for the first elements of a tensor."""
+        used, combine = self._combination(step, [item.spec.dtype for item in step.inputs])
         self.retained.sample_linear(step, raws, dict(zip(used, combine.coefficients, strict=True)), out)
 
     def _cast(self, key: str, step: Step, raw: Raw, out: Raw) -> None:
@@ -259,19 +263,18 @@ class Merged:
         self._count(key, overflow)
 
     def _sum(self, key: str, step: Step, raws: list[Raw], out: Raw, *, sample: bool) -> None:
-        used, combine = self._combination(step)
+        used, combine = self._combination(step, [item.spec.dtype for item in step.inputs])
         try:
             self._count(key, combine([raws[i] for i in used], out, Scratch.of_thread()))
         except NonFiniteError as error:
             item = step.inputs[used[error.index]]
             raise nonfinite(item, *count_nonfinite(raws[used[error.index]], item.spec.dtype)) from None
         if sample:
-            self.retained.sample_linear(step, raws, dict(zip(used, combine.coefficients, strict=True)), out)
+            self._sample(step, raws, out)
 
-    def _combination(self, step: Step) -> tuple[list[int], ExactSum]:
-        """The exact sum for a step's knobs and dtypes, and which inputs have a coefficient other than zero."""
-        dtypes = tuple(item.spec.dtype for item in step.inputs)
-        identity = (tuple(sorted(step.knobs.items())), dtypes, step.spec.dtype)
+    def _combination(self, step: Step, dtypes: Sequence[str]) -> tuple[list[int], ExactSum]:
+        """The exact sum for a step's knobs and inputs of some dtypes, and which have a coefficient other than zero."""
+        identity = (id(step.knobs), *dtypes, step.spec.dtype)  # of a plan; its steps share them, and keep them
         if identity not in self._sums:
             exact: tuple[Fraction, ...] = coefficients(self.method.function, len(dtypes), step.knobs)
             used = [i for i, c in enumerate(exact) if c]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from zlib import crc32
+from hashlib import blake2b
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from sdops.core.plan import Step
 from sdops.core.precision import Doubles, Raw, decode
 
 SAMPLE = 4096  # elements per tensor
-TENSORS = 2000  # at most so many are looked at
+TENSORS = 500  # at most so many are looked at
 WHOLE = -1  # stands for the change as a whole where others are model indices
 
 
@@ -33,7 +33,7 @@ class Retained:
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
-        ranked = sorted((crc32(key.encode(errors="surrogateescape")), key) for key in keys)
+        ranked = sorted((blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), key) for key in keys)
         self._keys = frozenset(key for _, key in ranked[:TENSORS])
         self._errors: dict[int, float] = {}
         self._squares: dict[int, float] = {}
