@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,6 +197,7 @@ def test_without_the_engine_several_workers_are_refused(models, tmp_path, monkey
 
 # ------------------------------------------------------------------------------------------- the engine, in processes
 
+PATIENCE = 240  # seconds for what is a matter of two on an idle machine
 RUN = """
 import json, sys
 from sdops.verbs._many import build_many
@@ -225,62 +227,86 @@ def start(folder: Path, text: str, builds: list[Build], *, workers: int | None =
 def test_processes_of_this_machine(models, tmp_path):
     pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
     builds = sweep(SWEEP, models, tmp_path, 2)
-    text, _ = start(tmp_path, SWEEP, builds, workers=2).communicate(timeout=120)
+    text, _ = start(tmp_path, SWEEP, builds, workers=2).communicate(timeout=PATIENCE)
     assert [line.split()[0] for line in text.splitlines() if line.startswith("Report")] == ["Report", "Report"], text
     assert outputs(builds) == alone(builds, tmp_path / "alone")
     assert not list(tmp_path.glob(".sdops*"))
 
 
+HOLD = """
+import pathlib, time
+from sdops.core.sink import FileSink
+go = pathlib.Path({go!r})
+def held(self, *arguments):
+    while not go.exists():
+        time.sleep(0.02)
+    return FileSink.usual(self, *arguments)
+if not hasattr(FileSink, "usual"):  # dask imports this more than once
+    FileSink.usual, FileSink.commit = FileSink.commit, held
+"""
+
+
+def wait_for(what, log: Path):
+    """What a call gives, as soon as it is something."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        if found := what():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(log.read_text())
+
+
 @pytest.fixture
 def cluster(tmp_path):
-    """A scheduler and two workers, as users start them on their machines; gives the address."""
+    """A scheduler and two workers, as users start them on their machines; gives the address.
+
+    Workers finish no output before there is a file `go`.
+    """
     pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
-    file = tmp_path / "scheduler.json"
-    common = ["--scheduler-file", str(file)]
-    commands = [["dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", *common]]
-    for number in range(2):
-        place = tmp_path / f"worker{number}"
-        place.mkdir()
-        own = ["--nthreads", "1", "--no-dashboard", "--local-directory", str(place)]
-        commands.append(["dask_worker", *common, *own])
+    (tmp_path / "hold.py").write_text(HOLD.format(go=str(tmp_path / "go")))
     (tmp_path / "elsewhere").mkdir()
-    with (tmp_path / "log").open("w") as log:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", f"distributed.cli.{command[0]}", *command[1:]],
-                cwd=tmp_path / "elsewhere",
-                stdout=log,
-                stderr=log,
+    log = tmp_path / "log"
+    processes = []
+
+    def start_one(program: str, *words: str) -> None:
+        command = [sys.executable, "-m", f"distributed.cli.{program}", *words, "--no-dashboard"]
+        with log.open("a") as talk:
+            processes.append(subprocess.Popen(command, cwd=tmp_path / "elsewhere", stdout=talk, stderr=talk))
+
+    try:
+        start_one("dask_scheduler", "--host", "127.0.0.1", "--port", "0")
+        address = wait_for(lambda: re.search(r"Scheduler at: +(tcp://\S+)\n", log.read_text()), log)[1]
+        for number in range(2):
+            place = tmp_path / f"worker{number}"
+            start_one(
+                "dask_worker",
+                address,
+                "--nthreads",
+                "1",
+                "--local-directory",
+                str(place),
+                "--preload",
+                str(tmp_path / "hold.py"),
             )
-            for command in commands
-        ]
-        try:
-            until = time.monotonic() + 60
-            while not file.exists() and time.monotonic() < until:
-                time.sleep(0.05)
-            yield json.loads(file.read_text())["address"]
-        finally:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.wait(30)
+        wait_for(lambda: log.read_text().count("Registered to:") == 2, log)
+        yield address
+    finally:
+        (tmp_path / "go").touch()
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(PATIENCE)
 
 
-def kill_a_writer(folder: Path) -> int:
-    """Kill -9 a process that has an unfinished output open."""
-    until = time.monotonic() + 90
-    while time.monotonic() < until:
-        drafts = {str(path) for path in folder.glob(".sdops-*.tmp")}
-        for link in Path("/proc").glob("[0-9]*/fd/*") if drafts else ():
-            try:
-                if os.readlink(link) in drafts:
-                    pid = int(link.parts[2])
-                    os.kill(pid, signal.SIGKILL)
-                    return pid
-            except OSError:
-                continue
-        time.sleep(0.002)
-    raise AssertionError("nobody wrote anything")
+def writers(folder: Path) -> list[int]:
+    """The processes that have an unfinished output open."""
+    drafts = {str(path) for path in folder.glob(".sdops-*.tmp")}
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*") if drafts else ():
+        with suppress(OSError):
+            if os.readlink(link) in drafts:
+                found.append(int(link.parts[2]))
+    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -289,8 +315,11 @@ def test_a_cluster_survives_a_killed_worker(cluster, models, tmp_path):
     folder.mkdir()
     builds = sweep(SIMPLE, models, folder, 5)
     running = start(tmp_path, SIMPLE, builds, cluster=cluster)
-    assert kill_a_writer(folder) != running.pid
-    text, _ = running.communicate(timeout=120)
+    victim = wait_for(lambda: writers(folder), tmp_path / "log")[0]
+    assert victim != running.pid
+    os.kill(victim, signal.SIGKILL)
+    (tmp_path / "go").touch()
+    text, _ = running.communicate(timeout=PATIENCE)
     assert sum(line.startswith("Report") for line in text.splitlines()) == 5, text
     assert outputs(builds) == alone(builds, tmp_path / "alone")
     assert not list(folder.glob(".sdops*"))
