@@ -88,6 +88,7 @@ class Changes:
             for patch in lora.adapter.patches:
                 self._add(lora, patch, matched)
         self._check_growth()
+        del self._places  # all names of the model, for nobody else
 
     def changes(self, specs: dict[str, Spec], scales: dict[str, str]) -> dict[str, Change]:
         """For core.applied.

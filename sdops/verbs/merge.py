@@ -297,14 +297,16 @@ class Merge:
         Raises:
             OutputError, FormatError, ChangedError: as `merge`.
         """
+        from sdops.core import native
         from sdops.core.blas import one_thread
         from sdops.core.heap import stay_small
 
-        stay_small()
         self.check(output, force=force, jobs=jobs)
         begin = time.monotonic()
         self._jobs = jobs or default_jobs()
         self._computed, self._is_saved = None, True  # counts begin at zero
+        if native.library() is not None:  # else numpy's temporaries are many and large, and new memory takes time
+            stay_small()
         computed = self.computed
         metadata = dict(self.metadata)
         if not hash_inputs:
