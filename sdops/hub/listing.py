@@ -19,6 +19,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 PIPELINE = "model_index.json"  # names the folder that it describes
 INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[\w-]+)?\.json")
 SHARD = re.compile(r".+-\d{1,5}-of-\d{1,5}\.(safetensors|bin)")
+SIDE_FILE = "sdops_extra.safetensors"  # beside a folder of diffusers, what that cannot hold: no model
 _SHOWN = 12
 
 
@@ -145,7 +146,7 @@ def chosen(what: Reference, found: Listing) -> str:
 
 def _only_model(what: Reference, found: Listing) -> str:
     """The one model of a repository."""
-    at_root = [path for path in found.files if "/" not in path]
+    at_root = [path for path in found.files if "/" not in path and path != SIDE_FILE]
     safe = [path for path in at_root if path.endswith(".safetensors") and not SHARD.fullmatch(path)]
     indexes = [path for path in at_root if INDEX.fullmatch(path)]
     is_pipeline = PIPELINE in found.files

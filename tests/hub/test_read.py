@@ -14,6 +14,8 @@ import pytest
 from fixtures import make
 from sdops.errors import HubError
 from sdops.hub import blocks
+from sdops.hub.listing import Entry, Listing, chosen
+from sdops.hub.reference import parse
 from tests.hub.conftest import large
 from tests.hub.server import Blob, Fault
 
@@ -181,6 +183,12 @@ def test_a_folder_of_diffusers(hub, sdops, small_checkpoint, model):
     assert "`m.safetensors`" in refused.err
     named = re.search(r"the folder is `([^`]+)`", refused.err)
     assert sdops("inspect", named[1], "-q").out == "hf://ann/both: sd1/unusual-widths\n"
+
+
+def test_a_folder_that_was_made_of_a_file_is_one_model():
+    entry = Entry(1, None, "0")
+    names = ("model_index.json", "unet/diffusion_pytorch_model.safetensors", "sdops_extra.safetensors")
+    assert chosen(parse("hf://ann/pipe"), Listing("ann/pipe", "", "0" * 40, dict.fromkeys(names, entry))) == ""
 
 
 def test_several_models_are_listed(hub, sdops, model, tuned):
