@@ -16,7 +16,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FLAGS = ["-std=c11", "-O3", "-funroll-loops", "-fPIC", "-shared"]
+FLAGS = ["-std=c11", "-D_POSIX_C_SOURCE=200809L", "-O3", "-funroll-loops", "-fPIC", "-shared"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 X86 = ["-mavx2", "-mf16c", "-mfma"]  # what sdops_version asks the processor for
 PROCESSOR = {"x86_64": X86, "AMD64": X86, "aarch64": [], "arm64": []}

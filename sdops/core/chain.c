@@ -63,14 +63,17 @@ static int play(const chain_step *steps, int length, const chain_term *terms, co
 int sdops_chain(const chain_step *steps, int length, const chain_term *terms, const void *const *inputs, size_t count,
                 void *out) {
     block registers[REGISTERS];
-    int signs = 0; /* whether the fast way looks at those of zeros: from the first block on that needs it */
+    size_t zeros = 0; /* up to here they are expected, whose signs take the fast way longer */
     for (size_t start = 0; start < count; start += BLOCK) {
         size_t size = count - start < BLOCK ? count - start : BLOCK;
         int done = 0;
         if (size == BLOCK) {
+            int signs = start < zeros;
             done = sdops_chain_fused(steps, length, terms, inputs, start, registers, out, signs);
-            if (!done && !signs)
-                done = signs = sdops_chain_fused(steps, length, terms, inputs, start, registers, out, 1);
+            if (!done && !signs) {
+                zeros = start + 16 * BLOCK;
+                done = sdops_chain_fused(steps, length, terms, inputs, start, registers, out, 1);
+            }
         }
         if (!done && !play(steps, length, terms, inputs, start, size, registers, out)) return 0;
     }
