@@ -36,7 +36,8 @@ from sdops.core.source import Source, aligned, splits
 from sdops.core.spec import Spec
 from sdops.core.view import View
 
-Factors = tuple[Singles, Singles]  # up [rows, r], down [r, columns]; scale and strength are in them
+Rows = Callable[[int, int], Singles]  # first, one past the last -> these rows of up, [rows, r]
+Factors = tuple[Rows, Singles]  # of up, and down [r, columns]; scale and strength are in them
 Weights = Callable[[str], Singles]  # tensor of the model -> its values, in its shape
 
 
@@ -46,7 +47,7 @@ class LowRank:
 
     Attributes:
         start, rows: Which rows.
-        factors: Makes up [rows, r] and down [r, i kh kw].
+        factors: Gives rows of up [rows, r], and down [r, i kh kw].
     """
 
     start: int
@@ -278,19 +279,19 @@ class Applied(View):
     def _multiply(self, key: str, top: int, bottom: int, total: Singles) -> None:
         """Rows `top .. bottom` of the sum of all up @ down, into `total`."""
         factors = self._loaded(key)
-        if len(factors) == 1 and factors[0][0] <= top and factors[0][0] + len(factors[0][1]) >= bottom:
-            start, up, down = factors[0]
-            np.matmul(up[top - start : bottom - start], down, out=total)
+        if len(factors) == 1 and factors[0][0] <= top and factors[0][0] + factors[0][1] >= bottom:
+            start, _, (up, down) = factors[0]
+            np.matmul(up(top - start, bottom - start), down, out=total)
             return
         total.fill(0)
-        for start, up, down in factors:
-            begin, end = max(top, start), min(bottom, start + len(up))
+        for start, rows, (up, down) in factors:
+            begin, end = max(top, start), min(bottom, start + rows)
             if begin < end:
                 product = self._buffer("product", (end - begin) * total.shape[1]).reshape(-1, total.shape[1])
-                total[begin - top : end - top] += np.matmul(up[begin - start : end - start], down, out=product)
+                total[begin - top : end - top] += np.matmul(up(begin - start, end - start), down, out=product)
 
-    def _loaded(self, key: str) -> list[tuple[int, Singles, Singles]]:
-        """First row, up, down of all low-rank terms; those of the same rows side by side: one product for all.
+    def _loaded(self, key: str) -> list[tuple[int, int, Factors]]:
+        """First row, rows and factors of all low-rank terms; those of the same rows side by side: one product for all.
 
         This thread keeps those of the last tensor.
         """
@@ -301,10 +302,10 @@ class Applied(View):
                 if isinstance(term, LowRank):
                     rows.setdefault((term.start, term.rows), []).append(term.factors())
             self._local.factors = [
-                (start, *(found[0] if len(found) == 1 else _side_by_side(found))) for (start, _), found in rows.items()
+                (*place, found[0] if len(found) == 1 else _side_by_side(found)) for place, found in rows.items()
             ]
             self._local.loaded = key
-        factors: list[tuple[int, Singles, Singles]] = self._local.factors
+        factors: list[tuple[int, int, Factors]] = self._local.factors
         return factors
 
     def _whole_change(self, key: str) -> tuple[Raw, Singles]:
@@ -316,7 +317,7 @@ class Applied(View):
         for term in self.changes[key].terms:
             if isinstance(term, LowRank):
                 up, down = term.factors()
-                delta[term.start : term.start + term.rows] += up @ down
+                delta[term.start : term.start + term.rows] += up(0, term.rows) @ down
             else:
                 seen = weight + delta.reshape(shape) if self._sequential else weight
                 delta += term.delta(partial(self._weight, own=(key, seen)))
@@ -368,7 +369,11 @@ def _shared(sizes: Mapping[str, int]) -> dict[str, Singles]:
 
 def _side_by_side(found: list[Factors]) -> Factors:
     """Several up @ down as one: [up1 up2 ...] @ [down1; down2; ...]."""
-    return np.concatenate([up for up, _ in found], axis=1), np.concatenate([down for _, down in found])
+
+    def rows(first: int, last: int) -> Singles:
+        return np.concatenate([up(first, last) for up, _ in found], axis=1)
+
+    return rows, np.concatenate([down for _, down in found])
 
 
 def _padded(values: NDArray[Any], shape: tuple[int, ...], wanted: tuple[int, ...]) -> NDArray[Any]:

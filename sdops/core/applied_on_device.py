@@ -116,11 +116,11 @@ class AppliedOnDevice(Applied):
     def _low_rank_of(self, key: str, top: int, rows: int) -> list[Any]:
         """What is added to some rows."""
         changes = []
-        for start, up, down in self._loaded(key):
-            begin, end = max(top, start), min(top + rows, start + len(up))
+        for start, count, (up, down) in self._loaded(key):
+            begin, end = max(top, start), min(top + rows, start + count)
             if begin < end:
                 factors = [
-                    torch.from_numpy(part).to(self.transfer.device) for part in (up[begin - start : end - start], down)
+                    torch.from_numpy(part).to(self.transfer.device) for part in (up(begin - start, end - start), down)
                 ]
                 changes.append(self.transfer.kernels.LoRA(*factors, first=begin - top))
         return changes

@@ -144,22 +144,33 @@ def values_of(source: Source, key: str) -> Doubles:
     raise FormatError(f"`{key}` of `{source.name}` is {spec}, no number", hint="convert the file to fp16", key=key)
 
 
-def singles_of(source: Source, key: str) -> NDArray[np.float32]:
-    """A tensor's values as float32, flat.
+def singles_of(source: Source, key: str, rows: tuple[int, int] | None = None) -> NDArray[np.float32]:
+    """A tensor's values, or those of some rows, as float32, flat.
 
     Raises:
         FormatError: it holds NaN or infinity, or no numbers.
     """
     spec = source.specs[key]
     if not (spec.is_float or spec.dtype in FP8):
-        found: NDArray[np.float32] = values_of(source, key).astype(np.float32).reshape(-1)
+        part = values_of(source, key)[slice(*rows) if rows else slice(None)]
+        found: NDArray[np.float32] = part.astype(np.float32).reshape(-1)
         return found
-    raw = np.frombuffer(read(source, key), raw_dtype(spec.dtype))
+    raw = np.frombuffer(_rows(source, key, *rows) if rows else read(source, key), raw_dtype(spec.dtype))
     out = np.empty(len(raw), np.float32)
     counts = cast(raw, spec.dtype, out.view(np.uint32), "F32")
     if counts.nan or counts.infinite:
+        if rows:
+            singles_of(source, key)  # all rows are counted
         raise not_finite(source, key, counts.nan + counts.infinite)
     return out
+
+
+def _rows(source: Source, key: str, first: int, last: int) -> bytearray:
+    """The bytes of some rows of a tensor."""
+    size = source.specs[key].nbytes // source.specs[key].shape[0]
+    data = bytearray((last - first) * size)
+    source.read_into(key, first * size, memoryview(data))
+    return data
 
 
 def not_finite(source: Source, key: str, number: int) -> FormatError:

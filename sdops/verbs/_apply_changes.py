@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -225,12 +226,20 @@ class _Plain:
     strength: float
 
     def __call__(self) -> Factors:
-        source, parts, piece = self.lora.adapter.source, self.patch.parts, self.piece
-        down = singles_of(source, parts["down"]).reshape(source.specs[parts["down"]].shape[0], -1)  # [r, i kh kw]
-        up = singles_of(source, parts["up"]).reshape(source.specs[parts["up"]].shape[0], -1)  # [o, r]
-        up = up[piece.begin : piece.begin + piece.rows]
-        up *= np.float32(self.strength * self._scale(len(down)))
-        return (np.ascontiguousarray(down.T), np.ascontiguousarray(up.T)) if piece.turned else (up, down)
+        source, key = self.lora.adapter.source, self.patch.parts["down"]
+        down = singles_of(source, key).reshape(source.specs[key].shape[0], -1)  # [r, i kh kw]
+        scale = np.float32(self.strength * self._scale(len(down)))
+        if not self.piece.turned:
+            return partial(self._rows, scale), down
+        turned = np.ascontiguousarray(down.T)
+        return (lambda first, last: turned[first:last]), np.ascontiguousarray(self._rows(scale, 0, self.piece.rows).T)
+
+    def _rows(self, scale: np.float32, first: int, last: int) -> Singles:
+        """Rows of up [o, r], read when a product needs them: all would be more than what else is held of a tensor."""
+        begin = self.piece.begin
+        up = singles_of(self.lora.adapter.source, self.patch.parts["up"], (begin + first, begin + last))
+        up *= scale
+        return up.reshape(last - first, -1)
 
     def _scale(self, rank: int) -> float:
         settings, parts = self.patch.settings, self.patch.parts

@@ -24,7 +24,7 @@ def factors(rng, rows, columns, rank=3, scale=0.1):
 
 
 def low_rank(up, down, start=0):
-    return LowRank(start, len(up), lambda: (up, down))
+    return LowRank(start, len(up), lambda: (lambda first, last: up[first:last], down))
 
 
 def model(shape, dtype="F16", seed=0, scale=0.05):

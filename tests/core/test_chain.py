@@ -130,7 +130,7 @@ def test_loras_in_between(monkeypatch):
     shape, rng = (900, 1280), np.random.default_rng(3)
     sources = [Memory({KEY: encoded(rng.standard_normal(shape), "F16")}, str(i)) for i in range(3)]
     up, down = (rng.standard_normal(size).astype(np.float32) for size in ((700, 5), (5, 1280)))
-    change = Change(sources[0].specs[KEY], (LowRank(0, 700, lambda: (up, down)),))
+    change = Change(sources[0].specs[KEY], (LowRank(0, 700, lambda: (lambda first, last: up[first:last], down)),))
     styled = Applied(merged(sources[:2], "F16", 0.3), {KEY: change})
     last = merged([styled, sources[2]], "F16", 0.4)
     assert chain_of(last, KEY) is not None
