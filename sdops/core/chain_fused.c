@@ -116,6 +116,16 @@ static inline void store(__m256d low, __m256d high, int dtype, size_t i, void *o
     }
 }
 
+/* Of four sums, which have a term that is not zero. */
+static inline __m256d are_not_zero(const sum *of, const block *registers, size_t i) {
+    __m256d found = _mm256_setzero_pd();
+    for (const chain_term *term = of->terms; term < of->terms + of->count; term++) {
+        __m256d values = _mm256_loadu_pd(registers[term->operand].number + i);
+        found = _mm256_or_pd(found, _mm256_cmp_pd(values, _mm256_setzero_pd(), _CMP_NEQ_UQ));
+    }
+    return found;
+}
+
 /* A block of sums, each rounded to nearest, ties to even; 0 if one of them is in doubt.
  *
  * Plain addition gives x, within error / 2 of the true sum s. Say r is x rounded, and h half a unit in the last place
@@ -125,7 +135,7 @@ static inline void store(__m256d low, __m256d high, int dtype, size_t i, void *o
  *
  * x + m - m is +0 where -0 is due. Without SIGNS that is left as it is: in the sums that follow, it changes nothing but
  * signs of other zeros, and a last one that is zero is in doubt. With SIGNS and CHECKED a sum is in doubt if s may be
- * on the other side of zero.
+ * on the other side of zero: not if all terms are zero.
  */
 static inline __attribute__((always_inline)) int sum_block(sum *of, const block *registers, const int mode) {
     const format *to = &FORMATS[of->dtype];
@@ -155,8 +165,10 @@ static inline __attribute__((always_inline)) int sum_block(sum *of, const block 
                 __m256d off = _mm256_andnot_pd(sign, _mm256_sub_pd(x[k], r));
                 __m256d bound = _mm256_fmsub_pd(power, to_half, error);
                 doubts = _mm256_or_pd(doubts, _mm256_cmp_pd(off, bound, _CMP_GE_OQ));
-                if (mode & SIGNS)
-                    doubts = _mm256_or_pd(doubts, _mm256_cmp_pd(_mm256_andnot_pd(sign, x[k]), error, _CMP_LE_OQ));
+                if (mode & SIGNS) {
+                    __m256d small = _mm256_cmp_pd(_mm256_andnot_pd(sign, x[k]), error, _CMP_LE_OQ);
+                    doubts = _mm256_or_pd(doubts, _mm256_and_pd(small, are_not_zero(of, registers, i + 4 * (size_t)k)));
+                }
             }
             if (mode & SIGNS)
                 r = _mm256_or_pd(r, _mm256_and_pd(x[k], sign));
