@@ -126,6 +126,8 @@ def _help(recipe: Recipe) -> str:
 
 def _settings(recipe: str, words: tuple[str, ...]) -> dict[str, object]:
     """The values of `--set`, for a recipe or for all of a folder."""
+    if not words:
+        return {}
     from sdops.verbs._build_folder import recipes_in
     from sdops.verbs._recipe_sweep import read_settings
     from sdops.verbs.build import find_recipe

@@ -9,10 +9,8 @@ does not name are ignored, as the reference does.
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -20,6 +18,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NoReturn
 
+from sdops.core.heap import no_garbage_collection
 from sdops.core.source import Place
 from sdops.core.spec import DTYPE_BITS, Spec
 from sdops.errors import FormatError
@@ -152,20 +151,8 @@ def _read_header(file: InputFile, *, lenient: bool = False) -> Header:
             path=file.path,
         )
     raw = head[8 : 8 + length] if 8 + length <= len(head) else file.read(8, length)
-    with _no_garbage_collection():
+    with no_garbage_collection():  # which would take half of the time
         return _interpret(file, _parse(file.path, raw), 8 + length, lenient=lenient)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Nothing that a header makes is garbage, and looking for some takes half of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _refuse(path: Path, what: str) -> NoReturn:

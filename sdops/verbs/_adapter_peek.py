@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+from sdops.archs.detect import detect
 from sdops.core.source import Source
 from sdops.errors import MismatchError, SdopsError
 from sdops.formats import FileSource, open_source
@@ -51,6 +52,9 @@ def _name(model: str | os.PathLike[str] | Source) -> str:
 def is_adapter(model: str | os.PathLike[str] | Source) -> bool:
     """Whether it holds a LoRA or one of its relatives; False also for what cannot be read."""
     if not isinstance(model, str | os.PathLike):
+        detection = detect(model.specs)
+        if detection.main and not detection.unclaimed and not any(part.table.ends for part in detection.components):
+            return False  # all of it belongs to a model
         return _names_adapter("".join(f'"{key}":{{"' for key in model.specs).encode())
     path = located(model)
     if path.is_dir():

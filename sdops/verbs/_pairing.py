@@ -91,6 +91,7 @@ class Pairing:
         self._misshapen: list[str] = []
         self._places: list[Place] = []  # of merged tensors, for dials that have rules
         self._knobs: dict[tuple[Any, ...], Knobs] = {}
+        self._common: Knobs | None = None  # those of all tensors, where no knob varies
         self._own = self._index(self.template)
         self._sources = tuple(model.source for model in self.models)
         self._varies = any(isinstance(knob, Dial) and (knob.rules or knob.blocks) for knob in self.knobs.values())
@@ -161,8 +162,8 @@ class Pairing:
 
     def _knobs_of(self, key: str) -> Knobs:
         """The knobs for a tensor; tensors with equal ones share them."""
-        if not self._varies and self._knobs:
-            return next(iter(self._knobs.values()))
+        if self._common is not None:
+            return self._common
         place = Place("", "", "")
         if self._varies:
             detection = self.template.detection
@@ -174,7 +175,10 @@ class Pairing:
             exact = coefficients(self.method.function, len(self.models), values) if self.method is not None else ()
             used = [i for i, c in enumerate(exact) if c]
             self._knobs[identity] = Knobs(values, used[0] if len(used) == 1 and exact[used[0]] == 1 else None)
-        return self._knobs[identity]
+        found = self._knobs[identity]
+        if not self._varies:
+            self._common = found
+        return found
 
     def _dtype(self, model: int, key: str, spec: Spec) -> str:
         """The output's dtype for a tensor that is like that of a model."""

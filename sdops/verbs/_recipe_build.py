@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdops.core.heap import no_garbage_collection
 from sdops.report import Report
 from sdops.verbs._build_place import streamed_once
 from sdops.verbs._recipe_check import check_recipe
@@ -48,7 +49,8 @@ def plan_job(job: Job, memory: int | None = None) -> Planned:
     checked = check_recipe(job.recipe, job.settings)
     used = {name for step in checked.steps for name in step.uses}
     found = find_inputs(job.recipe, job.inputs, job.root, used=used)
-    return plan_recipe(checked, found, job.output.parent, memory)
+    with no_garbage_collection():
+        return plan_recipe(checked, found, job.output.parent, memory)
 
 
 def build_job(job: Job, running: Mapping[str, Any]) -> Report:

@@ -69,11 +69,6 @@ def _steps(one: Parameter, text: str) -> Iterator[str]:
     yield from (f"{(start + by * i).normalize():f}" for i in range(number + 1))
 
 
-def is_sweep(settings: Mapping[str, object]) -> bool:
-    """Whether a parameter has several values."""
-    return any(isinstance(value, list | tuple) for value in settings.values())
-
-
 def cells(recipe: Recipe, settings: Mapping[str, object]) -> list[tuple[dict[str, Scalar], Checked]]:
     """All combinations, the last parameter changing first, and the recipe with each.
 

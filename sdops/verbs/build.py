@@ -19,7 +19,6 @@ from sdops.report import Progress, Report, silent
 from sdops.text import suggest
 from sdops.verbs._recipe_check import check_recipe
 from sdops.verbs._recipe_inputs import FilePath, check_hashes, find_inputs
-from sdops.verbs._recipe_sweep import cells, is_sweep
 from sdops.verbs._recipe_text import Recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def build(
         **side_by_side,
     }
     settings, given = dict(set_ or {}), dict(inputs or {})
-    if is_sweep(settings):
+    if any(isinstance(value, list | tuple) for value in settings.values()):
         return _sweep(text, settings, given, output, tuple(root), html, running, ignore_hashes=ignore_hashes)
     if html is not None:
         raise UsageError("a page shows a sweep", hint="give a parameter several values: `--set NAME=0.1:0.9:0.1`")
@@ -179,6 +178,8 @@ def sweep_jobs(
     folder = Path() if output is None else Path(output)
     if folder.suffix in (".safetensors", ".ckpt", ".gguf") or folder.is_file():
         raise UsageError(f"a sweep writes several files, `{folder}` is one", hint="`-o FOLDER`")
+    from sdops.verbs._recipe_sweep import cells
+
     grid = cells(recipe, settings)
     from sdops.verbs._build_name import derived_name
     from sdops.verbs._recipe_build import Job
