@@ -28,6 +28,7 @@ from sdops.verbs._convert_order import as_inputs_lie
 from sdops.verbs._convert_output import (
     assembled,
     carried_metadata,
+    check_ending,
     check_output,
     extra_tensors,
     file_sink,
@@ -85,6 +86,7 @@ class Conversion:
         if wish.to == "gguf" and main and main.kind == "model":
             self.relay = True  # programs look for the original names in GGUF files
         check_output(self.path, [file for each in self._inputs() for file in each.files])
+        check_ending(self.path, wish.to)
         self.draft = self._draft()
         self.dtypes: dict[str, str] = {}
         self.cast: dict[str, tuple[str, str]] = {}

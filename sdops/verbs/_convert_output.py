@@ -15,7 +15,7 @@ from sdops.core.assembled import Assembled, Constants, rows
 from sdops.core.sink import SafetensorsSink, Sink, check_inputs
 from sdops.core.source import Source
 from sdops.core.spec import Spec
-from sdops.errors import OutputError
+from sdops.errors import OutputError, UsageError
 from sdops.verbs import _convert_extra
 from sdops.verbs._convert_draft import Draft, Entry, stale_hashes
 from sdops.verbs._convert_wish import Wish
@@ -46,6 +46,18 @@ def check_output(path: Path, inputs: list[Path]) -> None:
                 f"the output `{path}` holds the input `{source}`",
                 hint="write to another folder with `-o`, inputs stay as they are",
             )
+
+
+def check_ending(path: Path, to: str) -> None:
+    """Refuse an output whose ending is that of another container. Names that begin with a dot are nobody's.
+
+    Raises:
+        UsageError: saying which endings fit.
+    """
+    fitting = {"ckpt": _TORCH, "gguf": (".gguf",), "diffusers": ()}.get(to, (".safetensors", *_TORCH))
+    if path.suffix in (".safetensors", ".gguf", *_TORCH) and path.suffix not in fitting and path.name[0] != ".":
+        hint = f"end its name in `{fitting[0]}`" if fitting else "name a folder"
+        raise UsageError(f"`{path}` is not the name of what `{to}` makes", hint=f"{hint}, or leave `-o` away")
 
 
 def file_sink(source: Source, draft: Draft, path: Path, wish: Wish, family: str, *, force: bool) -> tuple[Source, Sink]:

@@ -654,3 +654,18 @@ def test_markers_of_scaled_components_come_and_go_with_them(small_checkpoint, tm
         sdops.convert(model, text_encoder=donor, output=tmp_path / "o.safetensors", force=True)
         keys = tiny.load(tmp_path / "o.safetensors").keys()
         assert {key.split(".")[0] for key in keys if key.endswith(".scaled_fp8")} == marked
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "hint"),
+    [
+        ("ckpt", "m.safetensors", "`.ckpt`"),
+        ("gguf", "m.ckpt", "`.gguf`"),
+        ("diffusers", "m.safetensors", "folder"),
+        ("safetensors", "m.gguf", "`.safetensors`"),
+    ],
+)
+def test_an_ending_of_another_container_is_refused(file, tmp_path, to, name, hint):
+    with pytest.raises(UsageError, match="is not the name of what") as caught:
+        sdops.convert(file, to=to, output=tmp_path / "out" / name)
+    assert hint in caught.value.hint
