@@ -21,7 +21,8 @@ from sdops.core.precision import FORMATS, Raw
 from sdops.core.source import Place, Source, place
 
 MOST_REGISTERS = 32  # REGISTERS of chain.c
-PORTION = 1 << 16  # elements that are read at once: of all inputs, they shall fit the second-level cache
+PORTION = 1 << 15  # elements that are read at once: of all inputs, they shall fit the second-level cache
+GIVEN = 1 << 17  # elements that Python gives at once: fewer calls, and not much memory
 
 Term = tuple[float, int, int]  # coefficient, register, -log2 of what it is a multiple of
 Form = tuple[tuple[str, bool, tuple[tuple[int, int, int], ...]], ...]  # dtype, whether read, terms: c as p / q, operand
@@ -98,14 +99,14 @@ class Chain:
         Args:
             first: Place of the first element in the tensor.
             out: Where they go.
-            rooms: For each tensor that is read, so many elements of any dtype, or PORTION if that is less.
+            rooms: For each tensor that is read, so many elements of any dtype.
 
         Raises:
             ChangedError: a file was written to since it was opened.
         """
         if self._native is None:
             return False
-        reach = len(out) if len(self._places) == len(self.reads) else PORTION  # what others read shall be little, too
+        reach = len(out) if len(self._places) == len(self.reads) else GIVEN
         for begin in range(0, len(out), max(reach, 1)):
             part = out[begin : begin + reach]
             if not self._native(self._inputs(first + begin, len(part), rooms), rooms, PORTION, part):
