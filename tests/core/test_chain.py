@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sdops.core import native
 from sdops.core.applied import Applied, Change, LowRank
-from sdops.core.chain import MOST_REGISTERS, PORTION, Chain, chain_of, link
+from sdops.core.chain import GIVEN, MOST_REGISTERS, PORTION, Chain, chain_of, link
 from sdops.core.exact import PIECE
 from sdops.core.merged import Merged
 from sdops.core.method import load
@@ -79,7 +79,7 @@ def test_same_bits_as_one_after_the_other(dtypes, steps, data):
 
 @needs_library
 def test_a_chain_reads_every_file_once_and_works_in_portions(monkeypatch):
-    size = 2 * PIECE + PORTION + 3
+    size = 2 * PIECE + GIVEN + 3
     a, b = tensor(1, "F16", size), tensor(2, "F16", size)
     reads: list[tuple[str, int]] = []
     real = Memory.read_into
@@ -93,7 +93,7 @@ def test_a_chain_reads_every_file_once_and_works_in_portions(monkeypatch):
     wanted = by_steps(last, monkeypatch)
     monkeypatch.setattr(Memory, "read_into", counted)
     assert bytes(read(last, KEY)) == wanted
-    assert sorted(reads) == sorted((name, 2 * PORTION * i) for name in "12" for i in range(-(-size // PORTION)))
+    assert sorted(reads) == sorted((name, 2 * GIVEN * i) for name in "12" for i in range(-(-size // GIVEN)))
 
 
 @needs_library
