@@ -140,15 +140,15 @@ def chain_of(source: Linked, key: str) -> Chain | None:
 def _ordered(last: Link) -> list[Link]:
     """All links, each after those that it is made of, and those as late as possible."""
     found: dict[Link, None] = {}
-
-    def visit(one: Link) -> None:
-        if one not in found:
-            for _, operand in one.terms:
-                visit(operand)
-            found[one] = None
-
-    visit(last)
+    _visit(last, found)
     return list(found)
+
+
+def _visit(one: Link, found: dict[Link, None]) -> None:
+    if one not in found:
+        for _, operand in one.terms:
+            _visit(operand, found)  # not a function within `_ordered`: one that calls itself would keep files open
+        found[one] = None
 
 
 def _form(order: Sequence[Link]) -> Form:

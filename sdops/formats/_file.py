@@ -75,13 +75,9 @@ class InputFile:
                         f"`{self.path}` was cut short while it was being read", hint=_AGAIN, path=self.path
                     )
                 done += count
-            self._check_open()
         except OSError as error:
-            raise FormatError(
-                f"reading `{self.path}` failed: {error.strerror}",
-                hint="the disk or the network share may be failing; copy the file elsewhere and try again",
-                path=self.path,
-            ) from error
+            raise self._failing(error) from error
+        self._check_open()
 
     def read(self, offset: int, count: int) -> bytearray:
         """`count` bytes from `offset` on."""
@@ -120,7 +116,17 @@ class InputFile:
         self.close()
 
     def _check_open(self) -> None:
-        self._check(os.fstat(self.fd))
+        try:
+            self._check(os.fstat(self.fd))
+        except OSError as error:
+            raise self._failing(error) from error
+
+    def _failing(self, error: OSError) -> FormatError:
+        return FormatError(
+            f"reading `{self.path}` failed: {error.strerror}",
+            hint="the disk or the network share may be failing; copy the file elsewhere and try again",
+            path=self.path,
+        )
 
     def _check(self, status: os.stat_result) -> None:
         if _fingerprint(status) != self.fingerprint:
