@@ -218,7 +218,7 @@ class Merge:
         """Compute bytes of a tensor."""
         step = self.plan.steps[key]
         if step.action == "copy":  # plans of other merges look at small tensors, before anything is computed
-            step.inputs[0].source.read_into(key, start, buffer)
+            step.inputs[0].source.read_into(step.inputs[0].key, start, buffer)
         else:
             self.computed.read_into(key, start, buffer)
 
