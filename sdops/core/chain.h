@@ -1,4 +1,4 @@
-/* What chain.c and chain_fused.c share: the parts of a chain, as core/chain.py puts them together, and what is known of
+/* What chain*.c share: the parts of a chain, as core/chain.py puts them together, and what is known of
  * a block of elements before it is looked at.
  */
 
@@ -67,6 +67,10 @@ static inline extent extent_of(const chain_term *terms, int count, const block *
 
 /* Whether plain addition in double is exact: no sum reaches 2^53 steps of the lattice. */
 static inline int is_exact(extent all) { return all.lattice > -1000 && all.reach < power_of_two(all.lattice + 52); }
+
+/* All elements through the whole chain, see chain.c. */
+int sdops_chain(const chain_step *steps, int length, const chain_term *terms, const void *const *inputs, size_t count,
+                void *out);
 
 /* One block through the whole chain, fast; 0 if that cannot be, or not be known to be right. See chain_fused.c. */
 int sdops_chain_fused(const chain_step *steps, int length, const chain_term *terms, const void *const *inputs,

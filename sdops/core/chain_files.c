@@ -2,7 +2,7 @@
  * would take from each other after every read.
  */
 
-#include "native.h"
+#include "chain.h"
 
 #include <errno.h>
 #include <unistd.h>
@@ -13,8 +13,6 @@ typedef struct {
     int32_t file;     /* descriptor */
     int32_t size;     /* bytes of an element */
 } chain_source;
-
-int sdops_chain(const void *steps, int length, const void *terms, const void *const *inputs, size_t count, void *out);
 
 /* Fill a buffer from a position of the file on; 0 if the file ends before, or cannot be read. */
 static int read_all(int file, char *buffer, size_t count, int64_t position) {
@@ -36,8 +34,8 @@ static int read_all(int file, char *buffer, size_t count, int64_t position) {
  *
  * Returns 0 as sdops_chain does, and if a file is shorter than it was or cannot be read.
  */
-int sdops_chain_files(const void *steps, int length, const void *terms, const chain_source *sources, int source_count,
-                      void *const *rooms, size_t portion, size_t count, int out_size, void *out) {
+int sdops_chain_files(const chain_step *steps, int length, const chain_term *terms, const chain_source *sources,
+                      int source_count, void *const *rooms, size_t portion, size_t count, int out_size, void *out) {
     const void *inputs[source_count];
     for (size_t start = 0; start < count; start += portion) {
         size_t size = count - start < portion ? count - start : portion;
