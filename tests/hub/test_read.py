@@ -16,6 +16,7 @@ from sdops.errors import HubError
 from sdops.hub import blocks
 from sdops.hub.listing import Entry, Listing, chosen
 from sdops.hub.reference import parse
+from sdops.verbs import _convert_extra
 from tests.hub.conftest import large
 from tests.hub.server import Blob, Fault
 
@@ -187,7 +188,7 @@ def test_a_folder_of_diffusers(hub, sdops, small_checkpoint, model):
 
 def test_a_folder_that_was_made_of_a_file_is_one_model():
     entry = Entry(1, None, "0")
-    names = ("model_index.json", "unet/diffusion_pytorch_model.safetensors", "sdops_extra.safetensors")
+    names = ("model_index.json", "unet/diffusion_pytorch_model.safetensors", _convert_extra.NAME)
     assert chosen(parse("hf://ann/pipe"), Listing("ann/pipe", "", "0" * 40, dict.fromkeys(names, entry))) == ""
 
 
