@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sdops.core.casting import cast
 from sdops.core.exact import PIECE, ExactSum, NonFiniteError, Scratch
@@ -20,11 +19,9 @@ from sdops.core.fp8 import WRITABLE, fp8_values
 from sdops.core.inputs import nonfinite
 from sdops.core.noise import Noise
 from sdops.core.plan import Input
-from sdops.core.precision import FORMATS, Doubles, Raw, count_nonfinite, decode
+from sdops.core.precision import FORMATS, Doubles, Raw, Singles, count_nonfinite, decode
 from sdops.core.spec import FP8
 from sdops.errors import FormatError
-
-Singles = NDArray[np.float32]
 
 SAMPLE = 4096  # elements of a portion from which is told what survived
 Tally = tuple[Mapping[str, int], Mapping[str, tuple[float, float]]]

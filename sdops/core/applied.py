@@ -2,19 +2,20 @@
 
 Two kinds of change, which a tensor may have any number of:
 
-    LowRank   some rows change by up @ down. Made in numpy for a few rows at a time, so that a piece needs a piece's
+    LowRank   some rows change by up @ down. Made a few rows at a time (core.product), so that a piece needs a piece's
               memory whatever the tensor's size.
     Dense     a function of the weight. The whole tensor is made at once.
 
-Changes are made and added up in float32; W + delta is exact and rounded once (core.exact), or rounded at random so
-that nothing is lost on average. All changes see the original W, so that their order does not matter, unless
-`sequential` asks for what most programs do: every change sees the weight as the ones before left it.
+Changes are made and added up in float32, products in float64; W + delta is exact and rounded once (core.exact), or
+rounded at random so that nothing is lost on average. All changes see the original W, so that their order does not
+matter, unless `sequential` asks for what most programs do: every change sees the weight as the ones before left it.
 """
 
 from __future__ import annotations
 
 import mmap
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,12 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdops.core.adding import Adder, Singles, Tally, fp8_scale, refused
+from sdops.core.adding import Adder, Tally, fp8_scale, refused
 from sdops.core.casting import raw_dtype
 from sdops.core.chain import Link, Links, link
 from sdops.core.exact import PIECE
 from sdops.core.plan import Input
-from sdops.core.precision import FORMATS, Doubles, Raw, decode, encode
+from sdops.core.precision import FORMATS, Doubles, Raw, Singles, decode, encode
+from sdops.core.product import Product, Term, multiply
 from sdops.core.run import piece_bytes
 from sdops.core.source import Source, aligned, splits
 from sdops.core.spec import Spec
@@ -38,7 +40,10 @@ from sdops.core.view import View
 
 Rows = Callable[[int, int], Singles]  # first, one past the last -> these rows of up, [rows, r]
 Factors = tuple[Rows, Singles]  # of up, and down [r, columns]; scale and strength are in them
+Loaded = tuple[int, int, Rows, Singles]  # first row, rows, and what is added to them
 Weights = Callable[[str], Singles]  # tensor of the model -> its values, in its shape
+
+KEPT = 4  # tensors whose factors are kept: threads work on pieces of one, or of some that follow each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,7 @@ class Applied(View):
         self._scales = _shared({key: source.specs[name].numel for name, key in self._scaled.items()})
         self._lock = threading.Lock()
         self._local = threading.local()
+        self._loaded: OrderedDict[str, list[Loaded]] = OrderedDict()
         self._whole: tuple[str, bytearray] = ("", bytearray())
 
     # ------------------------------------------------------------------------------------------- what core.run asks
@@ -156,13 +162,14 @@ class Applied(View):
         dtypes = {change.spec.dtype, self.weights.specs[key].dtype}
         if self._is_whole(key) or not self.adder.is_exact or not dtypes <= FORMATS.keys():
             return None
-        delta = Link("F32", partial(self._read_delta, key))
+        delta = Link("F32", partial(self._read_delta, key), product=self._product(key))
         return Link(change.spec.dtype, None, ((Fraction(1), link(self.weights, key, links)), (Fraction(1), delta)))
 
     def _read_delta(self, key: str, first: int, count: int, room: memoryview) -> Raw:
-        del room  # the product has its own
+        delta = np.frombuffer(room[: 4 * count], np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # the chain looks for what is not finite
-            return self._low_rank(key, first, count).view(np.uint32)
+            multiply(self._product(key), first, delta)
+        return delta.view(np.uint32)
 
     # ------------------------------------------------------------------------------------------------------ reading
 
@@ -215,13 +222,16 @@ class Applied(View):
         step = self._portion(key)
         for begin in range(first, first + count, step):
             size = min(step, first + count - begin)
-            yield begin, self._raw(key, begin, size), self._low_rank(key, begin, size)
+            delta = self._buffer(size)
+            multiply(self._product(key), begin, delta)
+            yield begin, self._raw(key, begin, size), delta
 
     def _portion(self, key: str) -> int:
         """Elements made at once: as many rows as fit the cache, or what a source that computes wants to be read in."""
         if hasattr(self.weights, "piece_bytes"):
             return max(1, piece_bytes(self.weights, key) // raw_dtype(self.weights.specs[key].dtype).itemsize)
-        return min(self._block_rows(key) * _matrix(self.specs[key].shape)[1], PIECE)
+        columns = _matrix(self.specs[key].shape)[1]
+        return min(max(PIECE // columns, 1) * columns, PIECE)
 
     def _is_whole(self, key: str) -> bool:
         """Whether the tensor is made at once."""
@@ -245,68 +255,28 @@ class Applied(View):
             found[:] = decode(encode(scale, dtype)[0], dtype)  # as whoever reads the file will see it
         return found.astype(np.float64)
 
-    def _low_rank(self, key: str, first: int, count: int) -> Singles:
-        """Elements `first .. first + count` of the sum of all up @ down; valid until this thread's next call."""
-        size = self._block_rows(key) * _matrix(self.specs[key].shape)[1]
-        if first // size == (first + count - 1) // size:
-            return self._block(key, first // size)[first % size :][:count]
-        total = self._buffer("total", count)
-        done = 0
-        while done < count:
-            number, begin = divmod(first + done, size)
-            part = self._block(key, number)[begin:][: count - done]
-            total[done : done + len(part)] = part
-            done += len(part)
-        return total
+    def _product(self, key: str) -> Product:
+        """The sum of all up @ down."""
+        return Product(_matrix(self.specs[key].shape)[1], partial(self._terms, key))
 
-    def _block_rows(self, key: str) -> int:
-        """Rows that are multiplied at once, always the same ones: the last bits of products depend on it."""
-        return max(1, PIECE // _matrix(self.specs[key].shape)[1])
-
-    def _block(self, key: str, number: int) -> Singles:
-        """One of these blocks of rows, flat; this thread keeps the last one."""
-        if getattr(self._local, "made", None) != (key, number):
-            rows, columns = _matrix(self.specs[key].shape)
-            top = number * self._block_rows(key)
-            bottom = min(top + self._block_rows(key), rows)
-            self._local.made = None
-            self._local.block = self._buffer("products", (bottom - top) * columns)
-            self._multiply(key, top, bottom, self._local.block.reshape(-1, columns))
-            self._local.made = key, number
-        block: Singles = self._local.block
-        return block
-
-    def _multiply(self, key: str, top: int, bottom: int, total: Singles) -> None:
-        """Rows `top .. bottom` of the sum of all up @ down, into `total`."""
-        factors = self._loaded(key)
-        if len(factors) == 1 and factors[0][0] <= top and factors[0][0] + factors[0][1] >= bottom:
-            start, _, (up, down) = factors[0]
-            np.matmul(up(top - start, bottom - start), down, out=total)
-            return
-        total.fill(0)
-        for start, rows, (up, down) in factors:
+    def _terms(self, key: str, top: int, bottom: int) -> list[Term]:
+        """What rows `top .. bottom` of the sum of all up @ down are made of."""
+        terms = []
+        for start, rows, up, down in self.loaded(key):
             begin, end = max(top, start), min(bottom, start + rows)
             if begin < end:
-                product = self._buffer("product", (end - begin) * total.shape[1]).reshape(-1, total.shape[1])
-                total[begin - top : end - top] += np.matmul(up(begin - start, end - start), down, out=product)
+                terms.append(_term(begin, up(begin - start, end - start), down))
+        return terms
 
-    def _loaded(self, key: str) -> list[tuple[int, int, Factors]]:
-        """First row, rows and factors of all low-rank terms; those of the same rows side by side: one product for all.
-
-        This thread keeps those of the last tensor.
-        """
-        if getattr(self._local, "loaded", None) != key:
-            self._local.loaded = self._local.factors = None
-            rows: dict[tuple[int, int], list[Factors]] = {}
-            for term in self.changes[key].terms:
-                if isinstance(term, LowRank):
-                    rows.setdefault((term.start, term.rows), []).append(term.factors())
-            self._local.factors = [
-                (*place, found[0] if len(found) == 1 else _side_by_side(found)) for place, found in rows.items()
-            ]
-            self._local.loaded = key
-        factors: list[tuple[int, int, Factors]] = self._local.factors
-        return factors
+    def loaded(self, key: str) -> list[Loaded]:
+        """First row, rows and factors of all low-rank terms; kept for a few tensors, whose pieces threads share."""
+        with self._lock:
+            if key not in self._loaded:
+                terms = [term for term in self.changes[key].terms if isinstance(term, LowRank)]
+                self._loaded[key] = [(term.start, term.rows, *term.factors()) for term in terms]
+                while len(self._loaded) > KEPT:
+                    self._loaded.popitem(last=False)
+            return self._loaded[key]
 
     def _whole_change(self, key: str) -> tuple[Raw, Singles]:
         """The weight's bit patterns and what is added, flat."""
@@ -316,8 +286,7 @@ class Applied(View):
         delta = np.zeros(_matrix(shape), np.float32)
         for term in self.changes[key].terms:
             if isinstance(term, LowRank):
-                up, down = term.factors()
-                delta[term.start : term.start + term.rows] += up(0, term.rows) @ down
+                delta[term.start : term.start + term.rows] += _made(term)
             else:
                 seen = weight + delta.reshape(shape) if self._sequential else weight
                 delta += term.delta(partial(self._weight, own=(key, seen)))
@@ -342,13 +311,26 @@ class Applied(View):
             self.weights.read_into(key, first * size + begin, view[begin : begin + step])
         return np.frombuffer(view, raw)
 
-    def _buffer(self, name: str, count: int) -> Singles:
-        """This thread's buffer of that name, grown as needed."""
-        if len(getattr(self._local, name, ())) < count:
+    def _buffer(self, count: int) -> Singles:
+        """This thread's buffer for what is added."""
+        if len(getattr(self._local, "delta", ())) < count:
             size = max(count, PIECE)  # what is not touched takes no memory; one that grew would leave holes in it
-            setattr(self._local, name, np.frombuffer(aligned(4 * size), np.float32))
-        buffer: Singles = getattr(self._local, name)
+            self._local.delta = np.frombuffer(aligned(4 * size), np.float32)
+        buffer: Singles = self._local.delta
         return buffer[:count]
+
+
+def _made(term: LowRank) -> Singles:
+    """up @ down [rows, columns]."""
+    up, down = term.factors()
+    own = [_term(0, up(0, term.rows), down)]
+    made = np.empty((term.rows, down.shape[1]), np.float32)
+    multiply(Product(down.shape[1], lambda *_: own), 0, made.reshape(-1))
+    return made
+
+
+def _term(first: int, up: Singles, down: Singles) -> Term:
+    return Term(first, up.astype(np.float64, order="C"), np.ascontiguousarray(down))
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -365,15 +347,6 @@ def _shared(sizes: Mapping[str, int]) -> dict[str, Singles]:
         start = sum(len(each) for each in found.values())
         found[key] = memory[start : start + size]
     return found
-
-
-def _side_by_side(found: list[Factors]) -> Factors:
-    """Several up @ down as one: [up1 up2 ...] @ [down1; down2; ...]."""
-
-    def rows(first: int, last: int) -> Singles:
-        return np.concatenate([up(first, last) for up, _ in found], axis=1)
-
-    return rows, np.concatenate([down for _, down in found])
 
 
 def _padded(values: NDArray[Any], shape: tuple[int, ...], wanted: tuple[int, ...]) -> NDArray[Any]:

@@ -10,6 +10,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from sdops.core.applied import Applied, Change, LowRank
 from sdops.core.casting import raw_dtype
 from sdops.core.noise import key_words
 from sdops.core.plan import Input
+from sdops.core.precision import Singles
 from sdops.core.run import piece_bytes
 from sdops.core.source import Source, splits
 from sdops.core.stream import TORCH_DTYPES
@@ -114,15 +116,18 @@ class AppliedOnDevice(Applied):
             self.weights.read_into(key, begin + place, view[place : place + step])
 
     def _low_rank_of(self, key: str, top: int, rows: int) -> list[Any]:
-        """What is added to some rows."""
-        changes = []
-        for start, count, (up, down) in self._loaded(key):
+        """What is added to some rows; several changes of the same rows side by side: one product for all."""
+        parts: dict[tuple[int, int], list[tuple[Singles, Singles]]] = {}
+        for start, count, up, down in self.loaded(key):
             begin, end = max(top, start), min(top + rows, start + count)
             if begin < end:
-                factors = [
-                    torch.from_numpy(part).to(self.transfer.device) for part in (up(begin - start, end - start), down)
-                ]
-                changes.append(self.transfer.kernels.LoRA(*factors, first=begin - top))
+                parts.setdefault((begin, end), []).append((up(begin - start, end - start), down))
+        changes = []
+        for (begin, _), found in parts.items():
+            ups, downs = zip(*found, strict=True)
+            sent = [torch.from_numpy(part) for part in (np.concatenate(ups, axis=1), np.concatenate(downs))]
+            factors = [part.to(self.transfer.device) for part in sent]
+            changes.append(self.transfer.kernels.LoRA(*factors, first=begin - top))
         return changes
 
     def _tell(self, key: str, weight: Tensor, changes: list[Any], out: Tensor) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
+from math import lcm
 from typing import Protocol
 
 import numpy as np
@@ -18,11 +19,15 @@ import numpy as np
 from sdops.core import native
 from sdops.core.exact import SHORT_BITS, short_parts
 from sdops.core.precision import FORMATS, Raw
+from sdops.core.product import Product
 from sdops.core.source import Place, Source, place
 
-MOST_REGISTERS = 32  # REGISTERS of chain.c
+MOST_REGISTERS = 32  # REGISTERS of chain.h
+BLOCK = 512  # of native.h: whole blocks take less time
+ROWS = 4  # of product.c: so many go through a matrix together
 PORTION = 1 << 15  # elements that are read at once: of all inputs, they shall fit the second-level cache
 GIVEN = 1 << 17  # elements that Python gives at once: fewer calls, and not much memory
+POURED = 1 << 18  # bytes that are written at once
 
 Term = tuple[float, int, int]  # coefficient, register, -log2 of what it is a multiple of
 Form = tuple[tuple[str, bool, tuple[tuple[int, int, int], ...]], ...]  # dtype, whether read, terms: c as p / q, operand
@@ -38,12 +43,14 @@ class Link:
         read: Gives elements, in the room or elsewhere. Of a sum None.
         terms: Of a sum: coefficients, none of them zero, and what they multiply.
         place: Where compiled code can read the elements instead.
+        product: What it can make them of instead.
     """
 
     dtype: str
     read: Read | None
     terms: tuple[tuple[Fraction, Link], ...] = ()
     place: Place | None = None
+    product: Product | None = None
 
 
 Links = dict[tuple[int, str], Link]  # tensors that are known already, by the Source's id and the key
@@ -90,6 +97,8 @@ class Chain:
         self.reads = [one for one in order if one.read is not None]
         self._sizes = [np.dtype(FORMATS[one.dtype].raw).itemsize for one in self.reads]
         self._places = [one.place for one in self.reads if one.place is not None]
+        self._needs_python = any(one.place is None and one.product is None for one in self.reads)
+        self._portion = min((_portion(one.product.columns) for one in self.reads if one.product), default=PORTION)
         self._native = _compiled(_form(order))
         self.is_compiled = self._native is not None
 
@@ -106,24 +115,56 @@ class Chain:
         """
         if self._native is None:
             return False
-        reach = len(out) if len(self._places) == len(self.reads) else GIVEN
-        for begin in range(0, len(out), max(reach, 1)):
-            part = out[begin : begin + reach]
-            if not self._native(self._inputs(first + begin, len(part), rooms), rooms, PORTION, part):
+        reach = GIVEN if self._needs_python else max(len(out), 1)
+        for begin in range(first, first + len(out), reach):
+            part = out[begin - first :][:reach]
+            inputs = self._inputs(begin, len(part), rooms)
+            if not self._native(inputs, rooms, self._portion, range(begin, begin + len(part)), part.data):
                 return False
-        for each in self._places:
-            each.check()
+        self._check()
         return True
 
+    def pour(self, elements: range, rooms: Sequence[memoryview], file: int, position: int) -> bool:
+        """Make elements right into a file; False if they have to be made step by step, whatever was written by then.
+
+        Args:
+            elements: Which ones.
+            rooms: As above, and one more for the result.
+            file: The open file's descriptor.
+            position: Of the first element.
+
+        Raises:
+            ChangedError: as above.
+        """
+        if self._native is None or self._needs_python:
+            return False
+        *own, out = rooms
+        inputs = self._inputs(elements.start, len(elements), own)
+        if not self._native(inputs, own, self._portion, elements, out[:POURED], (file, position)):
+            return False
+        self._check()
+        return True
+
+    def _check(self) -> None:
+        for each in self._places:
+            each.check()
+
     def _inputs(self, first: int, count: int, rooms: Sequence[memoryview]) -> list[native.ChainInput]:
-        """For compiled code: where it can read elements, or those that others have read."""
+        """For compiled code: where it finds elements, or those that others have read."""
         found: list[native.ChainInput] = []
         for one, size, room in zip(self.reads, self._sizes, rooms, strict=True):
             if one.place is not None:
-                found.append((one.place.file, one.place.position + first * size, size))
+                found.append(native.InFile(one.place.file, one.place.position + first * size, size))
+            elif one.product is not None:
+                found.append(native.InProduct(one.product.terms_for(first, count), one.product.columns, first))
             elif one.read is not None:
                 found.append(one.read(first, count, room))
         return found
+
+
+def _portion(columns: int) -> int:
+    """Elements to be made at once of a matrix: about PORTION, many whole rows and many whole blocks of them."""
+    return next((PORTION // unit * unit for unit in (lcm(ROWS * columns, BLOCK), columns) if unit <= PORTION), PORTION)
 
 
 def chain_of(source: Linked, key: str) -> Chain | None:

@@ -198,23 +198,50 @@ class Merged:
                 self._stream = Stream(self.plan, self.method, self.retained, seed=self._seed, memory=self._memory)
         return self._stream
 
+    def pour(self, key: str, start: int, stop: int, file: int, position: int) -> bool:
+        """Compute bytes `[start, stop)` of a tensor right into a file, in compiled code.
+
+        Args:
+            key: The tensor.
+            start, stop: Which bytes.
+            file: The open file's descriptor.
+            position: Where the tensor begins.
+
+        Returns:
+            Whether it is done; else the caller has to write all of them.
+
+        Raises:
+            ChangedError: an input was written to.
+        """
+        step = self.plan.steps[key]
+        is_sum = step.action == "cast" or (step.action == "merge" and self.method.execution == "linear")
+        chain = self._chain(key) if is_sum and self._may_chain else None
+        if chain is None:
+            return False
+        raw = FORMATS[step.spec.dtype].raw
+        size, rooms = np.dtype(raw).itemsize, self._room.buffers(len(chain.reads) + 1)
+        if not chain.pour(range(start // size, stop // size), rooms, file, position + start):
+            return False
+        if start == 0 and self.retained.wants(key):
+            written = np.empty(min(SAMPLE, stop // size), raw)
+            chain(0, written, rooms[:-1])
+            self._sample(step, written)
+        return True
+
     def _read_numpy(self, key: str, step: Step, start: int, buffer: memoryview) -> None:
         """Casts and linear merges, in portions of at most PIECE elements."""
         out = np.frombuffer(buffer, FORMATS[step.spec.dtype].raw)
         first = start // out.itemsize
         for begin in range(0, len(out), PIECE):
             part = out[begin : begin + PIECE]
-            sample = first + begin == 0 and self.retained.wants(key)
-            looked_at = self._beginnings(step, len(part)) if sample and self._may_chain else []
-            if self._may_chain and self._chained(key, first + begin, part):
-                if sample:
-                    self._sample(step, looked_at, part)
-                continue
-            raws = read_unchecked(step, first + begin, len(part), self._room)
-            if step.action == "cast":
-                self._cast(key, step, raws[0], part)
-            else:
-                self._sum(key, step, raws, part, sample=sample)
+            if not self._chained(key, first + begin, part):
+                raws = read_unchecked(step, first + begin, len(part), self._room)
+                if step.action == "cast":
+                    self._cast(key, step, raws[0], part)
+                    continue
+                self._sum(key, step, raws, part)
+            if first + begin == 0 and self.retained.wants(key):
+                self._sample(step, part[:SAMPLE])
 
     def link(self, key: str, links: Links) -> Link | None:
         """How a tensor is made of others, if that is a sum; see core.chain."""
@@ -236,22 +263,20 @@ class Merged:
 
     def _chained(self, key: str, first: int, out: Raw) -> bool:
         """Compute elements through all sums that they come from; False if that has to be done one by one."""
+        chain = self._chain(key) if self._may_chain else None
+        return chain is not None and chain(first, out, self._room.buffers(len(chain.reads)))
+
+    def _chain(self, key: str) -> Chain | None:
         with self._lock:  # threads ask for the pieces of a tensor at the same time: its chain is made once
             if key not in self._chains:
                 self._chains[key] = chain_of(self, key)
                 while len(self._chains) > CHAINS:
                     self._chains.popitem(last=False)
-            chain = self._chains[key]
-        if chain is None:
-            return False
-        return chain(first, out, self._room.buffers(len(chain.reads)))
+            return self._chains[key]
 
-    def _beginnings(self, step: Step, count: int) -> list[Raw]:
-        """The first elements of all inputs, read before a chain makes more of them: LoRAs keep what they made last."""
-        return [raw.copy() for raw in read_unchecked(step, 0, min(SAMPLE, count), self._room)]
-
-    def _sample(self, step: Step, raws: list[Raw], out: Raw) -> None:
+    def _sample(self, step: Step, out: Raw) -> None:
         """Account for the first elements of a tensor."""
+        raws = read_unchecked(step, 0, len(out), self._room)
         used, combine = self._combination(step, [item.spec.dtype for item in step.inputs])
         self.retained.sample_linear(step, raws, dict(zip(used, combine.coefficients, strict=True)), out)
 
@@ -262,15 +287,13 @@ class Merged:
         out[:], overflow = encode(decode(raw, step.inputs[0].spec.dtype), step.spec.dtype)
         self._count(key, overflow)
 
-    def _sum(self, key: str, step: Step, raws: list[Raw], out: Raw, *, sample: bool) -> None:
+    def _sum(self, key: str, step: Step, raws: list[Raw], out: Raw) -> None:
         used, combine = self._combination(step, [item.spec.dtype for item in step.inputs])
         try:
             self._count(key, combine([raws[i] for i in used], out, Scratch.of_thread()))
         except NonFiniteError as error:
             item = step.inputs[used[error.index]]
             raise nonfinite(item, *count_nonfinite(raws[used[error.index]], item.spec.dtype)) from None
-        if sample:
-            self._sample(step, raws, out)
 
     def _combination(self, step: Step, dtypes: Sequence[str]) -> tuple[list[int], ExactSum]:
         """The exact sum for a step's knobs and inputs of some dtypes, and which have a coefficient other than zero."""

@@ -11,21 +11,42 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdops import settings
-from sdops.core.precision import Raw
+from sdops.core.precision import Raw, Singles
 from sdops.core.tape import Program
 
+if TYPE_CHECKING:
+    from sdops.core.product import Term
+
 DTYPES = ("F16", "BF16", "F32")  # the order of `enum dtype`
-VERSION = 6
+VERSION = 7
 MOST_INPUTS = 16  # of `inner`
 
 Words = NDArray[np.uint32]
-ChainInput = Raw | tuple[int, int, int]  # elements, or where they lie: file, position, size of an element
+
+
+class InFile(NamedTuple):
+    """Where elements lie: position of the first one, and the size of each."""
+
+    file: int
+    position: int
+    size: int
+
+
+class InProduct(NamedTuple):
+    """What elements are made of: place of the first one in the matrix."""
+
+    terms: Sequence[Term]
+    columns: int
+    first: int
+
+
+ChainInput = Raw | InFile | InProduct
 
 
 @cache
@@ -119,53 +140,105 @@ class NativeChain:
         words = [word for step in steps for word in step]
         self._steps = (ctypes.c_int32 * len(words))(*words)
         self._length = len(steps)
+        self._size = 4 if DTYPES[steps[-1][2]] == "F32" else 2
         self._terms = (_ChainTerm * len(terms))(*(_ChainTerm(*term) for term in terms))
 
-    def __call__(self, inputs: Sequence[ChainInput], rooms: Sequence[memoryview], portion: int, out: Raw) -> bool:
-        """Write the last step's sums into `out`.
+    def __call__(
+        self,
+        inputs: Sequence[ChainInput],
+        rooms: Sequence[memoryview],
+        portion: int,
+        elements: range,
+        out: memoryview,
+        file: tuple[int, int] = (-1, 0),
+    ) -> bool:
+        """Make elements of the last step's sums.
 
         Args:
-            inputs: Elements, or the file, the position, and the size of an element.
-            rooms: Where elements are read to.
-            portion: How many at once.
-            out: Where the result goes.
+            inputs: Elements, or where they come from.
+            rooms: Where elements are read to, or made.
+            portion: How many at once; portions begin at multiples of it.
+            elements: Which ones of the tensor.
+            out: Where they go: room for all, or for a portion at least if they go to a file.
+            file: That file, and the position in it of the first element.
 
         Returns:
             Whether it is done; else it has to be made sum by sum, see chain.c and chain_files.c.
         """
         functions = library()
         assert functions is not None  # noqa: S101 - whoever made this object has asked
-        sources = (_ChainSource * len(inputs))(*map(_chain_source, inputs))
-        pointers = (ctypes.c_void_p * len(rooms))(*map(_address, rooms))
+        sources = [_chain_source(each) for each in inputs]  # which keep what the copies in the array point to
         done = functions.sdops_chain_files(
             self._steps,
             self._length,
             self._terms,
-            sources,
-            len(inputs),
-            pointers,
+            (_ChainSource * len(sources))(*sources),
+            len(sources),
+            (ctypes.c_void_p * len(rooms))(*map(_address, rooms)),
+            ctypes.c_size_t(elements.start),
             ctypes.c_size_t(portion),
-            ctypes.c_size_t(len(out)),
-            out.itemsize,
-            _address(out.data),
+            ctypes.c_size_t(len(elements)),
+            ctypes.byref(_ChainTarget(_address(out), out.nbytes, file[1], file[0], self._size)),
         )
         return bool(done)
 
 
 def _chain_source(given: ChainInput) -> _ChainSource:
-    if isinstance(given, tuple):
-        file, position, size = given
-        return _ChainSource(None, position, file, size)
-    return _ChainSource(_address(given.data), 0, -1, given.itemsize)
+    if isinstance(given, InFile):
+        return _ChainSource(None, None, given.position, 0, 0, given.file, given.size)
+    if isinstance(given, InProduct):
+        terms = _product_terms(given.terms)
+        return _ChainSource(None, ctypes.addressof(terms), given.first, given.columns, len(terms), -1, 4, keep=terms)
+    return _ChainSource(_address(given.data), None, 0, 0, 0, -1, given.itemsize)
 
 
 class _ChainSource(ctypes.Structure):
     _fields_ = (
         ("raw", ctypes.c_void_p),
+        ("terms", ctypes.c_void_p),
+        ("position", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("count", ctypes.c_int32),
+        ("file", ctypes.c_int32),
+        ("size", ctypes.c_int32),
+    )
+
+
+class _ChainTarget(ctypes.Structure):
+    _fields_ = (
+        ("room", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
         ("position", ctypes.c_int64),
         ("file", ctypes.c_int32),
         ("size", ctypes.c_int32),
     )
+
+
+class _ProductTerm(ctypes.Structure):
+    _fields_ = (
+        ("up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("first", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+    )
+
+
+def _product_terms(terms: Sequence[Term]) -> ctypes.Array[_ProductTerm]:
+    """They do not keep the terms' arrays alive."""
+    return (_ProductTerm * len(terms))(
+        *[_ProductTerm(_pointer(up), _pointer(down), first, *up.shape) for first, up, down in terms]
+    )
+
+
+def product(terms: Sequence[Term], columns: int, first: int, out: Singles) -> bool:
+    """Make elements of a sum of products (core/product.py); False if there is no compiled code for that."""
+    functions = library()
+    if functions is None:
+        return False
+    sizes = ctypes.c_size_t(columns), ctypes.c_size_t(first), ctypes.c_size_t(len(out))
+    functions.sdops_product(_product_terms(terms), len(terms), *sizes, _pointer(out))
+    return True
 
 
 class _ChainTerm(ctypes.Structure):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Raw = NDArray[Any]  # a tensor's bytes viewed as unsigned integers of its width
+Singles = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 

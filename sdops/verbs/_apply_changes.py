@@ -17,9 +17,9 @@ import numpy as np
 from sdops.adapters import Facts, Settings, Shape, family
 from sdops.adapters._parts import scale_of
 from sdops.adapters._parts import unfit as unfit_part
-from sdops.core.adding import Singles
 from sdops.core.applied import Change, Dense, Factors, LowRank, Weights
 from sdops.core.patch import Patch
+from sdops.core.precision import Singles
 from sdops.core.spec import Spec
 from sdops.errors import MismatchError
 from sdops.layouts.tables import Part

@@ -19,9 +19,9 @@ from sdops.adapters._dora import PARTS as MAGNITUDES
 from sdops.adapters._dora import is_per_output
 from sdops.adapters._parts import scale_of, unfolded
 from sdops.core import accel
-from sdops.core.adding import Singles
 from sdops.core.applied import Dense, LowRank
 from sdops.core.patch import Patch
+from sdops.core.precision import Singles
 from sdops.verbs._adapters import read_parts
 from sdops.verbs._apply_changes import Changes
 from sdops.verbs._apply_loras import Lora

@@ -41,8 +41,8 @@ from sdops.verbs._inputs import Model, Opened, input_of
 from sdops.verbs._provenance import RECIPE, metadata
 
 if TYPE_CHECKING:
-    from sdops.core.adding import Singles
     from sdops.core.applied import Applied, Weights
+    from sdops.core.precision import Singles
 
 DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 FAR = 0.9  # R^2 of a fit below which it is another network
