@@ -193,6 +193,10 @@ def _work(source: Source, state: _State) -> None:
 def _copy(source: Source, sink: Sink, piece: Piece, buffers: list[memoryview], state: _State | None = None) -> None:
     """Read a piece in the portions that the source wants, and write them; `buffers` holds one, grown as needed."""
     key, start, stop = piece
+    if _poured(source, sink, piece):
+        if state is not None:
+            state.wrote(stop - start)
+        return
     step = piece_bytes(source, key)
     if len(buffers[0]) < min(step, stop - start):
         buffers[0] = aligned(min(step, stop - start))
@@ -204,6 +208,19 @@ def _copy(source: Source, sink: Sink, piece: Piece, buffers: list[memoryview], s
             state.wrote(len(view))
             if state.stop.is_set():
                 return
+
+
+def _poured(source: Source, sink: Sink, piece: Piece) -> bool:
+    """Whether the source could make the piece right where it belongs in a file."""
+    pour: Callable[[str, int, int, int, int], bool] | None = getattr(source, "pour", None)
+    place = sink.region(piece[0]) if pour else None
+    if pour is None or place is None:
+        return False
+    own = os.dup(place[0])  # the sink may be closed meanwhile, and its number be that of another file
+    try:
+        return pour(*piece, own, place[1])
+    finally:
+        os.close(own)
 
 
 def piece_bytes(source: Source, key: str) -> int:

@@ -58,6 +58,9 @@ class Sink(Protocol):
     def write(self, key: str, start: int, data: memoryview) -> None:
         """Write bytes `[start, start + len(data))` of a tensor, every byte once. Safe from threads and forks."""
 
+    def region(self, key: str) -> tuple[int, int] | None:
+        """The open file, and where a tensor begins in it, for compiled code that writes itself; None if it must not."""
+
     def start_writeback(self) -> None:
         """Send what was written so far to the disk; returns when it is there."""
 
@@ -113,7 +116,7 @@ class FileSink:
         try:
             while not self._create():
                 self._discard()
-            os.ftruncate(self._fd, self.nbytes)
+            files.reserve(self._fd, self.nbytes)
             self._write_at(0, memoryview(self._header))
         except BaseException as error:
             self._discard()
@@ -133,6 +136,10 @@ class FileSink:
             self._write_at(self.offsets[key] + start, data)
         except OSError as error:
             raise self._explained(error) from error
+
+    def region(self, key: str) -> tuple[int, int] | None:
+        """The open file, and where a tensor begins in it; None if it was closed."""
+        return (self._fd, self.offsets[key]) if self._fd >= 0 else None
 
     def start_writeback(self) -> None:
         """Send what was written so far to the disk; returns when it is there."""

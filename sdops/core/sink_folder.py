@@ -106,6 +106,11 @@ class FolderSink:
         part, inner = self._places[key]
         part.write(inner, start, data)
 
+    def region(self, key: str) -> tuple[int, int] | None:
+        """The open file, and where a tensor begins in it."""
+        part, inner = self._places[key]
+        return part.region(inner)
+
     def start_writeback(self) -> None:
         """Send what was written so far to the disk; returns when it is there."""
         for part in self._parts:

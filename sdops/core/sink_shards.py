@@ -69,6 +69,10 @@ class FilesSink:
         """Write bytes `[start, start + len(data))` of a tensor. Safe to call from several threads."""
         self._places[key].write(key, start, data)
 
+    def region(self, key: str) -> tuple[int, int] | None:
+        """The open file, and where a tensor begins in it."""
+        return self._places[key].region(key)
+
     def start_writeback(self) -> None:
         """Send what was written so far to the disk; returns when it is there."""
         for file in self._files:

@@ -222,6 +222,10 @@ class Merge:
         else:
             self.computed.read_into(key, start, buffer)
 
+    def pour(self, key: str, start: int, stop: int, file: int, position: int) -> bool:
+        """Compute bytes of a tensor right into a file, if that can be; see core.merged."""
+        return self.computed.pour(key, start, stop, file, position)
+
     def piece_bytes(self, key: str) -> int:
         """Portions in which `key` is computed."""
         return self.computed.piece_bytes(key)

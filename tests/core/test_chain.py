@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,17 @@ from hypothesis import strategies as st
 
 from sdops.core import native
 from sdops.core.applied import Applied, Change, LowRank
-from sdops.core.chain import GIVEN, MOST_REGISTERS, PORTION, Chain, chain_of, link
+from sdops.core.chain import GIVEN, MOST_REGISTERS, PORTION, POURED, Chain, chain_of, link
 from sdops.core.exact import PIECE
 from sdops.core.merged import Merged
 from sdops.core.method import load
 from sdops.core.plan import Input, Plan, Step
 from sdops.core.remembered import Remembered
+from sdops.core.run import run
+from sdops.core.sink import SafetensorsSink
 from sdops.core.source import Source, read
 from sdops.core.spec import Spec
-from sdops.errors import ChangedError, FormatError
+from sdops.errors import ChangedError, FormatError, OutputError
 from sdops.formats import FileSource, open_source
 from sdops.formats.safetensors import SafetensorsFile
 from tests.tiny import Memory, Model, encoded, write
@@ -126,7 +130,7 @@ def test_overflows_in_between_are_clamped_and_counted(size, monkeypatch):
 
 @needs_library
 def test_loras_in_between(monkeypatch):
-    """Rows 0 .. 700 of 900 change; the blocks that are multiplied do not begin where portions do."""
+    """Rows 0 .. 700 of 900 change; portions begin within rows, too."""
     shape, rng = (900, 1280), np.random.default_rng(3)
     sources = [Memory({KEY: encoded(rng.standard_normal(shape), "F16")}, str(i)) for i in range(3)]
     up, down = (rng.standard_normal(size).astype(np.float32) for size in ((700, 5), (5, 1280)))
@@ -191,3 +195,71 @@ def test_files_that_change_while_compiled_code_reads_them(tmp_path, change):
         change(file)
     with pytest.raises(ChangedError, match=r"BF16\.safetensors"):
         read(last, KEY)
+
+
+def poured(source: Merged, start: int, stop: int, path: Path) -> bytes | None:
+    """Bytes of a tensor that would begin at the fifth of a file, and what lies around them."""
+    path.write_bytes(bytes([7]) * (source.specs[KEY].nbytes + 10))
+    with path.open("r+b") as file:
+        if not source.pour(KEY, start, stop, file.fileno(), 5):
+            return None
+    data = path.read_bytes()
+    assert set(data[: 5 + start] + data[5 + stop :]) <= {7}
+    return data[5 + start : 5 + stop]
+
+
+@needs_library
+@pytest.mark.parametrize(("start", "stop"), [(0, None), (400, None), (2 * PORTION - 6, 2 * PORTION + 8), (6, 6)])
+def test_compiled_code_writes_files_itself(start, stop, tmp_path, monkeypatch):
+    files = in_files(tmp_path, POURED + PORTION + 3)
+    last = merged([merged(files[:2], "F16", 0.3), files[2]], "BF16", 0.1)
+    stop = last.specs[KEY].nbytes if stop is None else stop
+    wanted = by_steps(last, monkeypatch)[start:stop]
+    assert poured(last, start, stop, tmp_path / "out") == wanted
+
+
+@needs_library
+def test_loras_from_file_to_file(tmp_path, monkeypatch):
+    shape, rng = (700, 1280), np.random.default_rng(3)
+    paths = [write(tmp_path / f"{i}.safetensors", {KEY: encoded(rng.standard_normal(shape), "F16")}) for i in range(2)]
+    files = [open_source(path) for path in paths]
+    terms = []
+    for start, rows in ((0, 300), (299, 2), (100, 600)):
+        up, down = (rng.standard_normal(size).astype(np.float32) for size in ((rows, 5), (5, 1280)))
+        terms.append(LowRank(start, rows, lambda up=up, down=down: (lambda first, last: up[first:last], down)))
+    styled = Applied(files[0], {KEY: Change(files[0].specs[KEY], tuple(terms))})
+    last = merged([styled, files[1]], "F16", 0.4)
+    wanted = by_steps(last, monkeypatch)
+    monkeypatch.setattr(Applied, "_read_delta", lambda *_: pytest.fail("made in Python"))
+    assert poured(last, 0, len(wanted), tmp_path / "out") == wanted
+
+
+@needs_library
+def test_what_cannot_be_poured(tmp_path):
+    """What Python has to read, what overflows, and files that cannot be written to."""
+    files, memory = in_files(tmp_path, 5000), tensor(9, "F16", 5000)
+    assert poured(merged([merged(files[:2], "F16", 0.3), memory], "F16", 0.1), 0, 10000, tmp_path / "out") is None
+    assert poured(merged([files[0], files[1]], "F16", 65504.0), 0, 10000, tmp_path / "out") is None
+    with (tmp_path / "out").open("rb") as file:
+        assert not merged([files[0], files[1]], "F16", 0.5).pour(KEY, 0, 10000, file.fileno(), 0)
+
+
+@needs_library
+def test_a_run_pours_and_a_failure_is_told_in_words(tmp_path, monkeypatch):
+    last = merged(in_files(tmp_path, 5000)[:2], "F16", 0.5)
+    wanted = by_steps(last, monkeypatch)
+    with (
+        monkeypatch.context() as patched,
+        SafetensorsSink(tmp_path / "out.safetensors", last.specs, {}, force=False) as sink,
+    ):
+        patched.setattr(Merged, "read_into", lambda *_: pytest.fail("written by Python"))
+        run(last, sink, jobs=2)
+        sink.commit()
+    assert bytes(read(open_source(tmp_path / "out.safetensors"), KEY)) == wanted
+    out = (tmp_path / "out.safetensors").open("rb")
+    with out, SafetensorsSink(tmp_path / "other.safetensors", last.specs, {}, force=False) as sink:
+        monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        monkeypatch.setattr(SafetensorsSink, "region", lambda *_: (out.fileno(), 0))  # compiled code cannot write, too
+        with pytest.raises(OutputError, match="no space left"):
+            run(last, sink, jobs=2)
+    assert bytes(read(open_source(tmp_path / "out.safetensors"), KEY)) == wanted
