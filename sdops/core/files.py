@@ -12,6 +12,7 @@ import errno
 import importlib
 import io
 import os
+import sys
 import threading
 from collections import defaultdict
 from types import ModuleType
@@ -28,6 +29,7 @@ fcntl, resource = _on_posix("fcntl"), _on_posix("resource")
 HOLDS_NAMES = fcntl is None
 _FLAGS = {name: getattr(os, name, 0) for name in ("O_CLOEXEC", "O_BINARY", "O_NOINHERIT")}
 _ALWAYS = sum(_FLAGS.values())
+_LARGE = 256 << 20
 _turns: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)  # file descriptor -> who may move it
 
 
@@ -40,6 +42,27 @@ def open_file(path: str | os.PathLike[str], *flags: str, mode: int = 0o666) -> i
         mode: Permissions of a new file.
     """
     return os.open(path, _ALWAYS | sum(getattr(os, flag, 0) for flag in flags), mode)
+
+
+def reserve(fd: int, nbytes: int) -> None:
+    """Give the file its size, and a large one its place on the disk at once, where the system can do that.
+
+    Otherwise places are looked for while data are written, and writers wait for each other.
+
+    Raises:
+        OSError: there is no space.
+    """
+    os.ftruncate(fd, nbytes)
+    if nbytes < _LARGE or sys.platform != "linux":
+        return
+    import ctypes  # os.posix_fallocate writes to every block where the file system cannot do it
+
+    library = ctypes.CDLL(None, use_errno=True)
+    allocate = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
+    if allocate and allocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+        number = ctypes.get_errno()
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(number, os.strerror(number))
 
 
 def read_at(fd: int, buffer: memoryview, position: int) -> int:

@@ -56,6 +56,20 @@ def test_threads_share_a_file(system: None, tmp_path: Path) -> None:
     os.close(fd)
 
 
+def test_a_large_file_gets_its_place_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_LARGE", 1 << 20)
+    with (tmp_path / "small").open("wb") as small, (tmp_path / "large").open("wb") as large:
+        files.reserve(small.fileno(), (1 << 20) - 1)
+        files.reserve(large.fileno(), 4 << 20)
+        found = [os.fstat(each.fileno()) for each in (small, large)]
+    assert [each.st_size for each in found] == [(1 << 20) - 1, 4 << 20]
+    assert (tmp_path / "large").read_bytes() == bytes(4 << 20)
+    if not found[1].st_blocks:
+        pytest.skip("this file system cannot do it")
+    assert found[0].st_blocks == 0
+    assert found[1].st_blocks * 512 >= 4 << 20
+
+
 def test_only_one_has_the_lock(tmp_path: Path) -> None:
     first = files.open_file(tmp_path / "file", "O_RDWR", "O_CREAT")
     second = files.open_file(tmp_path / "file", "O_RDWR")

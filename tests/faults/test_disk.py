@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sdops.core import files
 from tests.faults.cli import end, leftovers, merge, sparse, start, stop_while_writing, wait_until
 
 MB = 1 << 20
@@ -48,6 +49,12 @@ def test_an_existing_file_is_kept_until_the_new_one_is_complete(
     assert "an existing file is only replaced when the new one is complete" in ended.err
     assert output.read_bytes() == before
     assert leftovers(point) == []
+
+
+def test_room_for_a_large_file_is_taken_at_once(disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_LARGE", MB)
+    with (disk("size=4m") / "file").open("wb") as file, pytest.raises(OSError, match="No space left"):
+        files.reserve(file.fileno(), 8 * MB)
 
 
 def test_a_disk_that_becomes_full_meanwhile(large: tuple[Path, Path], disk: Callable[[str], Path]) -> None:
