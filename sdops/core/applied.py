@@ -43,7 +43,7 @@ Factors = tuple[Rows, Singles]  # of up, and down [r, columns]; scale and streng
 Loaded = tuple[int, int, Rows, Singles]  # first row, rows, and what is added to them
 Weights = Callable[[str], Singles]  # tensor of the model -> its values, in its shape
 
-KEPT = 4  # tensors whose factors are kept: threads work on pieces of one, or of some that follow each other
+KEPT = 3  # tensors whose factors are kept: threads work on pieces of one, or of some that follow each other
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ of them. The bits are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -25,9 +26,10 @@ from sdops.core.source import Place, Source, place
 MOST_REGISTERS = 32  # REGISTERS of chain.h
 BLOCK = 512  # of native.h: whole blocks take less time
 ROWS = 4  # of product.c: so many go through a matrix together
-PORTION = 1 << 15  # elements that are read at once: of all inputs, they shall fit the second-level cache
+PORTION = 1 << 14  # elements that are read at once: of all inputs, they shall fit the second-level cache
 GIVEN = 1 << 17  # elements that Python gives at once: fewer calls, and not much memory
-POURED = 1 << 18  # bytes that are written at once
+FACTORED = 1 << 19  # the same of elements of whose products Python gives the factors
+POURED = 1 << 17  # bytes that are written at once
 
 Term = tuple[float, int, int]  # coefficient, register, -log2 of what it is a multiple of
 Form = tuple[tuple[str, bool, tuple[tuple[int, int, int], ...]], ...]  # dtype, whether read, terms: c as p / q, operand
@@ -97,8 +99,11 @@ class Chain:
         self.reads = [one for one in order if one.read is not None]
         self._sizes = [np.dtype(FORMATS[one.dtype].raw).itemsize for one in self.reads]
         self._places = [one.place for one in self.reads if one.place is not None]
-        self._needs_python = any(one.place is None and one.product is None for one in self.reads)
-        self._portion = min((_portion(one.product.columns) for one in self.reads if one.product), default=PORTION)
+        products = [one.product for one in self.reads if one.product is not None]
+        self._needs_python = len(self._places) + len(products) < len(self.reads)
+        self._reach = GIVEN if self._needs_python else FACTORED if products else sys.maxsize
+        self._portion = min((_portion(product.columns) for product in products), default=PORTION)
+        self._size = np.dtype(FORMATS[last.dtype].raw).itemsize
         self._native = _compiled(_form(order))
         self.is_compiled = self._native is not None
 
@@ -115,11 +120,10 @@ class Chain:
         """
         if self._native is None:
             return False
-        reach = GIVEN if self._needs_python else max(len(out), 1)
-        for begin in range(first, first + len(out), reach):
-            part = out[begin - first :][:reach]
-            inputs = self._inputs(begin, len(part), rooms)
-            if not self._native(inputs, rooms, self._portion, range(begin, begin + len(part)), part.data):
+        elements = range(first, first + len(out))
+        for part in self._parts(elements):
+            inputs, room = self._inputs(part, rooms), out[part.start - first :][: len(part)].data
+            if not self._native(inputs, rooms, self._portion, part, room):
                 return False
         self._check()
         return True
@@ -139,18 +143,25 @@ class Chain:
         if self._native is None or self._needs_python:
             return False
         *own, out = rooms
-        inputs = self._inputs(elements.start, len(elements), own)
-        if not self._native(inputs, own, self._portion, elements, out[:POURED], (file, position)):
-            return False
+        for part in self._parts(elements):
+            inputs, place = self._inputs(part, own), position + (part.start - elements.start) * self._size
+            if not self._native(inputs, own, self._portion, part, out[:POURED], (file, place)):
+                return False
         self._check()
         return True
+
+    def _parts(self, elements: range) -> Iterator[range]:
+        """What compiled code is asked for at once."""
+        for begin in range(elements.start, elements.stop, self._reach):
+            yield elements[begin - elements.start :][: self._reach]
 
     def _check(self) -> None:
         for each in self._places:
             each.check()
 
-    def _inputs(self, first: int, count: int, rooms: Sequence[memoryview]) -> list[native.ChainInput]:
+    def _inputs(self, elements: range, rooms: Sequence[memoryview]) -> list[native.ChainInput]:
         """For compiled code: where it finds elements, or those that others have read."""
+        first, count = elements.start, len(elements)
         found: list[native.ChainInput] = []
         for one, size, room in zip(self.reads, self._sizes, rooms, strict=True):
             if one.place is not None:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from math import prod
 from pathlib import Path
 from shlex import quote
+from sys import intern
 from typing import Any, NoReturn
 
 from sdops.core.heap import no_garbage_collection
@@ -220,7 +221,7 @@ def _entry(path: Path, key: str, info: Any) -> tuple[str, Spec, int, int]:
         _refuse(
             path, f"`{shorten(key)}` has {end - begin:,} bytes, which do not make {dtype}{shorten(repr(shape), 80)}"
         )
-    return key, _spec(dtype, tuple(shape)), begin, end
+    return intern(key), _spec(dtype, tuple(shape)), begin, end  # models of one kind have the same names
 
 
 @lru_cache(maxsize=1024)

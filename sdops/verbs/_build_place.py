@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,8 @@ def place(folder: Path) -> Iterator[Path]:
     Args:
         folder: Where it is made: beside the output there is room, and workers of other machines see it, too.
     """
+    import shutil  # which brings all of Python's compression along
+
     beside = Path(os.path.realpath(folder))
     for other in beside.glob(f"{_PREFIX}*"):
         if _is_abandoned(other):
