@@ -224,8 +224,8 @@ class Merged:
             return False
         if start == 0 and self.retained.wants(key):
             written = np.empty(min(SAMPLE, stop // size), raw)
-            chain(0, written, rooms[:-1])
-            self._sample(step, written)
+            if chain(0, written, rooms[:-1]):
+                self._sample(step, written)
         return True
 
     def _read_numpy(self, key: str, step: Step, start: int, buffer: memoryview) -> None:

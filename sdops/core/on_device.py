@@ -103,6 +103,10 @@ class MergedOnDevice(Merged):
                 self._explain(key, step, first, count)
                 raise
 
+    def pour(self, key: str, start: int, stop: int, file: int, position: int) -> bool:
+        """As Merged, but for what goes to the device."""
+        return not self._is_sent(self.plan.steps[key]) and super().pour(key, start, stop, file, position)
+
     def _is_sent(self, step: Step) -> bool:
         narrow = step.spec.dtype in TORCH_DTYPES and all(item.spec.dtype in TORCH_DTYPES for item in step.inputs)
         doubles = "F64" in (step.spec.dtype, *(item.spec.dtype for item in step.inputs))

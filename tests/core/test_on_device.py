@@ -51,9 +51,12 @@ def on_device(made, device, path, portion=3000):
     method = made.computed.method
     merged = MergedOnDevice(made.plan, method, device=device, seed=7)
     merged.transfer.small, merged.transfer.portion = 16, portion
+    sent, send = [], merged.transfer.send
+    merged.transfer.send = lambda *arguments: sent.append(arguments) or send(*arguments)
     with SafetensorsSink(path, merged.specs, {}, force=True) as sink:
         run(merged, sink, jobs=2)
         sink.commit({})
+    assert sent  # the CPU would give the same bytes
     return merged
 
 
