@@ -59,10 +59,14 @@ def reserve(fd: int, nbytes: int) -> None:
 
     library = ctypes.CDLL(None, use_errno=True)
     allocate = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
-    if allocate and allocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
-        number = ctypes.get_errno()
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(number, os.strerror(number))
+    if allocate is None:
+        return
+    for start in range(0, nbytes, _LARGE):  # in parts: in memory it takes seconds, and no signal is heeded meanwhile
+        if allocate(fd, 0, ctypes.c_int64(start), ctypes.c_int64(min(_LARGE, nbytes - start))):
+            number = ctypes.get_errno()
+            if number in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(number, os.strerror(number))
+            return
 
 
 def read_at(fd: int, buffer: memoryview, position: int) -> int:
