@@ -12,6 +12,11 @@
 /* the system lets one thread at a time write to a file; others would spin where they can sleep */
 static pthread_mutex_t writing = PTHREAD_MUTEX_INITIALIZER;
 
+/* A fork waits for the write under way: the child would find the lock taken for ever. */
+static void lock(void) { pthread_mutex_lock(&writing); }
+static void unlock(void) { pthread_mutex_unlock(&writing); }
+__attribute__((constructor)) static void prepare_forks(void) { pthread_atfork(lock, unlock, unlock); }
+
 typedef struct {
     const void *raw;           /* the elements, if they are in memory */
     const product_term *terms; /* what they are made of, if they are a sum of products */
@@ -55,14 +60,14 @@ static const void *elements(const chain_source *source, size_t start, size_t cou
 /* Write a buffer to a position of the file; 0 if that fails. */
 static int write_all(int file, const char *buffer, size_t count, int64_t position) {
     int is_done = 1;
-    pthread_mutex_lock(&writing);
+    lock();
     while (count && is_done) {
         ssize_t done = pwrite(file, buffer, count, position);
         if (done < 0 && errno == EINTR) continue;
         is_done = done > 0;
         if (is_done) buffer += done, position += done, count -= (size_t)done;
     }
-    pthread_mutex_unlock(&writing);
+    unlock();
     return is_done;
 }
 
