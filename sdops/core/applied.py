@@ -162,14 +162,8 @@ class Applied(View):
         dtypes = {change.spec.dtype, self.weights.specs[key].dtype}
         if self._is_whole(key) or not self.adder.is_exact or not dtypes <= FORMATS.keys():
             return None
-        delta = Link("F32", partial(self._read_delta, key), product=self._product(key))
+        delta = Link("F32", product=self._product(key))
         return Link(change.spec.dtype, None, ((Fraction(1), link(self.weights, key, links)), (Fraction(1), delta)))
-
-    def _read_delta(self, key: str, first: int, count: int, room: memoryview) -> Raw:
-        delta = np.frombuffer(room[: 4 * count], np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):  # the chain looks for what is not finite
-            multiply(self._product(key), first, delta)
-        return delta.view(np.uint32)
 
     # ------------------------------------------------------------------------------------------------------ reading
 

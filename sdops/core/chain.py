@@ -42,17 +42,22 @@ class Link:
 
     Attributes:
         dtype: F16, BF16 or F32.
-        read: Gives elements, in the room or elsewhere. Of a sum None.
+        read: Gives elements, in the room or elsewhere. Of a sum and of a product None.
         terms: Of a sum: coefficients, none of them zero, and what they multiply.
         place: Where compiled code can read the elements instead.
-        product: What it can make them of instead.
+        product: What it makes them of.
     """
 
     dtype: str
-    read: Read | None
+    read: Read | None = None
     terms: tuple[tuple[Fraction, Link], ...] = ()
     place: Place | None = None
     product: Product | None = None
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is made of other links."""
+        return self.read is None and self.product is None
 
 
 Links = dict[tuple[int, str], Link]  # tensors that are known already, by the Source's id and the key
@@ -96,7 +101,7 @@ class Chain:
 
     def __init__(self, last: Link) -> None:
         order = _ordered(last)
-        self.reads = [one for one in order if one.read is not None]
+        self.reads = [one for one in order if not one.is_sum]
         self._sizes = [np.dtype(FORMATS[one.dtype].raw).itemsize for one in self.reads]
         self._places = [one.place for one in self.reads if one.place is not None]
         products = [one.product for one in self.reads if one.product is not None]
@@ -209,7 +214,7 @@ def _form(order: Sequence[Link]) -> Form:
     return tuple(
         (
             one.dtype,
-            one.read is not None,
+            not one.is_sum,
             tuple([(*c.as_integer_ratio(), numbers[operand]) for c, operand in one.terms]),
         )
         for one in order

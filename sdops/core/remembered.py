@@ -39,7 +39,7 @@ class Remembered(View):
         from sdops.core.chain import link
 
         made = link(self.source, key, links)
-        return made if made.read is None else None
+        return made if made.is_sum else None
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         """As the source's."""

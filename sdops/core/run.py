@@ -105,9 +105,8 @@ def _run_processes(source: Forkable, sink: Sink, jobs: int, progress: Progress |
 
 def _run_threads(source: Source, sink: Sink, jobs: int, progress: Progress | None) -> None:
     state = _State(_jobs(source, sink), sink, progress)
-    count = (
-        jobs + 1 if jobs > 1 else 1
-    )  # one of them writes, which only one can at a time: the others keep the cores busy
+    # one of them writes, which only one can at a time: the others keep the cores busy
+    count = jobs + 1 if jobs > 1 else 1
     threads = [threading.Thread(target=_work, args=(source, state), daemon=True) for _ in range(count)]
     threads.append(threading.Thread(target=state.write_back, daemon=True))
     patience = float("inf")

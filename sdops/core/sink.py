@@ -276,20 +276,6 @@ class SafetensorsSink(FileSink):
         return len(text).to_bytes(8, "little") + text
 
 
-class BytesSink(FileSink):
-    """A file of given bytes in the making, without tensors.
-
-    Args and errors as `FileSink`.
-    """
-
-    def __init__(self, path: Path, content: bytes, *, force: bool) -> None:
-        self._content = content
-        super().__init__(path, {}, {}, force=force)
-
-    def _encode_header(self) -> bytes:
-        return self._content
-
-
 def in_safetensors_order(specs: Mapping[str, Spec]) -> dict[str, Spec]:
     """Specs as safetensors writes them."""
     return {key: specs[key] for key in sorted(specs, key=lambda key: (_ORDER[specs[key].dtype], key))}

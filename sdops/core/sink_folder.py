@@ -19,7 +19,7 @@ from typing import Self
 
 from sdops.core import files
 from sdops.core.sink import Sink, check_parent, check_space, in_safetensors_order, tag
-from sdops.core.sink_shards import TextSink, create_shards, split
+from sdops.core.sink_shards import BytesSink, create_shards, split
 from sdops.core.spec import Spec
 from sdops.errors import OutputError
 
@@ -159,7 +159,7 @@ class FolderSink:
 
     def _part(self, file: Path, content: bytes | Tensors) -> Sink:
         if isinstance(content, bytes):
-            return TextSink(file, content, force=False)
+            return BytesSink(file, content, force=False)
         limit = content.shard or sum(spec.nbytes for spec in content.specs.values())
         return create_shards(file, content.specs, content.metadata, shard=limit, force=False)
 

@@ -19,8 +19,8 @@ from sdops.core.sink import FileSink, SafetensorsSink, Sink, check_space
 from sdops.core.spec import Spec
 
 
-class TextSink(FileSink):
-    """A small file whose whole content is known: an index, a configuration."""
+class BytesSink(FileSink):
+    """A small file whose whole content is known: an index, a configuration, a picture."""
 
     def __init__(self, path: Path, content: bytes, *, force: bool) -> None:
         self._content = content
@@ -118,7 +118,7 @@ class ShardedSink(FilesSink):
         ]
         weight_map = {key: part.path.name for part in parts for key in part.specs}
         size = sum(spec.nbytes for specs in shards for spec in specs.values())
-        index = TextSink(path.with_name(f"{path.name}.index.json"), _index(weight_map, size), force=force)
+        index = BytesSink(path.with_name(f"{path.name}.index.json"), _index(weight_map, size), force=force)
         super().__init__([*parts, index], index.path, force=force)  # the index last: what it lists is there before it
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdops.core import files
 from sdops.core.sink import SafetensorsSink, Sink
-from sdops.core.sink_shards import TextSink
+from sdops.core.sink_shards import BytesSink
 from sdops.core.spec import Spec
 from sdops.verbs._adapter_lists import SUFFIX as LIST
 from sdops.verbs._adapter_lists import list_sink
@@ -44,7 +44,7 @@ def adapter_sink(
         path.parent.mkdir()
     try:
         with ExitStack() as stack:
-            texts = [TextSink(path.parent / name, text.encode(), force=force) for name, text in companions.items()]
+            texts = [BytesSink(path.parent / name, text.encode(), force=force) for name, text in companions.items()]
             for text in texts:
                 stack.enter_context(text)
             yield stack.enter_context(AdapterSink(path, specs, metadata, texts, force=force))
@@ -68,7 +68,7 @@ class AdapterSink(SafetensorsSink):
         path: Path,
         specs: Mapping[str, Spec],
         metadata: Mapping[str, str],
-        companions: Sequence[TextSink] = (),
+        companions: Sequence[BytesSink] = (),
         *,
         force: bool,
     ) -> None:

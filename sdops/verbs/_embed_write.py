@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdops.core.casting import cast, raw_dtype
-from sdops.core.sink import BytesSink, FileSink, SafetensorsSink
+from sdops.core.sink import FileSink, SafetensorsSink
+from sdops.core.sink_shards import BytesSink
 from sdops.core.sink_torch import TreeSink
 from sdops.core.spec import Spec
 from sdops.core.tree import Leaf

@@ -230,7 +230,7 @@ def test_loras_from_file_to_file(tmp_path, monkeypatch):
     styled = Applied(files[0], {KEY: Change(files[0].specs[KEY], tuple(terms))})
     last = merged([styled, files[1]], "F16", 0.4)
     wanted = by_steps(last, monkeypatch)
-    monkeypatch.setattr(Applied, "_read_delta", lambda *_: pytest.fail("made in Python"))
+    monkeypatch.setattr("sdops.core.applied.multiply", lambda *_: pytest.fail("made by itself"))
     assert poured(last, 0, len(wanted), tmp_path / "out") == wanted
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import sdops
 from fixtures import loras
-from sdops.core.sink_shards import TextSink
+from sdops.core.sink_shards import BytesSink
 from sdops.errors import OutputError, UsageError
 from sdops.verbs._adapters import open_adapter
 from tests.dialects.helpers import assert_same_deltas
@@ -59,10 +59,10 @@ def test_a_failure_leaves_nothing_behind(new, tmp_path, monkeypatch):
     if not new:
         folder.mkdir()
 
-    def fails(_self: TextSink) -> Path:
+    def fails(_self: BytesSink) -> Path:
         raise OutputError("no", hint="none")
 
-    monkeypatch.setattr(TextSink, "publish", fails)
+    monkeypatch.setattr(BytesSink, "publish", fails)
     with pytest.raises(OutputError):
         make("convert", file, folder)
     assert list(folder.iterdir()) == [] if not new else not folder.exists()
