@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +267,38 @@ def test_a_run_pours_and_a_failure_is_told_in_words(tmp_path, monkeypatch):
         with pytest.raises(OutputError, match="no space left"):
             run(last, sink, jobs=2)
     assert bytes(read(open_source(tmp_path / "out.safetensors"), KEY)) == wanted
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_while_another_thread_writes(tmp_path):
+    """The child must not wait for a thread that it does not have."""
+    files, stop = in_files(tmp_path, 40_000), threading.Event()
+    mine, other = merged(files[:2], "F16", 0.5), merged(files[1:], "F16", 0.5)
+
+    def write_on() -> None:
+        while not stop.is_set():
+            poured(other, 0, 80_000, tmp_path / "other")
+
+    thread = threading.Thread(target=write_on)
+    thread.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            children = [forked(partial(poured, mine, 0, 80_000, tmp_path / str(number))) for number in range(40)]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 40
+    finally:
+        stop.set()
+        thread.join()
+
+
+def forked(work: Callable[[], object]) -> int:
+    """A child that does something, or is ended by a signal after some seconds."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        try:
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(2)
+    return child
