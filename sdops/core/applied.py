@@ -324,7 +324,7 @@ def _made(term: LowRank) -> Singles:
 
 
 def _term(first: int, up: Singles, down: Singles) -> Term:
-    return Term(first, up.astype(np.float64, order="C"), np.ascontiguousarray(down))
+    return Term(first, np.ascontiguousarray(up), np.ascontiguousarray(down))
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sdops.core.product import Term
 
 DTYPES = ("F16", "BF16", "F32")  # the order of `enum dtype`
-VERSION = 7
+VERSION = 8
 MOST_INPUTS = 16  # of `inner`
 
 Words = NDArray[np.uint32]

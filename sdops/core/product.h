@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 typedef struct {
-    const double *up;    /* [rows, rank] */
+    const float *up;     /* [rows, rank] */
     const float *down;   /* [rank, columns] */
     int64_t first, rows; /* rows of the matrix to which it is added */
     int64_t rank;

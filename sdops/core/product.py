@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sdops.core import native
-from sdops.core.precision import Doubles, Singles
+from sdops.core.precision import Singles
 
 
 class Term(NamedTuple):
@@ -23,12 +23,12 @@ class Term(NamedTuple):
 
     Attributes:
         first: Row of the matrix to which the first row of `up` belongs.
-        up: [rows, r], numbers that float32 holds.
-        down: [r, columns].
+        up: [rows, r], contiguous.
+        down: [r, columns], contiguous.
     """
 
     first: int
-    up: Doubles
+    up: Singles
     down: Singles
 
 

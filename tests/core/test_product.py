@@ -45,7 +45,7 @@ def only(terms: list[Term]) -> Product:
 
 
 def term(rng: np.random.Generator, first: int, rows: int, rank: int, columns: int) -> Term:
-    up = rng.standard_normal((rows, rank)).astype(np.float32).astype(np.float64)
+    up = rng.standard_normal((rows, rank)).astype(np.float32)
     return Term(first, up, rng.standard_normal((rank, columns)).astype(np.float32))
 
 
@@ -77,14 +77,17 @@ def test_high_ranks(way: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> 
     found = made(only([own]), 0, 9 * columns, way, monkeypatch).reshape(9, columns)
     assert np.array_equal(found[:, : wanted.shape[1]], wanted)
     singles = np.zeros((9, columns), np.float32)
-    for factors, row in zip(own.up.T.astype(np.float32), own.down, strict=True):
+    for factors, row in zip(own.up.T, own.down, strict=True):
         singles += np.multiply.outer(factors, row)
     assert not np.array_equal(found, singles)
 
 
 def test_the_order_of_terms_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """1 and 2^-53, twice: smallest first they make a difference."""
-    parts = [Term(0, np.full((1, 1), value), np.ones((1, 8), np.float32)) for value in (1.0, 2.0**-53, 2.0**-53, -1.0)]
+    parts = [
+        Term(0, np.full((1, 1), value, np.float32), np.ones((1, 8), np.float32))
+        for value in (1.0, 2.0**-53, 2.0**-53, -1.0)
+    ]
     for way in ("numpy", "compiled") if native.library() else ("numpy",):
         assert not made(only(parts), 0, 8, way, monkeypatch).any()
         moved = [parts[1], parts[2], parts[0], parts[3]]
