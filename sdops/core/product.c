@@ -38,23 +38,13 @@ static inline int has_row(const product_term *term, int64_t row) {
     return row >= term->first && row < term->first + term->rows;
 }
 
-/* Rows of all terms' up as double, each term's ROWS * rank after the other's. */
-static void widen_rows(int rows, const product_term *terms, int count, int64_t row, double *ups) {
-    for (const product_term *term = terms; term < terms + count; ups += ROWS * term->rank, term++) {
-        if (!has_row(term, row)) continue;
-        const float *up = term->up + (row - term->first) * term->rank;
-        for (int64_t i = 0; i < rows * term->rank; i++) ups[i] = up[i];
-    }
-}
-
 /* COLUMNS columns of some rows, all of which have the same terms. */
 static inline __attribute__((always_inline)) void tile(const int rows, const product_term *terms, int count,
-                                                       const double *ups, size_t columns, int64_t row, size_t column,
-                                                       float *out) {
+                                                       size_t columns, int64_t row, size_t column, float *out) {
     quad low[ROWS] = {0}, high[ROWS] = {0};
-    const double *up = ups;
-    for (const product_term *term = terms; term < terms + count; up += ROWS * term->rank, term++) {
+    for (const product_term *term = terms; term < terms + count; term++) {
         if (!has_row(term, row)) continue;
+        const float *up = term->up + (row - term->first) * term->rank;
         const float *down = term->down + column;
         for (int64_t k = 0; k < term->rank; k++, down += columns) {
             quad first = load(down), second = load(down + 4);
@@ -81,13 +71,12 @@ static float element(const product_term *terms, int count, size_t columns, int64
 }
 
 /* Some columns of some rows, all of which have the same terms; `out` is the first element. */
-static void strip(int rows, const product_term *terms, int count, double *ups, size_t columns, int64_t row,
-                  size_t column, size_t size, float *out) {
+static void strip(int rows, const product_term *terms, int count, size_t columns, int64_t row, size_t column,
+                  size_t size, float *out) {
     size_t done = 0;
-    widen_rows(rows, terms, count, row, ups);
     for (; done + COLUMNS <= size; done += COLUMNS) switch (rows) {
 #define TILE(number) \
-    case number: tile(number, terms, count, ups, columns, row, column + done, out + done); break
+    case number: tile(number, terms, count, columns, row, column + done, out + done); break
             TILE(1); TILE(2); TILE(3); TILE(4);
 #undef TILE
         }
@@ -107,9 +96,6 @@ static int alike(const product_term *terms, int count, int64_t row, size_t most)
 }
 
 void sdops_product(const product_term *terms, int count, size_t columns, size_t first, size_t size, float *out) {
-    int64_t rank = 1; /* of all terms together, at least 1 */
-    for (int i = 0; i < count; i++) rank += terms[i].rank;
-    double ups[ROWS * rank];
     for (size_t end = first + size; first < end;) {
         size_t row = first / columns, column = first % columns, part = end - first;
         int rows = 1;
@@ -117,7 +103,7 @@ void sdops_product(const product_term *terms, int count, size_t columns, size_t 
             part = part < columns - column ? part : columns - column;
         else
             rows = alike(terms, count, (int64_t)row, part / columns), part = columns;
-        strip(rows, terms, count, ups, columns, (int64_t)row, column, part, out);
+        strip(rows, terms, count, columns, (int64_t)row, column, part, out);
         out += (size_t)rows * part, first += (size_t)rows * part;
     }
 }

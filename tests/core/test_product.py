@@ -92,3 +92,11 @@ def test_the_order_of_terms_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not made(only(parts), 0, 8, way, monkeypatch).any()
         moved = [parts[1], parts[2], parts[0], parts[3]]
         assert (made(only(moved), 0, 8, way, monkeypatch) == 2.0**-52).all()
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler")
+def test_a_rank_beyond_all_sense_takes_no_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of some MB can have it."""
+    rank = 1 << 20
+    own = Term(0, np.ones((4, rank), np.float32), np.ones((rank, 9), np.float32))
+    assert (made(only([own]), 0, 36, "compiled", monkeypatch) == rank).all()
