@@ -108,7 +108,6 @@ class Chain:
         self._needs_python = len(self._places) + len(products) < len(self.reads)
         self._reach = GIVEN if self._needs_python else FACTORED if products else sys.maxsize
         self._portion = min((_portion(product.columns) for product in products), default=PORTION)
-        self._size = np.dtype(FORMATS[last.dtype].raw).itemsize
         self._native = _compiled(_form(order))
         self.is_compiled = self._native is not None
 
@@ -149,7 +148,7 @@ class Chain:
             return False
         *own, out = rooms
         for part in self._parts(elements):
-            inputs, place = self._inputs(part, own), position + (part.start - elements.start) * self._size
+            inputs, place = self._inputs(part, own), position + (part.start - elements.start) * self._native.size
             if not self._native(inputs, own, self._portion, part, out[:POURED], (file, place)):
                 return False
         self._check()

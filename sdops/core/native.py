@@ -134,13 +134,16 @@ class NativeChain:
     Args:
         steps: Register to write, input to load or -1, dtype, first term and number of terms.
         terms: Coefficient, register, and what power of 1/2 the coefficient is a multiple of.
+
+    Attributes:
+        size: Bytes of an element of the result.
     """
 
     def __init__(self, steps: Sequence[tuple[int, ...]], terms: Sequence[tuple[float, int, int]]) -> None:
         words = [word for step in steps for word in step]
         self._steps = (ctypes.c_int32 * len(words))(*words)
         self._length = len(steps)
-        self._size = 4 if DTYPES[steps[-1][2]] == "F32" else 2
+        self.size = 4 if DTYPES[steps[-1][2]] == "F32" else 2
         self._terms = (_ChainTerm * len(terms))(*(_ChainTerm(*term) for term in terms))
 
     def __call__(
@@ -178,7 +181,7 @@ class NativeChain:
             ctypes.c_size_t(elements.start),
             ctypes.c_size_t(portion),
             ctypes.c_size_t(len(elements)),
-            ctypes.byref(_ChainTarget(_address(out), out.nbytes, file[1], file[0], self._size)),
+            ctypes.byref(_ChainTarget(_address(out), out.nbytes, file[1], file[0], self.size)),
         )
         return bool(done)
 
