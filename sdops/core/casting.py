@@ -25,13 +25,12 @@ from numpy.typing import NDArray
 
 from sdops.core import native
 from sdops.core.fp8 import WRITABLE, fp8_values
-from sdops.core.precision import FORMATS, Doubles, Raw
+from sdops.core.precision import FORMATS, Doubles, Raw, Singles
 from sdops.core.spec import DTYPE_BITS, FP8
 from sdops.core.tape import Op, Program
 
 BLOCK = 1 << 17  # elements: buffers of 512 kB stay in the cache, the overhead of a call vanishes
 
-Singles = NDArray[np.float32]
 Words = NDArray[np.int32]
 
 # Narrow dtypes: mantissa bits, exponent of the smallest normal number, largest finite value, where rounding beyond

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from sdops.core.casting import cast
 from sdops.core.ggml import PLAIN, TYPES
-from sdops.core.precision import Raw
+from sdops.core.precision import Raw, Singles
 
 Bytes = NDArray[np.uint8]
-Singles = NDArray[np.float32]
 
 FOUR = np.uint8(4)
 

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Singles = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+from sdops.core.precision import Doubles, Singles
 
 EXACT = 1e-5  # a residual of this part of the vector is rounding
 REAL = 4.0  # standard deviations above chance from which a term counts
