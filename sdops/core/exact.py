@@ -120,7 +120,19 @@ class ExactSum:
             suspects = self._pack(total, out, error, bounds, scratch)
         if suspects is not None and len(suspects):
             self._again(suspects, raws, out, scratch)
+        if error and len(suspects := self._doubtful_zeros(total, error, raws, out)):
+            self._again(suspects, raws, out, scratch)
         return 0
+
+    def _doubtful_zeros(self, total: Doubles, error: float, raws: Sequence[Raw], out: Raw) -> Indices:
+        """Where a sum that rounds to zero could have the other sign, or none; not where all terms are zero."""
+        zeros = np.flatnonzero((out << out.dtype.type(1)) == 0)
+        least = ldexp(error, self.out_scale) + 4 * len(raws) * ldexp(1.0, -1074)  # scaled sums may underflow
+        zeros = zeros[np.abs(total[zeros]) <= least]
+        some = np.zeros(len(zeros), bool)
+        for raw in raws:
+            some |= (raw[zeros] << raw.dtype.type(1)) != 0
+        return zeros[some]
 
     def _pack(
         self, total: Doubles, out: Raw, error: float, bounds: Sequence[tuple[float, int]], scratch: Scratch

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sdops.core import native
@@ -89,6 +89,12 @@ STEP = st.tuples(st.lists(st.tuples(st.integers(0, 9), st.sampled_from(COEFFICIE
 
 
 @settings(max_examples=150, deadline=None)
+@example(  # sums that are exactly zero, of terms that are not
+    seed=0,
+    kinds=[grid, tuned, tuned],
+    dtypes=["F16"] * 5,
+    steps=[([], False), ([(0, 1.0), (2, 1.0), (2, 1e-7)], True)],
+)
 @given(
     seed=st.integers(0, 1 << 32),
     kinds=st.lists(st.sampled_from(KINDS), min_size=3, max_size=3),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sdops.core import native
 from sdops.core.exact import PIECE, ExactSum, NonFiniteError, Scratch
-from sdops.core.precision import FORMATS, decode
+from sdops.core.precision import FORMATS, decode, encode
 
 HALVES = ["F16", "BF16"]
 SCRATCH = Scratch()
@@ -230,3 +230,21 @@ def test_the_sign_of_zero_does_not_depend_on_the_rest_of_the_piece(alpha: float)
     combine([equal, equal], outs[0], SCRATCH)
     combine([equal, different], outs[1], SCRATCH)
     assert outs[0][0] == outs[1][0]
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1 << 32), surplus=st.sampled_from([-5, -1, 0, 1, 3]))
+def test_a_zero_has_the_sign_of_the_exact_sum(dtype: str, seed: int, surplus: int) -> None:
+    """Terms that cancel but for less than float64 can tell, or wholly: then +0, unless all of them are -0."""
+    rng, target = np.random.default_rng(seed), FORMATS[dtype]
+    share = Fraction(float(np.float32(rng.uniform(-1, 1)))) + Fraction(1, 2**70)
+    coefficients = [Fraction(1), share, Fraction(surplus, 2**72) - share - 1]
+    values = rng.choice([-0.03, 1.7, -0.0, 2.0**-14, -(2.0**-14)], 64)
+    raw = encode(values, dtype)[0]
+    out = np.empty(64, target.raw)
+    ExactSum(coefficients, [dtype] * 3, dtype)([raw] * 3, out, SCRATCH)
+    exact = values * surplus * 2.0**-72
+    tiny = exact if dtype == "F16" else decode(encode(decode(raw, dtype) * surplus * 2.0**-72, dtype)[0], dtype)
+    assert np.array_equal(decode(out, dtype), np.zeros(64) if dtype == "F16" else tiny)
+    assert np.array_equal(np.signbit(decode(out, dtype)), exact < 0)
