@@ -96,6 +96,7 @@ class Chain:
 
     Attributes:
         reads: The tensors that are read, in the order of the rooms.
+        portions: For each of these, bytes of what is read at once.
         is_compiled: Whether compiled code can do it: it knows all dtypes, and has registers enough.
     """
 
@@ -108,6 +109,7 @@ class Chain:
         self._needs_python = len(self._places) + len(products) < len(self.reads)
         self._reach = GIVEN if self._needs_python else FACTORED if products else sys.maxsize
         self._portion = min((_portion(product.columns) for product in products), default=PORTION)
+        self.portions = [self._portion * size for size in self._sizes]
         self._native = _compiled(_form(order))
         self.is_compiled = self._native is not None
 
@@ -137,7 +139,7 @@ class Chain:
 
         Args:
             elements: Which ones.
-            rooms: As above, and one more for the result.
+            rooms: For portions of all tensors that are read, and POURED bytes for the result.
             file: The open file's descriptor.
             position: Of the first element.
 
@@ -149,7 +151,7 @@ class Chain:
         *own, out = rooms
         for part in self._parts(elements):
             inputs, place = self._inputs(part, own), position + (part.start - elements.start) * self._native.size
-            if not self._native(inputs, own, self._portion, part, out[:POURED], (file, place)):
+            if not self._native(inputs, own, self._portion, part, out, (file, place)):
                 return False
         self._check()
         return True

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sdops.core import native
-from sdops.core.chain import Chain, Link, Links, chain_of, link
+from sdops.core.chain import POURED, Chain, Link, Links, chain_of, link
 from sdops.core.exact import PIECE, ExactSum, NonFiniteError, Scratch
 from sdops.core.gram import Combined
 from sdops.core.inputs import nonfinite
@@ -63,6 +63,7 @@ class Merged:
         seed: For random methods.
         memory: Bytes that whole-tensor methods may hold at the same time.
         sampled: Whether to measure what survives rounding.
+        specs: The output's tensors, as the plan has them, if somebody holds them already.
 
     Attributes:
         overflows: Tensor -> number of elements that were too large for the output dtype and were clamped.
@@ -70,15 +71,22 @@ class Merged:
     """
 
     def __init__(
-        self, plan: Plan, method: Method, *, seed: int = 0, memory: int = 1 << 30, sampled: bool = True
+        self,
+        plan: Plan,
+        method: Method,
+        *,
+        seed: int = 0,
+        memory: int = 1 << 30,
+        sampled: bool = True,
+        specs: Mapping[str, Spec] | None = None,
     ) -> None:
         self.name = plan.name
-        self.specs: Mapping[str, Spec] = plan.specs
+        self.specs: Mapping[str, Spec] = plan.steps.specs if specs is None else specs
         self.metadata: Mapping[str, str] = plan.metadata
         self.plan = plan
         self.method = method
         self.overflows: dict[str, int] = {}
-        self.retained = Retained(key for key, step in plan.steps.items() if step.action == "merge" and sampled)
+        self.retained = Retained(plan.steps.keys_of("merge") if sampled else ())
         self._seed = seed
         self._memory = memory
         self._room = Room()
@@ -88,8 +96,7 @@ class Merged:
         self._taped = Taped(method, self.retained, seed=seed)
         self._stream: Stream | None = None
         self._engines: dict[str, Engine] = {}
-        sources = {id(item.source): item.source for step in plan.steps.values() for item in step.inputs}.values()
-        self._may_chain = any(hasattr(source, name) for source in sources for name in ("link", "place"))
+        self._may_chain = any(hasattr(source, name) for source in plan.steps.sources for name in ("link", "place"))
         self._chains: OrderedDict[str, Chain | None] = OrderedDict()
 
     def close(self) -> None:
@@ -101,7 +108,7 @@ class Merged:
 
         Compiled sums need none, and threads share what takes whole tensors or the whole model.
         """
-        if any(hasattr(item.source, "piece_bytes") for step in self.plan.steps.values() for item in step.inputs):
+        if any(hasattr(source, "piece_bytes") for source in self.plan.steps.sources):
             return False
         if self.method.execution == "linear":
             return native.library() is None
@@ -219,7 +226,7 @@ class Merged:
         if chain is None:
             return False
         raw = FORMATS[step.spec.dtype].raw
-        size, rooms = np.dtype(raw).itemsize, self._room.buffers(len(chain.reads) + 1)
+        size, rooms = np.dtype(raw).itemsize, self._room.parts([*chain.portions, POURED])
         if not chain.pour(range(start // size, stop // size), rooms, file, position + start):
             return False
         if start == 0 and self.retained.wants(key):

@@ -5,7 +5,7 @@ A Plan holds one Step per output tensor. It can be shown (`--dry-run`), and run:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,20 +37,20 @@ class Inputs(Sequence[Input]):
         key: The name.
     """
 
-    __slots__ = ("_key", "_sources")
+    __slots__ = ("key", "sources")
 
     def __init__(self, sources: tuple[Source, ...], key: str) -> None:
-        self._sources = sources
-        self._key = key
+        self.sources = sources
+        self.key = key
 
     def __iter__(self) -> Iterator[Input]:
-        return iter([Input(source, self._key, index) for index, source in enumerate(self._sources)])
+        return iter([Input(source, self.key, index) for index, source in enumerate(self.sources)])
 
     def __getitem__(self, index: Any) -> Any:
         return tuple(self)[index]
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self.sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +74,71 @@ class Step:
     reason: str = ""
 
 
+class Steps(MutableMapping[str, Step]):
+    """Output tensor -> how it comes about; of steps that differ in nothing but the tensor's name, one is kept.
+
+    Args:
+        steps: What is known already.
+
+    Raises:
+        ValueError: a step has `Inputs` of another name than the tensor's.
+    """
+
+    def __init__(self, steps: Mapping[str, Step]) -> None:
+        self._steps: dict[str, Step] = {}
+        self._alike: dict[tuple[Any, ...], Step] = {}
+        self.update(steps)
+
+    def __setitem__(self, key: str, step: Step) -> None:
+        if isinstance(step.inputs, Inputs):
+            if step.inputs.key != key:
+                raise ValueError(f"`{key}` would be made of tensors named `{step.inputs.key}`")
+            about = id(step.inputs.sources), id(step.knobs), step.spec, step.action, step.value, step.reason
+            step = self._alike.setdefault(about, step)
+        self._steps[key] = step
+
+    def __getitem__(self, key: str) -> Step:
+        step = self._steps[key]
+        if isinstance(step.inputs, Inputs) and step.inputs.key != key:
+            inputs = Inputs(step.inputs.sources, key)
+            return Step(step.spec, step.action, inputs, step.knobs, step.value, step.reason)
+        return step
+
+    def __delitem__(self, key: str) -> None:
+        del self._steps[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._steps  # a Mapping would make the step
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Output tensor -> its dtype and shape."""
+        return {key: step.spec for key, step in self._steps.items()}
+
+    @property
+    def sources(self) -> Iterable[Source]:
+        """What is read, each once."""
+        kept = {id(step): step for step in self._steps.values()}.values()
+        return {id(item.source): item.source for step in kept for item in step.inputs}.values()
+
+    def keys_of(self, action: Action) -> list[str]:
+        """The tensors made by an action."""
+        return [key for key, step in self._steps.items() if step.action == action]
+
+
 @dataclass(slots=True)
 class Plan:
     """All steps, and what the reader of a report wants to know about them.
 
     Attributes:
         name: What the result is called in messages.
-        steps: Output tensor -> how it comes about.
+        steps: How each output tensor comes about.
         metadata: The output's header metadata.
         passes: How often the inputs of merged tensors are read.
         dropped: Input tensors that do not reach the output, with the reason.
@@ -90,18 +148,13 @@ class Plan:
     """
 
     name: str
-    steps: dict[str, Step]
+    steps: Steps = field(default_factory=lambda: Steps({}))
     metadata: dict[str, str] = field(default_factory=dict)
     passes: int = 1
     dropped: dict[str, str] = field(default_factory=dict)
     repaired: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     rules: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def specs(self) -> dict[str, Spec]:
-        """The output's tensors."""
-        return {key: step.spec for key, step in self.steps.items()}
 
     @property
     def read_bytes(self) -> int:
@@ -111,8 +164,8 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """Bytes of all output tensors."""
-        return sum(step.spec.nbytes for step in self.steps.values())
+        return sum(spec.nbytes for spec in self.steps.specs.values())
 
     def count(self, action: Action) -> int:
         """Number of tensors made by an action."""
-        return sum(step.action == action for step in self.steps.values())
+        return len(self.steps.keys_of(action))

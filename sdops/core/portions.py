@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from mmap import PAGESIZE
 from typing import Any
 
 from sdops.core.exact import PIECE
@@ -19,6 +21,16 @@ class Room(threading.local):
 
     def __init__(self) -> None:
         self._kept: list[memoryview] = []
+        self._whole = memoryview(b"")
+
+    def parts(self, sizes: Sequence[int]) -> Sequence[memoryview]:
+        """One buffer in parts of so many bytes or some more: together they take no more memory than the tensor needs
+        that needs most, as buffers do not, of which every one is as large as it ever was."""
+        steps = [-(-size // PAGESIZE) * PAGESIZE for size in sizes]
+        if len(self._whole) < sum(steps):
+            self._whole = aligned(max(sum(steps), PIECE * 8))
+        ends = list(accumulate(steps))
+        return [self._whole[end - step : end] for end, step in zip(ends, steps, strict=True)]
 
     def buffers(self, count: int) -> Sequence[memoryview]:
         """The first so many buffers, each for PIECE elements of any dtype."""

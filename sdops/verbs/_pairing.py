@@ -82,7 +82,7 @@ class Pairing:
             MismatchError: shapes differ, or tensors are missing where `policy.missing` is "error".
             UsageError: a pattern or dial rule matches nothing.
         """
-        self.plan = Plan(name, {}, passes=1)
+        self.plan = Plan(name)
         self._unknown_patterns()
         self.plan.warnings += [note for model in self.models for note in model.notes]
         self._junk = {key: kind for kind, keys in self.template.detection.junk.items() for key in keys}

@@ -211,7 +211,9 @@ class Merge:
             first.source.metadata, first.detection.modelspec, Path(self.plan.name).stem, names, self.made
         )
         self.name = self.plan.name
-        self.specs: Mapping[str, Spec] = self.plan.specs
+        specs = self.plan.steps.specs
+        alike = list(specs.items()) == list(first.source.specs.items())
+        self.specs: Mapping[str, Spec] = first.source.specs if alike else specs  # a recipe holds many of these
         self.metadata: Mapping[str, str] = self.plan.metadata
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
@@ -253,7 +255,9 @@ class Merge:
                 method = load(f"sdops.merges.{self.card.name}", self.card.execution, self.card.needs)
                 memory = whole_tensor_memory(self, self._jobs)
                 if self.device == "cpu":
-                    computed = Merged(self.plan, method, seed=self._seed, memory=memory, sampled=self._is_saved)
+                    computed = Merged(
+                        self.plan, method, seed=self._seed, memory=memory, sampled=self._is_saved, specs=self.specs
+                    )
                 else:
                     from sdops.core.on_device import MergedOnDevice
 

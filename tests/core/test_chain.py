@@ -23,7 +23,7 @@ from sdops.core.chain import GIVEN, MOST_REGISTERS, PORTION, POURED, Chain, chai
 from sdops.core.exact import PIECE
 from sdops.core.merged import Merged
 from sdops.core.method import load
-from sdops.core.plan import Input, Plan, Step
+from sdops.core.plan import Input, Plan, Step, Steps
 from sdops.core.remembered import Remembered
 from sdops.core.run import run
 from sdops.core.sink import SafetensorsSink
@@ -51,7 +51,7 @@ def merged(sources: Sequence[Source], dtype: str, alpha: float) -> Merged:
     inputs = tuple(Input(source, KEY, index) for index, source in enumerate(sources))
     step = Step(Spec(dtype, sources[0].specs[KEY].shape), "merge", inputs, {"alpha": alpha})
     method = METHODS["weighted_sum" if len(sources) == 2 else "add_difference"]
-    return Merged(Plan("out", {KEY: step}), method, sampled=False)
+    return Merged(Plan("out", Steps({KEY: step})), method, sampled=False)
 
 
 def by_steps(source: Source, monkeypatch: pytest.MonkeyPatch) -> bytes:
@@ -154,7 +154,7 @@ def test_a_chain_that_needs_more_registers_than_there_are(monkeypatch):
     files: list[Source] = [tensor(i, "F16", 40) for i in range(MOST_REGISTERS + 2)]
     inner = [merged([one, files[0]], "F16", 0.5) for one in files]
     step = Step(Spec("F16", (40,)), "merge", tuple(Input(one, KEY, i) for i, one in enumerate(inner)), {})
-    last = Merged(Plan("out", {KEY: step}), load("sdops.merges.average", "linear", frozenset()))
+    last = Merged(Plan("out", Steps({KEY: step})), load("sdops.merges.average", "linear", frozenset()))
     assert chain_of(last, KEY) is None
     assert bytes(read(last, KEY)) == by_steps(last, monkeypatch)
 

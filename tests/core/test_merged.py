@@ -8,7 +8,7 @@ import pytest
 from sdops.core.exact import PIECE
 from sdops.core.merged import Merged
 from sdops.core.method import Method, load
-from sdops.core.plan import Input, Plan, Step
+from sdops.core.plan import Input, Plan, Step, Steps
 from sdops.core.source import read
 from sdops.core.spec import Spec
 from sdops.errors import FormatError
@@ -25,7 +25,7 @@ def merged(models: list[Model], dtype: str, *, method: Method = SUM, **knobs: ob
     for key, spec in sources[0].specs.items():
         inputs = tuple(Input(source, key, index) for index, source in enumerate(sources))
         steps[key] = Step(Spec(dtype, spec.shape), "merge", inputs, knobs)
-    return Merged(Plan("out", steps), method)
+    return Merged(Plan("out", Steps(steps)), method)
 
 
 def pair(size: int, dtype: str = "F16") -> list[Model]:
@@ -60,7 +60,7 @@ def test_copies_casts_and_values() -> None:
         "cast": Step(Spec("F16", (3,)), "cast", (item,)),
         "value": Step(Spec("I64", (2,)), "value", value=bytes(range(16))),
     }
-    source = Merged(Plan("out", steps), SUM)
+    source = Merged(Plan("out", Steps(steps)), SUM)
     assert bytes(read(source, "copy")) == model["w"][1].tobytes()
     assert np.frombuffer(read(source, "cast"), "f2").tolist() == [1.0, 65504.0, -3.0]
     assert bytes(read(source, "value")) == bytes(range(16))
@@ -78,7 +78,7 @@ def test_what_is_no_number_is_named(value: float) -> None:
         read(merged(models, "F16", alpha=0.5), "w")
     step = Step(Spec("F32", (100,)), "cast", (Input(Memory(models[1], "b"), "w", 1),))
     with pytest.raises(FormatError, match="`w` of `b`"):
-        read(Merged(Plan("out", {"w": step}), SUM), "w")
+        read(Merged(Plan("out", Steps({"w": step})), SUM), "w")
 
 
 def test_an_input_without_weight_is_not_looked_at() -> None:

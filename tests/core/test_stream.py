@@ -21,7 +21,7 @@ from sdops.core.budget import Budget
 from sdops.core.merged import Merged
 from sdops.core.method import Method, load
 from sdops.core.noise import Noise
-from sdops.core.plan import Input, Plan, Step
+from sdops.core.plan import Input, Plan, Step, Steps
 from sdops.core.source import read
 from sdops.core.spec import Spec
 from sdops.errors import FormatError, UsageError
@@ -55,7 +55,7 @@ def streamed(card: Card, given: list[Model], dtype: str = "F32", seed: int = 7, 
         inputs = tuple(Input(source, key, index) for index, source in enumerate(sources))
         steps[key] = Step(Spec(dtype, spec.shape), "merge", inputs, knobs)
     method = load(f"sdops.merges.{card.name}", card.execution, card.needs)
-    return Merged(Plan("out", steps), method, seed=seed)
+    return Merged(Plan("out", Steps(steps)), method, seed=seed)
 
 
 def expected(card: Card, given: list[Model], monkeypatch: pytest.MonkeyPatch, **knobs: Any) -> Any:
@@ -153,7 +153,7 @@ def test_what_is_made_of_such_tensors_belongs_to_one_thread_as_well() -> None:
 
     inner = streamed(CARDS["ties"], models((2, 2), 4))
     renamed = Renamed(inner, {"new": "w"})
-    steps = {"new": Step(inner.specs["w"], "copy", (Input(renamed, "new", 0),))}
+    steps = Steps({"new": Step(inner.specs["w"], "copy", (Input(renamed, "new", 0),))})
     assert not Merged(Plan("outer", steps), load("sdops.merges.weighted_sum", "linear", frozenset())).splits("new")
 
 
