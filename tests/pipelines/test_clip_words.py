@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from unicodedata import is_normalized, normalize
+
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from sdops.pipelines.clip_words import clip_words
@@ -23,12 +25,16 @@ def test_known_texts(text):
     assert clip_words().numbers(text) == KNOWN[text]
 
 
+@example("ὐ")
+@example("Éclair")
 @given(st.text(max_size=40))
 def test_tokens_spell_the_text(text):
     words = clip_words()
     numbers = words.numbers(text)
     assert all(0 <= number < 49408 for number in numbers)
-    assert words.numbers(text.upper().lower()) == words.numbers(text.upper())
+    lower = normalize("NFC", text.upper()).lower()
+    assume(is_normalized("NFC", lower))  # capital upsilon and a breathing are two letters, of small ones there is one
+    assert words.numbers(lower) == words.numbers(text.upper())
 
 
 @given(st.lists(st.sampled_from(["cat", "dog", "painting", "rutkowski", "don't", "42"]), max_size=6))
