@@ -235,7 +235,9 @@ def _jobs(source: Source, sink: Sink) -> Iterator[list[Piece]]:
     size = 0
     for key, spec in sink.specs.items():
         step = piece_bytes(source, key)
-        reach = max(step, JOB_BYTES // step * step) if splits(key) else max(spec.nbytes, 1)
+        reach = max(step, JOB_BYTES // step * step)
+        if spec.nbytes > reach and not splits(key):
+            reach = spec.nbytes
         for start in range(0, spec.nbytes, reach):
             stop = min(start + reach, spec.nbytes)
             job.append((key, start, stop))
