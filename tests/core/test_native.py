@@ -16,6 +16,7 @@ import torch
 from sdops.core import native
 from sdops.core.casting import cast
 from sdops.core.exact import PIECE, ExactSum, Scratch
+from sdops.core.gram import add_inner
 from sdops.core.noise import LOW_32, Noise, philox
 from sdops.core.precision import FORMATS, decode
 
@@ -154,6 +155,9 @@ def test_inner_products(size: int) -> None:
     values = np.stack([decode(raw, dtype) for raw, dtype in zip(raws, dtypes, strict=True)])
     expected = np.tril(values @ values.T)
     assert np.allclose(gram, expected, rtol=0, atol=size * 2.0**-52 * np.abs(values).max() ** 2)
+    plain = np.zeros((3, 3))
+    add_inner(list(values), plain)
+    assert np.array_equal(gram, plain)
     assert not native.inner([np.zeros(1, np.uint64)], ["F64"], gram)
 
 
