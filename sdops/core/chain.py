@@ -76,6 +76,8 @@ def link(source: Source, key: str, links: Links) -> Link:
     if identity not in links:
         asked = getattr(source, "link", None)  # isinstance would look for every method of the protocol, each time
         made = None if asked is None else asked(key, links)
+        if made is not None and made.is_sum and not made.terms:
+            made = None  # compiled code adds to the first term
         dtype = source.specs[key].dtype
         links[identity] = made or Link(dtype, partial(_read, source, key), place=place(source, key))
     return links[identity]

@@ -62,7 +62,7 @@ class ExactSum:
     """The function (x_1, ..., x_n) -> round(sum_i c_i x_i) for fixed coefficients and dtypes.
 
     Args:
-        coefficients: One dyadic fraction per input, none of them zero.
+        coefficients: One dyadic fraction per input, none of them zero. Of no inputs the sum is 0.
         dtypes: The inputs' dtypes (F16, BF16, F32, F64).
         out_dtype: The result's dtype.
     """
@@ -76,6 +76,11 @@ class ExactSum:
         # 2**fraction_bits[i] is the denominator of c_i: products are multiples of lsb(x_i) * 2**-fraction_bits[i]
         self.fraction_bits = [c.denominator.bit_length() - 1 for c in self.coefficients]
         self.short_coefficients = all(Fraction(f) == c for f, c in zip(self.floats, coefficients, strict=True))
+        # for numpy: coefficients times what scaled values lack to the result's scale, unless that is too small
+        self.factors = [
+            ldexp(f, self.out_scale - WIDENED_SCALE[dtype]) for f, dtype in zip(self.floats, dtypes, strict=True)
+        ]
+        self.scalable = all(abs(factor) >= 2.0**-1022 for factor in self.factors)
         self.affine_pair = len(self.dtypes) == 2 and sum(self.coefficients) == 1
         # equal inputs give themselves; with a negative coefficient not so for -0, whose sum is +0
         positive = all(c > 0 for c in self.coefficients)
@@ -90,6 +95,9 @@ class ExactSum:
         Raises:
             NonFiniteError: an input holds NaN or infinity.
         """
+        if not raws:  # all coefficients were zero
+            out[:] = 0
+            return 0
         if self.average and _all_equal(raws):
             raws = raws[:1]  # the usual case for the VAE of a fine-tune
         bounds = [_bounds(raw, dtype, i) for i, (raw, dtype) in enumerate(zip(raws, self.dtypes, strict=False))]
@@ -99,12 +107,8 @@ class ExactSum:
         reach = sum(abs(c) * largest for c, (largest, _) in zip(self.floats, bounds, strict=True))
         lattice = min(lsb - bits for bits, (_, lsb) in zip(self.fraction_bits, bounds, strict=True))
         if self.native is not None:
-            exact = reach < ldexp(1.0, lattice + 53)
-            overflow, uncertain = self.native(raws, out, scratch.words.view(np.uint32), exact=exact)
-            if len(uncertain) and overflow:  # some may be both: count again
-                return self._compensated(raws, out, scratch)
-            return overflow + (self._again(uncertain.astype(np.intp), raws, out, scratch) if len(uncertain) else 0)
-        if self.out_dtype == "F64" or reach >= FORMATS[self.out_dtype].largest:
+            return self._natively(self.native, raws, out, scratch, exact=reach < ldexp(1.0, lattice + 53))
+        if self.out_dtype == "F64" or not self.scalable or reach >= FORMATS[self.out_dtype].largest:
             return self._compensated(raws, out, scratch)
         if self.all_halves and reach < ldexp(1.0, lattice + 24) and lattice + WIDENED_SCALE["F16"] >= -149:
             self._single(raws, out, scratch)
@@ -120,9 +124,18 @@ class ExactSum:
             suspects = self._pack(total, out, error, bounds, scratch)
         if suspects is not None and len(suspects):
             self._again(suspects, raws, out, scratch)
-        if error and len(suspects := self._doubtful_zeros(total, error, raws, out)):
-            self._again(suspects, raws, out, scratch)
+        if error and len(zeros := self._doubtful_zeros(total, error, raws, out)):
+            self._again(zeros, raws, out, scratch)
         return 0
+
+    def _natively(
+        self, compiled: native.NativeSum, raws: Sequence[Raw], out: Raw, scratch: Scratch, *, exact: bool
+    ) -> int:
+        """Let compiled code do it, but for what needs more than twice float64's precision."""
+        overflow, uncertain = compiled(raws, out, scratch.words.view(np.uint32), exact=exact)
+        if len(uncertain) and overflow:  # some may be both: count again
+            return self._compensated(raws, out, scratch)
+        return overflow + (self._again(uncertain.astype(np.intp), raws, out, scratch) if len(uncertain) else 0)
 
     def _doubtful_zeros(self, total: Doubles, error: float, raws: Sequence[Raw], out: Raw) -> Indices:
         """Where a sum that rounds to zero could have the other sign, or none; not where all terms are zero."""
@@ -177,7 +190,7 @@ class ExactSum:
         for i, (raw, dtype) in enumerate(zip(raws, self.dtypes, strict=True)):
             target = term if i else total
             widen_to_double(raw, dtype, target, scratch)
-            np.multiply(target, ldexp(self.floats[i], self.out_scale - WIDENED_SCALE[dtype]), out=target)
+            np.multiply(target, self.factors[i], out=target)
             if i:
                 np.add(total, term, out=total)
         return total

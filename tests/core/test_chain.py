@@ -150,6 +150,18 @@ def test_loras_in_between(monkeypatch):
 
 
 @needs_library
+def test_a_step_whose_weights_are_all_zero(monkeypatch):
+    """It is a sum of nothing, of which compiled code has no first term."""
+    step = Step(Spec("F16", (600,)), "merge", (Input(tensor(1, "F16", 600), KEY, 0),), {"alpha": 0.0})
+    nothing = Merged(Plan("out", Steps({KEY: step})), load("sdops.merges.scale", "linear", frozenset()))
+    inner = merged([nothing, tensor(2, "F16", 600)], "F16", 0.25)
+    last = merged([inner, tensor(3, "F16", 600)], "F16", 0.25)
+    assert chain_of(last, KEY) is not None
+    assert bytes(read(last, KEY)) == by_steps(last, monkeypatch)
+    assert bytes(read(nothing, KEY)) == bytes(1200)
+
+
+@needs_library
 def test_a_chain_that_needs_more_registers_than_there_are(monkeypatch):
     files: list[Source] = [tensor(i, "F16", 40) for i in range(MOST_REGISTERS + 2)]
     inner = [merged([one, files[0]], "F16", 0.5) for one in files]

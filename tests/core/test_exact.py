@@ -182,6 +182,17 @@ def test_sums_beyond_twice_the_precision_of_float64() -> None:
         check([Fraction(1), Fraction(1), Fraction(sign)], raws, ["F32"] * 3, "F32")
 
 
+@pytest.mark.parametrize("out_dtype", [*HALVES, "F32"])
+@pytest.mark.parametrize("power", [-20, -45, -60, -139])
+def test_small_shares_of_large_numbers(out_dtype: str, power: int) -> None:
+    """Such as come of models without a common scale; in numpy's units these shares would be too small for float64."""
+    rng = np.random.default_rng(-power)
+    shares = [Fraction(float(np.float32(0.3 * 2.0**power))), Fraction(1)]
+    large, small = rng.standard_normal(64) * 2.0 ** (-8 - power), rng.standard_normal(64)
+    raws = [np.clip(x, -3e38, 3e38).astype(np.float32).view(np.uint32) for x in (large, small)]
+    check(shares, raws, ["F32", "F32"], out_dtype)
+
+
 def test_double_precision_is_nearest() -> None:
     rng = np.random.default_rng(3)
     a, b = rng.standard_normal(64), rng.standard_normal(64)
@@ -203,6 +214,12 @@ def test_nan_and_infinity_are_named(dtype: str, offset: int) -> None:
         with pytest.raises(NonFiniteError) as caught:
             ExactSum(weights(0.5), [dtype, dtype], dtype)([good, bad], good.copy(), SCRATCH)
         assert caught.value.index == 1
+
+
+def test_a_sum_of_nothing() -> None:
+    out = np.ones(3, np.uint16)
+    assert ExactSum([], [], "F16")([], out, Scratch()) == 0
+    assert not out.any()
 
 
 def test_empty_piece() -> None:
