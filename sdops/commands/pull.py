@@ -14,10 +14,14 @@ from sdops.commands._options import FILE, general_options
       sdops pull owner/repo
       sdops pull hf://owner/repo/model.safetensors -o model.safetensors
       sdops pull hf://owner/repo --revision v1.0 -o models/
+      sdops pull hf://owner/repo/ -o everything
       sdops pull https://huggingface.co/owner/repo/blob/main/model.safetensors
     """
 )
-@click.argument("reference", help="hf://owner/repo[@revision]/path, owner/repo, or a link from the browser")
+@click.argument(
+    "reference",
+    help="hf://owner/repo[@revision]/path, owner/repo for its one model, owner/repo/ for all of it, or a link",
+)
 @click.option("--revision", help="Branch, tag, commit or refs/pr/N; default: the main branch")
 @click.option(
     "-o", "--output", type=FILE, help="A file, or a folder for it; default: the cache of huggingface_hub alone"

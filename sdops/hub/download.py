@@ -13,16 +13,17 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sdops import hub
 from sdops.core.files import sync_folder
 from sdops.errors import HubError, OutputError
 from sdops.hub.listing import Entry, Listing, cache_folder, cached
 from sdops.hub.reference import MAIN
-from sdops.hub.session import is_offline, library, patiently, utilities
+from sdops.hub.session import is_local, is_offline, library, patiently, utilities
 from sdops.text import size
 
 _CHUNK = 1 << 20
@@ -45,24 +46,66 @@ def download(found: Listing, path: str, holder: Path | None = None) -> Path:
     """
     if here := cached(found, path):
         return here
-    what, entry = found.pinned(path), found.files[path]
-    if holder is not None:
-        held = holder / entry.blob
-        if not held.exists():
-            _check_space(holder, entry, path, f"the folder `{holder.parent}`", "`-o` names another place")
-            _by_http(found, path, entry, held)
-        return held
+    if holder is None:
+        cache = library().constants.HF_HUB_CACHE
+        with _Room(f"the cache `{cache}`", _OTHER_CACHE) as room:
+            return _in_cache(found, path, room)
+    held = holder / found.files[path].blob
+    if not held.exists():
+        with _Room(f"the folder `{holder.parent}`", "`-o` names another place") as room:
+            room.check(holder, path, found.files[path].size)
+            _by_http(found, path, found.files[path], held)
+    return held
+
+
+def _in_cache(found: Listing, path: str, room: _Room) -> Path:
+    """The file in the shared cache, brought there."""
+    entry = found.files[path]
     blob = cache_folder(found.repo) / "blobs" / entry.blob
     if not blob.exists() and not is_offline():
         blob.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(blob.parent, entry, path, f"the cache `{blob.parent.parent.parent}`", _OTHER_CACHE)
+        room.check(blob.parent, path, entry.size)
         if not _by_xet(found, path, entry):
             _by_http(found, path, entry, blob)
     linked = patiently(
-        what, lambda: library().hf_hub_download(found.repo, path, revision=found.commit, library_name="sdops")
+        found.pinned(path),
+        lambda: library().hf_hub_download(found.repo, path, revision=found.commit, library_name="sdops"),
     )
-    _remember_revision(found)
+    remember_revision(found)
     return Path(str(linked))
+
+
+class _Room:
+    """Where a file is brought to: whatever this disk refuses is told by that name, with what helps.
+
+    Raises:
+        OutputError: there is no space, or it may not be written.
+    """
+
+    def __init__(self, named: str, hint: str) -> None:
+        self._named, self._hint = named, hint
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None and is_local(error):
+            raise OutputError(f"{self._named} cannot be written: {_reason(error)}", hint=self._hint) from None
+
+    def check(self, folder: Path, path: str, nbytes: int) -> None:
+        """See that the file fits."""
+        free = shutil.disk_usage(folder).free
+        if nbytes > free:
+            raise OutputError(
+                f"`{Path(path).name}` needs {size(nbytes)}, {self._named} has {size(free)} free",
+                hint=self._hint,
+                needed=nbytes,
+                free=free,
+            )
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _by_xet(found: Listing, path: str, entry: Entry) -> bool:
@@ -168,41 +211,36 @@ def _append(found: Listing, path: str, entry: Entry, fd: int, advance: Advance) 
                 advance(len(chunk))
         if brought <= 0:
             raise ConnectionError
-    except Exception:
-        if brought <= 0:
+    except Exception as error:
+        if brought <= 0 or is_local(error):
             raise
     return brought
 
 
 def _digest(file: Path, entry: Entry) -> str:
     """The hash by which the Hub knows a content: SHA-256 in LFS, else git's SHA-1 of it with its size in front."""
-    if entry.sha256:
-        digest = hashlib.sha256()
-    else:
-        digest = hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False)
+    return _hash(file, hashlib.sha256()) if entry.sha256 else git_hash(file)
+
+
+def git_hash(file: Path) -> str:
+    """What git calls a content: SHA-1 of it with its size in front."""
+    return _hash(file, hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False))
+
+
+def _hash(file: Path, digest: Any) -> str:
     with file.open("rb") as content:
         while chunk := content.read(4 << 20):
             digest.update(chunk)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
-def _check_space(folder: Path, entry: Entry, path: str, named: str, hint: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if entry.size > free:
-        raise OutputError(
-            f"`{Path(path).name}` needs {size(entry.size)}, {named} has {size(free)} free",
-            hint=hint,
-            needed=entry.size,
-            free=free,
-        )
-
-
-def _remember_revision(found: Listing) -> None:
-    """Note which commit a branch or tag was, for runs without network."""
+def remember_revision(found: Listing) -> None:
+    """Note which commit a branch or tag was, for runs without network; not in a cache that may not be written."""
     revision = found.revision or MAIN
-    if revision == found.commit:
+    if revision == found.commit or is_offline():
         return
     ref = cache_folder(found.repo) / "refs" / revision
-    if not ref.is_file() or ref.read_text(encoding="ascii") != found.commit:
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(found.commit, encoding="ascii")
+    with suppress(OSError):
+        if not ref.is_file() or ref.read_text(encoding="ascii") != found.commit:
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(found.commit, encoding="ascii")

@@ -11,7 +11,7 @@ from typing import Any
 
 from sdops.errors import HubError
 from sdops.hub.reference import COMMIT, MAIN, Reference
-from sdops.hub.session import api, endpoint, explained, is_offline, library, patiently
+from sdops.hub.session import api, endpoint, explained, is_offline, library, patiently, strange
 from sdops.text import size
 
 MODELS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
@@ -47,12 +47,14 @@ class Listing:
         revision: As it was asked for; empty = the main branch.
         commit: What that is now.
         files: Path -> Entry, plain relative paths only.
+        private: Whether only its owners see it, if the Hub was asked.
     """
 
     repo: str
     revision: str
     commit: str
     files: Mapping[str, Entry]
+    private: bool = False
 
     def pinned(self, path: str = "") -> Reference:
         """A reference that always means the same bytes."""
@@ -67,11 +69,16 @@ def listing(what: Reference) -> Listing:
     """
     if is_offline():
         return _remembered(what)
-    found = patiently(what, lambda: api().model_info(what.repo, revision=what.revision or None, files_metadata=True))
+    found = patiently(what, lambda: _ask(what))
     files = {item.rfilename: _entry(item) for item in found.siblings or () if _is_plain(item.rfilename)}
     if not isinstance(found.sha, str) or not COMMIT.fullmatch(found.sha):
-        raise HubError(f"`{endpoint()}` does not answer as the Hub does", hint="check HF_ENDPOINT", reason="refused")
-    return Listing(what.repo, what.revision, found.sha, files)
+        raise strange()
+    return Listing(what.repo, what.revision, found.sha, files, bool(found.private))
+
+
+def _ask(what: Reference) -> Any:
+    timeout = library().constants.HF_HUB_ETAG_TIMEOUT
+    return api().model_info(what.repo, revision=what.revision or None, files_metadata=True, timeout=timeout)
 
 
 def _entry(item: Any) -> Entry:
@@ -172,7 +179,7 @@ def _ambiguous(what: Reference, found: Listing, options: list[str], *, is_pipeli
     folder = f"; the folder is `{Reference(what.repo, what.revision, PIPELINE)}`" if is_pipeline else ""
     return HubError(
         f"`{what}` holds several models: {', '.join(shown)}{more}{whole}",
-        hint=f"name one: `{choice}`{folder}",
+        hint=f"name one: `{choice}`{folder}; `sdops pull {Reference(what.repo, what.revision)}/` brings everything",
         reason="ambiguous",
         files=sorted(options),
     )

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdops import hub, standin
+from sdops.hub.download import remember_revision
 from sdops.hub.listing import Listing, cached, chosen, listing
 from sdops.hub.ranges import HubFile
 from sdops.hub.reference import Reference, parse
@@ -19,8 +20,8 @@ _files: dict[Path, HubFile] = {}
 _root: Path | None = None
 
 
-def mounted(text: str) -> Path:
-    """The stand-in for the file or folder that a reference names.
+def mounted(text: str, *, whole: bool = False) -> Path:
+    """The stand-in for the file or folder that a reference names; for the whole repository, if that is wanted.
 
     Beside a file are its neighbours: shards, an index and configurations are looked for there.
 
@@ -30,7 +31,7 @@ def mounted(text: str) -> Path:
     """
     what = parse(text)
     found, folder = _listed(what)
-    path = chosen(what, found)
+    path = "" if whole else chosen(what, found)
     inside = path.rpartition("/")[0] if path in found.files else path
     for name in found.files:
         if not inside or name.startswith(f"{inside}/"):
@@ -90,6 +91,7 @@ def _stand_in(found: Listing, path: str, folder: Path) -> None:
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     if here := cached(found, path):
+        remember_revision(found)
         place.symlink_to(here)
         return
     fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -44,7 +44,7 @@ class Reference:
 
 
 def _plain(revision: str) -> bool:
-    return "/" not in revision or re.fullmatch(r"refs/(?:pr|convert)/[^/]+", revision) is not None
+    return not re.search("[/%]", revision) or re.fullmatch(r"refs/(?:pr|convert)/[^/]+", revision) is not None
 
 
 def parse(text: str) -> Reference:

@@ -5,6 +5,9 @@ No message contains a token, the address that a token was sent to with credentia
 
 from __future__ import annotations
 
+import re
+import socket
+import ssl
 import time
 from collections.abc import Callable
 from functools import cache
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 LONGEST_WAIT = 60.0  # seconds that a busy Hub may ask for
+SILENCE = 300.0  # seconds without a byte; commits of many files take their time
 _BUSY = (408, 429, 500, 502, 503, 504)
 
 
@@ -45,8 +49,17 @@ def api() -> HfApi:
     """The client, with HF_TOKEN or the token of `hf auth login`, for HF_ENDPOINT."""
     from sdops import __version__
 
-    client: HfApi = library().HfApi(library_name="sdops", library_version=__version__)
-    return client
+    made: HfApi = library().HfApi(library_name="sdops", library_version=__version__)
+    client()
+    return made
+
+
+def client() -> Any:
+    """The HTTP client. huggingface_hub's own would wait for a silent server for ever."""
+    found = utilities().get_session()
+    if found.timeout.read is None:
+        found.timeout = SILENCE
+    return found
 
 
 def has_token() -> bool:
@@ -68,8 +81,8 @@ def endpoint() -> str:
 
 def transport_errors() -> tuple[type[Exception], ...]:
     """What the client raises when a connection fails or breaks."""
-    client = type(utilities().get_session())
-    module = import_module(client.__module__.partition(".")[0])  # httpx, or httpx2 since huggingface_hub 2.0
+    kind = type(utilities().get_session())
+    module = import_module(kind.__module__.partition(".")[0])  # httpx, or httpx2 since huggingface_hub 2.0
     found: type[Exception] = module.TransportError
     return (found, ConnectionError, TimeoutError)
 
@@ -86,7 +99,9 @@ def patiently(what: Reference, ask: Callable[[], Made]) -> Made:
             return ask()
         except SdopsError:
             raise
-        except Exception as error:  # noqa: BLE001 -- all that a foreign library raises becomes a HubError
+        except Exception as error:  # all that a foreign library raises becomes a HubError
+            if is_local(error):
+                raise
             wait = _pause(error, attempt)
             failure = explained(what, error)
         if wait is None:
@@ -108,9 +123,14 @@ def _pause(error: Exception, attempt: int) -> float | None:
     return min(0.25 * 2.0**attempt, 8.0)
 
 
-def is_transport(error: Exception) -> bool:
+def is_transport(error: BaseException) -> bool:
     """Whether a connection failed or broke."""
     return isinstance(error, transport_errors()) and type(error).__name__ != "OfflineModeIsEnabled"
+
+
+def is_local(error: BaseException) -> bool:
+    """Whether this disk is what failed. The client's errors are OSErrors as well, but of kinds of its own."""
+    return type(error).__module__ == "builtins" and isinstance(error, OSError) and not is_transport(error)
 
 
 def _status(error: Exception) -> int | None:
@@ -122,7 +142,8 @@ def _retry_after(error: Exception) -> float | None:
     """Seconds that a busy Hub asks for."""
     headers: Any = getattr(getattr(error, "response", None), "headers", {})
     text = str(headers.get("Retry-After") or "")
-    return float(text) if text.isdigit() else None
+    limit = re.search(r"\bt\s*=\s*(\d+)", str(headers.get("RateLimit") or ""))  # how the Hub says it: "api";r=0;t=55
+    return float(text) if text.isdigit() else float(limit[1]) if limit else None
 
 
 def explained(what: Reference, error: Exception) -> HubError:
@@ -136,30 +157,79 @@ def explained(what: Reference, error: Exception) -> HubError:
     for name, tell in _BY_KIND.items():
         if kind == name:
             return tell(what)
+    if status is not None:
+        return _refused(what, error, status)
+    if kind == "JSONDecodeError":
+        return strange()
+    if is_transport(error):
+        return _unreachable(error)
+    return HubError(f"the request for `{what}` failed ({kind})", hint=_look(what), reason="refused")
+
+
+def _refused(what: Reference, error: Exception, status: int) -> HubError:
+    """What an answer other than success says."""
     if status in _BY_STATUS:
         return _BY_STATUS[status](what) if status != 429 else _busy(what, _retry_after(error))
-    if status is not None and status >= 500:
+    if status >= 500:
         return HubError(
             f"the Hub is unavailable ({status}): `{what}` cannot be had now",
             hint="try again later; https://status.huggingface.co tells of disturbances",
             reason="unavailable",
             status=status,
         )
-    if status is not None:
-        return HubError(f"the Hub refuses the request for `{what}` ({status})", hint=_look(what), reason="refused")
-    if is_transport(error):
-        if kind not in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol", "ProxyError"):
-            return HubError(
-                f"the connection to `{endpoint()}` breaks again and again ({kind})",
-                hint="run the command again: a download goes on where it stopped",
-                reason="unreachable",
-            )
+    return HubError(f"the Hub refuses the request for `{what}` ({status})", hint=_look(what), reason="refused")
+
+
+def _unreachable(error: Exception) -> HubError:
+    """What a connection did, by the name of the client's error and what is behind it."""
+    kind, causes = type(error).__name__, _causes(error)
+    if any(isinstance(cause, ssl.SSLError) for cause in causes):
+        return HubError(
+            f"no secure connection to `{endpoint()}` can be made: its certificate is not trusted, or it speaks no TLS",
+            hint="check HF_ENDPOINT and the clock; SSL_CERT_FILE names the certificates of a company's proxy",
+            reason="unreachable",
+        )
+    if any(isinstance(cause, socket.gaierror) for cause in causes):
+        return HubError(
+            f"there is no host `{urlsplit(endpoint()).hostname}`, or no network to ask for it",
+            hint="check the network and HF_ENDPOINT; what was downloaded before is found with HF_HUB_OFFLINE=1",
+            reason="unreachable",
+        )
+    if kind in ("ReadTimeout", "WriteTimeout"):
+        return HubError(
+            f"`{endpoint()}` does not answer ({kind})",
+            hint="try again later; HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT say how many seconds to wait",
+            reason="unreachable",
+        )
+    if kind in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol", "ProxyError"):
         return HubError(
             f"`{endpoint()}` cannot be reached ({kind})",
             hint="check the network and HF_ENDPOINT; what was downloaded before is found with HF_HUB_OFFLINE=1",
             reason="unreachable",
         )
-    return HubError(f"the request for `{what}` failed ({kind})", hint=_look(what), reason="refused")
+    return HubError(
+        f"the connection to `{endpoint()}` breaks again and again ({kind})",
+        hint="run the command again: a download goes on where it stopped",
+        reason="unreachable",
+    )
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """An error and what led to it."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def strange() -> HubError:
+    """What answers is not the Hub, but perhaps the login page of a network."""
+    return HubError(
+        f"`{endpoint()}` does not answer as the Hub does",
+        hint="check HF_ENDPOINT, and in a browser whether the network asks for a login",
+        reason="refused",
+    )
 
 
 def _look(what: Reference) -> str:

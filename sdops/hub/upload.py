@@ -17,6 +17,7 @@ from sdops.hub.listing import Listing, listing
 from sdops.hub.reference import Reference
 from sdops.hub.session import (
     api,
+    client,
     endpoint,
     explained,
     has_token,
@@ -100,7 +101,7 @@ def check_card(what: Reference, card: Content) -> None:
 
     def ask() -> None:
         address = f"{library().constants.ENDPOINT}/api/validate-yaml"
-        answer = utilities().get_session().post(address, json={"content": text, "repoType": "model"})
+        answer = client().post(address, json={"content": text, "repoType": "model"})
         if answer.status_code == 400:
             raise _bad_card()
         utilities().hf_raise_for_status(answer)

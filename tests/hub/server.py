@@ -78,6 +78,7 @@ class Fault:
     flip: bool = False
     ignore_range: bool = False
     lose: bool = False
+    text: bytes = b""  # an answer that says nothing the client knows
 
 
 class HubServer:
@@ -160,6 +161,8 @@ def _handler(hub: HubServer, kind: str) -> type[BaseHTTPRequestHandler]:  # noqa
                 self.fault = self._fault(f"{self.command} {parts.path}")
             if self.fault and self.fault.status:
                 self._answer(self.fault.status, {"error": "so it is"}, self.fault.headers)
+            elif self.fault and self.fault.text:
+                self._answer(200, self.fault.text)
             elif kind == "contents":
                 self._contents(parts.path)
             else:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from sdops.errors import OutputError
+from sdops.hub import download
+from sdops.hub.listing import Entry, Listing
 from tests.hub.conftest import large
 from tests.hub.server import Blob, Fault
 
@@ -124,6 +130,31 @@ def test_a_snapshot_of_a_folder(hub, sdops, tmp_path, small_checkpoint):
     assert not list(tmp_path.glob(".sdops*"))
 
 
+def test_a_folder_is_a_folder_and_replaces_nothing_else(hub, sdops, tmp_path, small_checkpoint, model):
+    hub.add("ann/loras", {"a/one.safetensors": model, "two.safetensors": model, "three.safetensors": model})
+    assert sdops("pull", "hf://ann/loras/a", "-o", "one").code == 0
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["one.safetensors"]
+    ambiguous = sdops("pull", "ann/loras")
+    assert ambiguous.code == 1
+    assert "`sdops pull hf://ann/loras/` brings everything" in ambiguous.err
+    assert sdops("pull", "hf://ann/loras/", "-o", "all").code == 0
+    assert sorted(path.name for path in (tmp_path / "all").rglob("*.safetensors")) == [
+        "one.safetensors", "three.safetensors", "two.safetensors",
+    ]  # fmt: skip
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").write_text("x")
+    for name in ("mine", "mine/", "mine/../mine/.", "."):
+        done = sdops("pull", "ann/loras/", "-o", name, "--force")
+        assert done.code == 1
+        assert "holds other things, such as" in done.err
+    assert (tmp_path / "mine" / "precious").exists()
+    (tmp_path / "all" / "two.safetensors").write_bytes(b"old")
+    assert sdops("pull", "ann/loras/", "-o", "all", "--force").code == 0
+    assert (tmp_path / "all" / "two.safetensors").read_bytes() == model
+    assert "is the name of one" in sdops("pull", "ann/loras/", "-o", "x.safetensors").err
+    assert not list(tmp_path.glob(".sdops*"))
+
+
 def test_a_revision(hub, sdops, tmp_path, model, tuned):
     old = hub.add("ann/v", {"m.safetensors": model})
     hub.add("ann/v", {"m.safetensors": tuned})
@@ -191,6 +222,9 @@ def test_a_busy_hub_is_waited_for_but_not_for_ever(hub, sdops, data):
     hub.faults[:] = [Fault("GET /api/models", times=9, status=503)]
     done = sdops("inspect", FILE)
     assert "the Hub is unavailable (503)" in done.err
+    limit = {"RateLimit": '"api";r=0;t=155', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+    hub.faults[:] = [Fault("GET /api/models", times=9, status=429, headers=limit)]
+    assert "in 155 seconds" in sdops("inspect", FILE).err
     hub.faults[:] = [Fault("/resolve/", times=9, status=403)]
     assert "may not be read without a token" in sdops("inspect", FILE).err
 
@@ -207,6 +241,51 @@ def test_nobody_there(sdops):
     assert done.code == 1
     assert "`http://127.0.0.1:9` cannot be reached" in done.err
     assert "secret" not in done.err
+
+
+def test_servers_that_are_not_the_hub(sdops, hub):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        given = {"HF_ENDPOINT": address, "HF_HUB_ETAG_TIMEOUT": "1", "SDOPS_HUB_RETRIES": "0"}
+        assert f"`{address}` does not answer" in sdops("inspect", FILE, **given).err
+    unsafe = sdops("inspect", FILE, HF_ENDPOINT=hub.url.replace("http:", "https:"), SDOPS_HUB_RETRIES="0")
+    assert "no secure connection to `https://127.0.0.1" in unsafe.err
+    hub.faults.append(Fault("GET /api/models", text=b"<html>log in</html>"))
+    assert "does not answer as the Hub does" in sdops("inspect", FILE).err
+
+
+def test_a_revision_that_is_in_the_cache_is_known_without_network(hub, sdops, data):
+    commit = hub.repositories["ann/m"].branches["main"]
+    hub.repositories["ann/m"].branches["feature/50%"] = commit
+    assert sdops("pull", f"hf://ann/m@{commit}/m.safetensors").code == 0
+    for revision in ("main", "feature/50%"):
+        assert sdops("pull", "ann/m/m.safetensors", "--revision", revision).code == 0
+        done = sdops("pull", "ann/m/m.safetensors", "--revision", revision, HF_HUB_OFFLINE="1")
+        assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_cache_that_cannot_be_written_is_named(hub, monkeypatch, tmp_path, number):
+    """Also when a part of the file has come already."""
+    monkeypatch.setattr(download.library().constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(download.library().constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(download, "_by_xet", lambda *_: False)
+    monkeypatch.setattr(download.library(), "hf_hub_url", lambda *_, **__: f"{hub.contents_url}/{'0' * 64}?signature=1")
+    entry = Entry(8 << 20, "0" * 64, "0" * 64)
+    hub.contents["0" * 64] = Blob(b"", entry.size)
+    write, calls = os.pwrite, []
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) > 2:
+            raise OSError(number, os.strerror(number))
+        return write(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OutputError, match=f"cannot be written: {os.strerror(number)}") as raised:
+        download.download(Listing("ann/m", "", "0" * 40, {"m.safetensors": entry}), "m.safetensors")
+    assert "HF_HOME" in str(raised.value.hint)
+    assert len(calls) == 3
 
 
 def test_a_token_that_no_header_can_hold_is_not_shown(hub, sdops, data):
