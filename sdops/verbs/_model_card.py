@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from sdops.archs.detect import UNKNOWN, Detection
-from sdops.errors import SdopsError
+from sdops.errors import SdopsError, UsageError
 from sdops.hub.listing import MODELS
-from sdops.hub.reference import parse
+from sdops.hub.reference import MAIN, Reference, parse
 from sdops.text import size
 from sdops.verbs._provenance import RECIPE
 
@@ -94,18 +96,27 @@ def _read(text: str) -> dict[str, Any]:
 
 def inputs_of(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Every file that went into a model, also those of merges within the merge."""
-    for item in recipe.get("inputs", ()):
+    items = recipe.get("inputs")
+    for item in items if isinstance(items, list) else ():
         if isinstance(item, dict) and isinstance(item.get("recipe"), dict):
             yield from inputs_of(item["recipe"])
         elif isinstance(item, dict):
             yield item
 
 
-def _on_the_hub(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Every file of the Hub that went into a model, also into files of this disk that say how they were made."""
+def _place(item: Mapping[str, Any]) -> Reference | None:
+    """Where on the Hub an input is; None if it is nowhere, or if a stranger's record says what no reference is."""
+    try:
+        return parse(item["hub"]) if isinstance(item.get("hub"), str) else None
+    except UsageError:
+        return None
+
+
+def _on_the_hub(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Reference]]:
+    """Role and place of every file of the Hub that went into a model, also into files that say how they were made."""
     for item in inputs_of(recipe):
-        if isinstance(item.get("hub"), str):
-            yield item
+        if place := _place(item):
+            yield str(item.get("role")), place
         else:
             yield from _on_the_hub(_read(str(item.get("made", ""))))
 
@@ -128,33 +139,44 @@ def base_models(model: Published) -> list[str]:
     """Repositories of the inputs; of an adapter's, those that it is to be used with."""
     found = list(_on_the_hub(model.recipe))
     if model.kind == "adapter":
-        found = [item for item in found if item.get("role") in ("base", "model")] or ([] if model.bases else found)
-    return list(dict.fromkeys([*model.bases, *(parse(item["hub"]).repo for item in found)]))
+        found = [item for item in found if item[0] in ("base", "model")] or ([] if model.bases else found)
+    return list(dict.fromkeys([*model.bases, *(place.repo for _, place in found)]))
+
+
+def license_of(model: Published) -> str:
+    """As the user names it, else as the file does in words that the Hub knows; empty if nobody does."""
+    own = model.metadata.get("modelspec.license", "")
+    return model.license or (own if LICENSE.fullmatch(own) else "")
 
 
 def card(model: Published) -> str:
-    """The whole text."""
-    return "\n".join([*_front(model), MARK, "", *_body(model)]) + "\n"
+    """The whole text; it can be encoded, whatever a stranger's file says."""
+    text = "\n".join([*_front(model), MARK, "", *_body(model)]) + "\n"
+    return text.encode(errors="replace").decode()
 
 
 def _front(model: Published) -> list[str]:
-    """The facts that the Hub reads. JSON strings are YAML, too."""
-    bases = base_models(model)
-    own = model.metadata.get("modelspec.license", "")
-    license_ = model.license or (own if LICENSE.fullmatch(own) else "")
+    """The facts that the Hub reads, in YAML."""
+    bases, license_ = base_models(model), license_of(model)
     use = _USES.get(model.detection.family, "")
     merged = "merge" if model.recipe.get("verb") in _JOINED else ""
     task = _task(model)
     tags = [tag for tag in (task, _family(model), use, merged, "sdops", *model.tags) if tag]
     lines = ["---", *([f"pipeline_tag: {task}"] if task else []), f"library_name: {_library(model)}"]
-    lines += [f"license: {json.dumps(license_)}"] if license_ else []
+    lines += [f"license: {_quoted(license_)}"] if license_ else []
     if bases:
         lines += [
             "base_model:",
-            *(f"- {json.dumps(base)}" for base in bases),
+            *(f"- {_quoted(base)}" for base in bases),
             f"base_model_relation: {relation(model)}",
         ]
-    return [*lines, "tags:", *(f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)), "---", ""]
+    return [*lines, "tags:", *(f"- {_quoted(tag)}" for tag in dict.fromkeys(tags)), "---", ""]
+
+
+def _quoted(text: str) -> str:
+    """A string in YAML: as in JSON, whose halves of letters beyond 16 bits YAML does not know."""
+    plain = json.dumps(text.encode(errors="replace").decode(), ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08X}" for letter in plain)
 
 
 def _task(model: Published) -> str:
@@ -205,7 +227,8 @@ def _how(model: Published) -> list[str]:
     lines = ["## How it was made", ""]
     facts = {name: value for name, value in settings_of(recipe).items() if value is not None}
     lines += [
-        f"- {name}: `{_cell(value if isinstance(value, str) else json.dumps(value))}`" for name, value in facts.items()
+        f"- {_cell(name)}: `{_cell(value if isinstance(value, str) else json.dumps(value))}`"
+        for name, value in facts.items()
     ]
     rows = list(inputs_of(recipe))
     if rows:
@@ -228,10 +251,12 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _link(row: Mapping[str, Any]) -> str:
     name = _cell(row.get("file", ""))
-    if not isinstance(row.get("hub"), str):
+    found = _place(row)
+    if found is None:
         return f"`{name}`"
-    found = parse(row["hub"])
-    return f"[{name}](https://huggingface.co/{found.repo}/blob/{found.revision}/{found.path}) of {found.repo}"
+    kind = "blob" if found.path else "tree"
+    place = f"{found.repo}/{kind}/{quote(found.revision or MAIN, safe='')}/{quote(found.path)}".rstrip("/")
+    return f"[{name}](https://huggingface.co/{place}) of {found.repo}"
 
 
 def _files(model: Published) -> list[str]:
@@ -250,13 +275,21 @@ def _files(model: Published) -> list[str]:
 
 def _again(model: Published) -> list[str]:
     """How to get it, and how to rebuild it, if it says how it was made."""
-    address = f"hf://{model.repo}/{model.main}" if model.main else f"hf://{model.repo}"
-    look = ["## Look and use", "", "```", f"sdops inspect {address}", f"sdops pull {address} -o models/", "```", ""]
+    address = shlex.quote(str(Reference(model.repo, path=model.main)))
+    here = "models/" if model.main else shlex.quote(model.repo.partition("/")[2])
+    look = ["## Look and use", "", *_code(f"sdops inspect {address}", f"sdops pull {address} -o {here}"), ""]
     if not model.recipe:
         return look
-    text = json.dumps(model.recipe, indent=2, ensure_ascii=False)
-    told = ["The whole record, as it stands in the file's metadata:", ""]
-    return [*look, *_rebuild(model, address), *told, "```json", text.replace("```", "` ` `"), "```"]
+    record = json.dumps(model.recipe, indent=2, ensure_ascii=False)
+    told = ["The whole record, as it stands in the file's metadata:", "", *_code(record, kind="json")]
+    return [*look, *_rebuild(model, address), *told]
+
+
+def _code(*lines: str, kind: str = "") -> list[str]:
+    """Text in a fence that is longer than any in it."""
+    longest = max(map(len, re.findall("`+", "\n".join(lines))), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [fence + kind, *lines, fence]
 
 
 def _rebuild(model: Published, address: str) -> list[str]:
@@ -267,14 +300,14 @@ def _rebuild(model: Published, address: str) -> list[str]:
         from_provenance(model.metadata[RECIPE], name="recipe", file=model.main)
     except SdopsError:
         return []
-    lines = ["## How to make it again", "", "```"]
     name = model.main.rpartition("/")[2] or model.repo.partition("/")[2]  # LoRAs are called after their file
-    lines += [f"sdops recipe from {address} -o recipe.toml", f"sdops build recipe.toml -o {name}", "```", ""]
-    here = [f"`{_cell(row.get('file', ''))}`" for row in inputs_of(model.recipe) if not isinstance(row.get("hub"), str)]
+    build = f"sdops build recipe.toml -o {shlex.quote(name)}"
+    lines = ["## How to make it again", "", *_code(f"sdops recipe from {address} -o recipe.toml", build), ""]
+    here = [f"`{_cell(row.get('file', ''))}`" for row in inputs_of(model.recipe) if _place(row) is None]
     beside = f" What has no link above must lie beside recipe.toml: {', '.join(dict.fromkeys(here))}." if here else ""
     return [*lines, f"The same inputs give the same bytes.{beside}", ""]
 
 
 def _cell(value: Any) -> str:
     """A text from a file that cannot break out of its line, its table or its code."""
-    return re.sub(r"[\s|`<>\[\]]+", " ", str(value)).strip()[:300]
+    return re.sub(r"[\s|`<>\[\]\\]+", " ", str(value)).strip()[:300]

@@ -11,12 +11,12 @@ from pathlib import Path
 from sdops import hub, standin
 from sdops.archs.detect import detect
 from sdops.core.hashing import sha256
-from sdops.errors import FormatError, SdopsError, UsageError
+from sdops.errors import FormatError, HubError, SdopsError, UsageError
 from sdops.formats import open_source
 from sdops.formats._file import irregular, read_head
 from sdops.hub import upload
 from sdops.hub.listing import MODELS, Listing
-from sdops.hub.reference import Reference, parse
+from sdops.hub.reference import MAIN, Reference, parse
 from sdops.hub.session import endpoint
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, size
@@ -87,6 +87,7 @@ def push(
     report = Report("push")
     contents: dict[str, Path | bytes] = dict(files)
     found = upload.existing(what)
+    _check_place(what, found, private=private, pr=pr)
     if model is not None:
         model.bases, model.license, model.tags = list(names.values()), license_ or "", tags
         model.files = {**_models_of(found), **facts}
@@ -108,6 +109,33 @@ def _repository(text: str, revision: str | None) -> Reference:
     if revision and found.revision:
         raise UsageError(f"`{text}` names a revision already", hint="leave `--revision` out")
     return Reference(found.repo, revision or found.revision)
+
+
+def _check_place(what: Reference, found: Listing | None, *, private: bool, pr: bool) -> None:
+    """Refuse what would publish more than was asked for, or leave an empty repository behind.
+
+    Raises:
+        HubError: the repository is public and shall be private, or is missing and shall have a branch or pull request.
+    """
+    if found is not None:
+        if private and not found.private:
+            raise HubError(
+                f"`{what.repo}` is there and public, `--private` makes new repositories private",
+                hint=f"{endpoint()}/{what.repo}/settings changes it; without `--private` the files are public, too",
+                reason="public",
+            )
+    elif pr:
+        raise HubError(
+            f"there is no repository `{what.repo}` that a pull request could go to",
+            hint="check the name; without `--pr` the repository is made",
+            reason="missing-repository",
+        )
+    elif what.revision not in ("", MAIN):
+        raise HubError(
+            f"there is no repository `{what.repo}`, and a new one has no branch `{what.revision}`",
+            hint="push without `--revision` first",
+            reason="missing-revision",
+        )
 
 
 def _collect(path: Path) -> dict[str, Path]:
@@ -193,7 +221,7 @@ def _warn(report: Report, model: Published, *, cards: bool) -> None:
             report.warnings.append(f"the metadata `{key}`{where} hold {tells}; {unset}")
     if cards and not _model_card.base_models(model):
         report.warnings.append("the card names no base model: `--base OWNER/REPO` does")
-    if cards and not model.license and "modelspec.license" not in model.metadata:
+    if cards and not _model_card.license_of(model):
         report.warnings.append("the card names no licence: `--license NAME` does")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shlex
 
 import pytest
 
@@ -120,6 +121,23 @@ def test_a_card_that_somebody_wrote_is_kept(hub, sdops, merged, model):
     assert sdops("push", merged, "ann/old", **WRITER).code == 0
     assert at(hub, "ann/old")["README.md"].data == b"# mine"
     assert at(hub, "ann/old")["a.safetensors"].data == model
+
+
+def test_nothing_is_published_that_was_not_asked_for(hub, sdops, merged):
+    hub.add("ann/open", {"x.txt": b"x"})
+    refused = {
+        ("ann/open", "--private"): "is there and public",
+        ("ann/typo", "--pr"): "no repository `ann/typo` that a pull request could go to",
+        ("ann/new", "--revision", "dev"): "a new one has no branch `dev`",
+    }
+    for words, message in refused.items():
+        done = sdops("push", merged, *words, **WRITER)
+        assert done.code == 1
+        assert message in done.err
+    assert set(hub.repositories) == {"ann/a", "bob/b", "ann/open"}
+    assert not hub.requests("POST|PUT")
+    for _ in range(2):
+        assert sdops("push", merged, "ann/closed", "--private", **WRITER).code == 0
 
 
 def test_pickles_are_refused_unless_they_are_wanted(hub, sdops, tmp_path):
@@ -255,6 +273,33 @@ def test_a_folder_of_results_tells_what_they_differ_in():
     assert "| file | alpha | size | SHA-256 |" in text
     assert "| `1.safetensors` | 0.2 | 10 B |" in text
     assert "One of 2 models" in text
+
+
+def test_names_that_need_quotes():
+    place = f"hf://ann/a@{'a' * 40}/my model (v1) [x].safetensors"
+    model = published(PLAIN, {"verb": "merge", "method": "soup", "inputs": [{"role": "a", "file": "x", "hub": place}]})
+    model.main = "it's `mine` $(x).safetensors"
+    model.tags = ['🎨 ti"t: le', "a\u0085b\u2028\ud800", "no", "- x"]
+    text = card(model)
+    assert f"(https://huggingface.co/ann/a/blob/{'a' * 40}/my%20model%20%28v1%29%20%5Bx%5D.safetensors)" in text
+    commands = [line for line in text.splitlines() if line.startswith("sdops ")]
+    assert [shlex.split(line)[2] for line in commands[:2]] == [f"hf://me/m/{model.main}"] * 2
+    assert shlex.split(commands[-1])[-1] == model.main
+    assert front(model)["tags"][-4:] == ['🎨 ti"t: le', "a\u0085b\u2028?", "no", "- x"]
+
+
+JUNK = [5, None, "abc", [1, None, {"role": None, "sha256": {}}], [{"hub": "no reference"}], [{"hub": "hf://datasets/a/b"}],
+        [{"recipe": {"inputs": 5}}], [{"made": "["}], [{"role": "\ud800"}]]  # fmt: skip
+
+
+@pytest.mark.parametrize("inputs", JUNK)
+def test_a_record_of_a_stranger_makes_a_card(inputs):
+    model = published(PLAIN, {"verb": ["merge"], "inputs": inputs, "a`b\n# owned": 1, "fence": "````\n# owned"})
+    text = card(model)
+    assert text.encode()
+    assert "base_model" not in front(model)
+    assert "\n# owned" not in text
+    assert text.endswith("}\n`````\n")
 
 
 def test_a_card_cannot_be_broken_out_of():
