@@ -97,6 +97,7 @@ def check_recipe(recipe: Recipe, settings: Mapping[str, object] | None = None) -
     """
     values = parameter_values(recipe, settings or {})
     found = [_check_step(recipe, step, values) for step in recipe.steps]
+    _check_outputs(found)
     ordered = _ordered(found)
     _check_record(ordered)
     wanted = _needed(found)
@@ -215,7 +216,7 @@ def _unknown_key(step: Step, key: str, allowed: Mapping[str, object]) -> UsageEr
     close = suggest(key, allowed)
     method = f" with `{step.arguments['method']}`" if "method" in step.arguments else ""
     hint = f"did you mean `{close}`?" if close else f"there are {', '.join(allowed)}"
-    return wrong(f"{step.path}.{key}", f"`{step.verb}`{method} has no `{key}`", hint)
+    return wrong(f"{step.path}.{key}", f"`{step.verb}`{method} has no `{shown(key)}`", hint)
 
 
 def _unknown_file(recipe: Recipe, file: str, path: str, files: Sequence[str]) -> UsageError:
@@ -259,6 +260,8 @@ def _check_value(parameter: VerbParameter | Knob, value: Any, path: str) -> Iter
             yield split_lora(item, f"{path}.{number}")[0], f"{path}.{number}"
     elif kind == "output":
         check_relative(_a(str, value, kind, path), path)
+        if not value.isprintable():
+            raise wrong(path, f"`{shown(value)}` has characters that are not for file names", "letters, digits, dots")
     else:
         _check_plain(kind, value, path)
         _check_choice(parameter.choices, value, path)
@@ -385,6 +388,20 @@ def _check_record(ordered: Sequence[CheckedStep]) -> None:
         if sizes[step.id] > MOST_RECORDS:
             hint = "give one of the steps that several others use an `output`, and build in two recipes"
             raise wrong(step.step.path, f"steps use each other {MOST_RECORDS:,} times over", hint)
+
+
+def _check_outputs(steps: Sequence[CheckedStep]) -> None:
+    """Refuse two steps that write one file.
+
+    Raises:
+        UsageError: naming the later one.
+    """
+    seen: dict[PurePosixPath, str] = {}
+    for step in steps:
+        if isinstance(output := step.arguments.get("output"), str):
+            other = seen.setdefault(PurePosixPath(output), step.step.path)
+            if other != step.step.path:
+                raise wrong(f"{step.step.path}.output", f"`{output}` is written by `{other}` already", "rename one")
 
 
 def _needed(steps: Sequence[CheckedStep]) -> set[str]:

@@ -34,6 +34,7 @@ from sdops.text import shorten, suggest
 
 MOST_BYTES = 1_000_000
 MOST_STEPS = 100  # a chain of steps is read through so many Sources
+MOST_INPUTS = 1000
 MOST_LEVELS = 20  # lists and tables within each other
 LARGEST = 2**63  # whole numbers are smaller, as TOML has it
 
@@ -45,7 +46,7 @@ _PARAMETER = ("default", "range", "choices", "about")
 # Options of `sdops build` that no input may take the place of.
 RESERVED = frozenset(
     {"set", "output", "force", "dry_run", "jobs", "memory", "root", "hash", "no_hash", "html", "json", "quiet"}
-    | {"verbose", "color", "progress", "no_progress", "help", "ignore_hashes", "cluster", "numbers", "workers"}
+    | {"verbose", "color", "progress", "no_progress", "help", "ignore_hashes", "cluster", "stream", "workers"}
 )
 
 Scalar = str | int | float | bool
@@ -130,7 +131,7 @@ class Recipe:
 
 def wrong(path: str, problem: str, hint: str | None = None, **data: Any) -> UsageError:
     """What is raised for everything that is wrong in a recipe, by its path."""
-    return UsageError(f"`{path}`: {problem}", hint=hint, path=path, **data)
+    return UsageError(f"`{shorten(on_one_line(path), 120)}`: {problem}", hint=hint, path=path, **data)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -201,7 +202,10 @@ def from_document(document: Mapping[str, Any], *, name: str, folder: Path | None
         )
     if len(steps) > MOST_STEPS:
         raise wrong("steps", f"{len(steps)} steps are too many", f"at most {MOST_STEPS}")
-    inputs = {key: _input(f"inputs.{key}", key, value) for key, value in _table("inputs", document).items()}
+    files = _table("inputs", document)
+    if len(files) > MOST_INPUTS:
+        raise wrong("inputs", f"{len(files):,} inputs are too many", f"at most {MOST_INPUTS:,}")
+    inputs = {key: _input(f"inputs.{key}", key, value) for key, value in files.items()}
     parameters = {
         key: _parameter(f"parameters.{key}", key, value) for key, value in _table("parameters", document).items()
     }
@@ -211,10 +215,17 @@ def from_document(document: Mapping[str, Any], *, name: str, folder: Path | None
     if not isinstance(hash_inputs, bool):
         raise wrong("hash_inputs", "is neither true nor false")
     own = _text("name", document.get("name", name))
-    if not own or re.search(r"[/\\\x00-\x1f]", own) or own.startswith(".") or len(own.encode()) > 150:
+    if not own or re.search(r"[/\\]", own) or not own.isprintable() or own.startswith(".") or len(own.encode()) > 150:
         raise wrong("name", f"`{own}` cannot be part of a file name", "letters, digits, dots, dashes")
     tags = tuple(_text("tags", tag) for tag in _list("tags", document.get("tags", [])))
     return Recipe(own, inputs, parameters, found, **texts, tags=tags, hash_inputs=hash_inputs, folder=folder)
+
+
+def on_one_line(text: str) -> str:
+    """A text with escapes in place of what would move or colour the rest of a message."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else f"\\u{ord(sign):04x}" for sign in text)
 
 
 def _check_bounds(path: str, value: object, level: int = 0) -> None:
@@ -271,8 +282,8 @@ def _kind(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as messages show it: as in TOML, and never long."""
-    return shorten(str(value).lower() if isinstance(value, bool) else str(value), 60)
+    """A value as messages show it: as in TOML, on one line, and never long."""
+    return shorten(str(value).lower() if isinstance(value, bool) else on_one_line(str(value)), 60)
 
 
 def _input(path: str, name: str, value: object) -> Input:
@@ -303,9 +314,14 @@ def _parameter(path: str, name: str, value: object) -> Parameter:
     if not isinstance(default, Scalar):
         raise wrong(f"{path}.default", f"is {_kind(default)}", "a number, a text, true or false")
     span = _list(f"{path}.range", value.get("range", []))
+    if span and (isinstance(default, bool | str)):
+        raise wrong(f"{path}.range", f"is for numbers, `{name}` is {_kind(default)}", "`choices = [...]` lists values")
     if span and (len(span) != 2 or not all(type(end) in (int, float) for end in span) or not span[0] <= span[1]):
         raise wrong(f"{path}.range", "is not the least and the largest number", "`range = [0, 1]`")
     choices = tuple(_list(f"{path}.choices", value.get("choices", [])))
+    for number, one in enumerate(choices, start=1):
+        if type(one) is not type(default):
+            raise wrong(f"{path}.choices.{number}", f"`{shown(one)}` is {_kind(one)}, the default is {_kind(default)}")
     found = Parameter(name, default, tuple(span), choices, _text(f"{path}.about", value.get("about", "")))
     checked_value(found, default, f"{path}.default")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fixtures import loras
 from sdops.card import Card, Knob, cards
 from sdops.errors import FormatError, MismatchError, SdopsError, UsageError
 from sdops.verbs import recipe
+from sdops.verbs._recipe_text import parse_recipe
 from tests import tiny
 
 CARDS = list(cards().values())
@@ -256,3 +258,50 @@ def test_a_recipe_reads_back_as_it_was_written(files: Path) -> None:
     found, _ = recipe.read_any(Path("made.safetensors"))
     assert parse_recipe(to_toml(found), name="x") == found
     assert json.loads(json.dumps(recipe.check(found).as_dict()))["verb"] == "recipe check"
+
+
+def chained(steps: int) -> str:
+    """A record of so many merges, one in the other."""
+    before, after = '{"verb": "merge", "inputs": [{"recipe": ', '}, {"file": "b.safetensors"}]}'
+    merge = '{"verb": "merge", "inputs": [{"file": "a.safetensors"}, {"file": "b.safetensors"}]}'
+    return before * (steps - 1) + merge + after * (steps - 1)
+
+
+def wide(item: str) -> str:
+    """A merge of many of the same."""
+    return '{"verb": "merge", "inputs": [' + ", ".join(['{"recipe": ' + item + "}"] * 80) + "]}"
+
+
+def said(text: str) -> Path:
+    path = Path("said.safetensors")
+    tiny.write(path, tiny.checkpoint(1, vae=False, clip=False), metadata={"sdops": text})
+    return path
+
+
+def test_a_record_of_many_steps_is_read_at_once() -> None:
+    begin = time.process_time()
+    assert recipe.from_(said(chained(100))).data["steps"] == 100
+    assert time.process_time() - begin < 10  # it was a minute
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (chained(101), "more than 100 steps"),
+        (chained(300), "nested too deeply"),
+        (json.dumps({"verb": "merge", "inputs": [{"file": f"{n}"} for n in range(1001)]}), "more than 1,000 inputs"),
+        (json.dumps({"verb": "merge", "inputs": [{"file": "a" * 6_000_000}]}), "not understood"),
+        (wide(wide(chained(1))), "times over"),
+    ],
+    ids=["steps", "depth", "inputs", "size", "again and again"],
+)
+def test_an_endless_record_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(FormatError, match=problem):
+        recipe.from_(said(text))
+
+
+def test_what_a_stranger_wrote_into_a_record_is_shown_as_text() -> None:
+    made = {"verb": "merge", "inputs": [{"file": "x\x9b31m\u202e.safetensors"}, {"file": "b.safetensors"}]}
+    text = recipe.from_(said(json.dumps(made))).data["toml"]
+    assert all(sign.isprintable() or sign == "\n" for sign in text)
+    assert parse_recipe(text, name="x").inputs["x_31m"].file == "x\x9b31m\u202e.safetensors"

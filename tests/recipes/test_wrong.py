@@ -63,6 +63,11 @@ WRONG = {
     "[parameters]\ns = { default = 3, range = [0, 1] }\n" + MERGE: ("parameters.s", "is 3", "between 0 and 1"),
     "[parameters]\ns = { defalt = 3 }\n" + MERGE: ("parameters.s.defalt", "is unknown", "`default`"),
     "[parameters]\ns = 2020-01-01\n" + MERGE: ("parameters.s.default", "is a date", "a number"),
+    '[parameters]\ns = { default = "x", range = [0, 1] }\n' + MERGE: ("parameters.s.range", "for numbers", "choices"),
+    "[parameters]\ns = { default = 0.5, choices = [0.5, 'x'] }\n" + MERGE: ("parameters.s.choices.2", "is a text", ""),
+    MERGE + 'id = "x"\noutput = "o.ckpt"\n' + MERGE + 'output = "./o.ckpt"': ("steps.2.output", "by `steps.1`", ""),
+    MERGE + 'output = "o\\u001b[31m.ckpt"': ("steps.1.output", "o\\u001b[31m.ckpt", "letters"),
+    MERGE + '"a\\nhint: `rm`" = 3': ("steps.1.a", "a\\u000ahint: `rm`", "there are"),
     "[[step]]\n" + MERGE: ("step", "is unknown", "`steps`"),
 }  # fmt: skip
 
@@ -77,7 +82,7 @@ def test_a_wrong_recipe_is_refused_with_path_and_hint(more: str) -> None:
     assert hint in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", ".x", "a\\\\b", "x\\ny", ""])
+@pytest.mark.parametrize("name", ["../x", "/x", ".x", "a\\\\b", "x\\ny", "x\\u009b31m", "x\\u202ey", ""])
 def test_names_cannot_lead_elsewhere(name: str) -> None:
     with pytest.raises(UsageError, match="cannot be part of a file name"):
         check(f'name = "{name}"\n' + INPUTS + MERGE)
@@ -158,3 +163,22 @@ def test_what_a_late_step_refuses_is_refused_before_inputs_are_hashed(
         assert caught.value.data["path"] != "inputs.a"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m0.safetensors", "m1.safetensors", "r.toml"]
     assert recipe.check("r.toml").data["steps"]
+
+
+def test_no_input_takes_an_option_of_build() -> None:
+    from sdops.commands.build import command
+    from sdops.verbs._recipe_text import RESERVED
+
+    options = {word for one in command.params for word in one.opts if word.startswith("--")}
+    assert {word.removeprefix("--").replace("-", "_") for word in options} <= RESERVED
+
+
+def test_messages_stay_short() -> None:
+    with pytest.raises(UsageError) as caught:
+        check(INPUTS + MERGE + f"{'k' * 100_000} = 3")
+    assert len(caught.value.message) < 500
+
+
+def test_no_more_inputs_than_anybody_merges() -> None:
+    with pytest.raises(UsageError, match="1,001 inputs are too many"):
+        check("[inputs]\n" + "".join(f'i{n} = "f"\n' for n in range(1001)) + MERGE)
