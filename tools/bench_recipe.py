@@ -2,9 +2,10 @@
 
     python tools/bench_recipe.py --folder bench-data --rounds 3
 
-The floor (tools/floor.py) reads the three checkpoints and writes one, in every round; a plain merge of two runs beside
-it, for its memory. One round more, the first, warms up. Inputs are in the page cache and their hashes remembered;
-outputs are removed and the disk is synced between runs.
+The floor (tools/floor.py) reads the three checkpoints and writes one, in every round, simply and with `--ahead`. Beside
+it run two plain merges, for their memory: one of two checkpoints, and one that reads what the recipe reads, all three
+and both LoRAs. One round more, the first, warms up. Inputs are in the page cache and their hashes remembered; outputs
+are removed and the disk is synced between runs.
 """
 
 from __future__ import annotations
@@ -136,10 +137,13 @@ def main() -> None:
     if options.prepare:
         return
     models = [str(folder / f"{name}.safetensors") for name in ("one", "two", "base")]
+    loras = [f"--lora={folder / name}.safetensors:{strength}" for name, strength in (("style", 0.8), ("face", 0.5))]
     output = folder / "output.safetensors"
     commands = {
         "floor": [sys.executable, str(HERE / "floor.py"), str(output), *models],
+        "floor ahead": [sys.executable, str(HERE / "floor.py"), str(output), *models, "--ahead"],
         "merge": [*SDOPS, "merge", *models[:2], "-o", str(output), "-q"],
+        "merge of all": [*SDOPS, "merge", "-m", "add-difference", *models, *loras, "-o", str(output), "-q"],
         "build": [*SDOPS, "build", str(folder / "ten.toml"), "-o", str(output), "-q"],
     }
     environment = {  # as installed: compiled modules are kept
@@ -159,10 +163,15 @@ def main() -> None:
             if number:
                 costs[name].append(cost)
     output.unlink(missing_ok=True)
-    for name in ("merge", "build"):
-        ratios = [own.wall / floor.wall for own, floor in zip(costs[name], costs["floor"], strict=True)]
+    for name in ("merge", "merge of all", "build"):
         memory = max(cost.anonymous_mb for cost in costs[name])
-        print(f"{name}: {median(ratios):.2f} x floor, {memory:.0f} MB")
+        ratios = [f"{_ratio(costs[name], costs[floor]):.2f} x {floor}" for floor in ("floor", "floor ahead")]
+        print(f"{name}: {', '.join(ratios)}, {memory:.0f} MB")
+
+
+def _ratio(own: list[Cost], floor: list[Cost]) -> float:
+    """The median of what one takes beside the other in the same round."""
+    return median(one.wall / other.wall for one, other in zip(own, floor, strict=True))
 
 
 if __name__ == "__main__":

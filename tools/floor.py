@@ -1,11 +1,12 @@
 """The floor of a merge: read the inputs, write an output as large as the first, compute nothing.
 
-    python tools/floor.py OUT A B [C ...] [--threads N] [--passes N]
+    python tools/floor.py OUT A B [C ...] [--threads N] [--passes N] [--ahead]
 
 Several threads, pieces of 1 MiB, buffers used again and again, a temporary file with fsync before it gets its name:
 what any merge that streams must do at least. One thread writes at a time: the system allows no more, and one that
 waits for it by spinning keeps another from reading. The output's bytes are those of A. With two passes all inputs are
-read twice, as methods must that first measure and then combine.
+read twice, as methods must that first measure and then combine. With `--ahead` the output gets its place on the disk at
+once, and is sent there while the rest is read: what sdops does with large outputs.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 PIECE = 1 << 20
+INTERVAL = 0.05  # seconds between two times that data are sent ahead
 
 
-def copy(output: Path, inputs: list[Path], *, threads: int, passes: int) -> None:
+def copy(output: Path, inputs: list[Path], *, threads: int, passes: int, ahead: bool) -> None:
     """Stream all inputs `passes` times; write the first one's bytes in the last pass."""
     sources = [os.open(path, os.O_RDONLY) for path in inputs]
     size = os.fstat(sources[0]).st_size
@@ -28,15 +31,37 @@ def copy(output: Path, inputs: list[Path], *, threads: int, passes: int) -> None
     temporary = output.with_name(output.name + ".floor.tmp")
     target = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        os.ftruncate(target, size)
-        for number in range(passes):
-            _pass(sources, target if number == passes - 1 else None, size, end, threads)
+        if ahead:
+            os.posix_fallocate(target, 0, size)
+        else:
+            os.ftruncate(target, size)
+        with _sent(target) if ahead else nullcontext():
+            for number in range(passes):
+                _pass(sources, target if number == passes - 1 else None, size, end, threads)
         os.fsync(target)
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
         for fd in (*sources, target):
             os.close(fd)
+
+
+@contextmanager
+def _sent(target: int) -> Iterator[None]:
+    """Send what was written to the disk, again and again."""
+    done = threading.Event()
+
+    def send() -> None:
+        while not done.wait(INTERVAL):
+            os.fdatasync(target)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        done.set()
+        sender.join()
 
 
 def _pass(sources: list[int], target: int | None, size: int, end: int, threads: int) -> None:
@@ -77,8 +102,9 @@ def main() -> None:
     parser.add_argument("inputs", type=Path, nargs="+")
     parser.add_argument("--threads", type=int, default=min(len(os.sched_getaffinity(0)), 8))
     parser.add_argument("--passes", type=int, default=1)
+    parser.add_argument("--ahead", action="store_true")
     options = parser.parse_args()
-    copy(options.output, options.inputs, threads=options.threads, passes=options.passes)
+    copy(options.output, options.inputs, threads=options.threads, passes=options.passes, ahead=options.ahead)
 
 
 if __name__ == "__main__":
