@@ -40,6 +40,9 @@ class StandIn(Protocol):
     def fetch(self) -> Path:
         """Bring the whole file here, check it, and say where it is."""
 
+    def content(self) -> bytes:
+        """All of a small file, checked, and kept here unless it is streamed."""
+
 
 _files: dict[str, StandIn] = {}
 _names: dict[str, str] = {}
@@ -69,6 +72,15 @@ def real(path: Path) -> Path:
     """The file with the content: the same, or the one elsewhere, brought here now."""
     file = find(path)
     return path if file is None else file.fetch()
+
+
+def content(path: Path, most: int = -1) -> bytes:
+    """All of a small file, wherever it is; of one on this disk, which may have no end, at most so many bytes."""
+    file = find(path)
+    if file is not None:
+        return file.content()
+    with path.open("rb") as opened:
+        return opened.read(most)
 
 
 def prepare(paths: Iterable[Path]) -> None:

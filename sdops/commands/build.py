@@ -60,6 +60,7 @@ class BuildCommand(click.Command):
         name = self._recipe_in(args)
         if name is None:
             return super().make_context(info_name, args, parent, **extra)
+        hub.set_streaming("--stream" in args)  # the recipe itself is read before options are
         if (folder := hub.located(name)).is_dir():
             return self._of_folder(folder).make_context(info_name, args, parent, **extra)
         from sdops.verbs.build import find_recipe

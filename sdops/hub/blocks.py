@@ -64,7 +64,7 @@ class Blocks:
             while 0 < self._count - self._next - len(self._early) <= self._spare:  # so many have not come
                 self._fill_gap()
             if self._next == self._count and self._states[-1].hexdigest() != sha256:
-                raise self._damaged()
+                raise damaged(self._name)
 
     def _block(self, index: int) -> memoryview:
         """A block, from memory or the Hub; the one behind it is asked for in advance."""
@@ -130,11 +130,13 @@ class Blocks:
         state = self._states[number].copy()
         state.update(data)
         if state.digest() != self._states[number + 1].digest():
-            raise self._damaged()
+            raise damaged(self._name)
 
-    def _damaged(self) -> HubError:
-        return HubError(
-            f"`{self._name}` arrived damaged: its hash is not the one that the Hub announces",
-            hint="run the command again; without `--stream` a damaged file is fetched anew",
-            reason="damaged",
-        )
+
+def damaged(name: str) -> HubError:
+    """A streamed file that is not what the Hub announces."""
+    return HubError(
+        f"`{name}` arrived damaged: its hash is not the one that the Hub announces",
+        hint="run the command again; without `--stream` a damaged file is fetched anew",
+        reason="damaged",
+    )

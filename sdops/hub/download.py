@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from sdops import hub
 from sdops.core.files import sync_folder
@@ -123,7 +123,7 @@ def _by_xet(found: Listing, path: str, entry: Entry) -> bool:
             )
     except Exception:  # noqa: BLE001 -- whatever it is: plain HTTP is left, and says what is wrong
         return False
-    if _digest(linked, entry) == entry.blob:
+    if _is_announced(linked, entry):
         return True
     linked.resolve().unlink(missing_ok=True)
     linked.unlink(missing_ok=True)
@@ -154,7 +154,7 @@ def _by_http(found: Listing, path: str, entry: Entry, blob: Path) -> None:
                 return
             with hub.progress()(f"downloading {Path(path).name}", entry.size) as advance:
                 _complete(found, path, entry, fd, advance)
-            if _digest(partial, entry) == entry.blob:
+            if _is_announced(partial, entry):
                 os.fsync(fd)
                 os.replace(partial, blob)
                 sync_folder(blob.parent)
@@ -217,20 +217,24 @@ def _append(found: Listing, path: str, entry: Entry, fd: int, advance: Advance) 
     return brought
 
 
-def _digest(file: Path, entry: Entry) -> str:
-    """The hash by which the Hub knows a content: SHA-256 in LFS, else git's SHA-1 of it with its size in front."""
-    return _hash(file, hashlib.sha256()) if entry.sha256 else git_hash(file)
-
-
-def git_hash(file: Path) -> str:
-    """What git calls a content: SHA-1 of it with its size in front."""
-    return _hash(file, hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False))
-
-
-def _hash(file: Path, digest: Any) -> str:
+def _is_announced(file: Path, entry: Entry) -> bool:
     with file.open("rb") as content:
-        while chunk := content.read(4 << 20):
-            digest.update(chunk)
+        return content_hash(content, file.stat().st_size, entry) == entry.blob
+
+
+def content_hash(content: BinaryIO, nbytes: int, entry: Entry) -> str:
+    """The hash by which the Hub knows a content: SHA-256 in LFS, else git's own."""
+    return _hash(content, hashlib.sha256()) if entry.sha256 else git_hash(content, nbytes)
+
+
+def git_hash(content: BinaryIO, nbytes: int) -> str:
+    """What git calls a content: SHA-1 of it with its size in front."""
+    return _hash(content, hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False))
+
+
+def _hash(content: BinaryIO, digest: Any) -> str:
+    while chunk := content.read(4 << 20):
+        digest.update(chunk)
     return str(digest.hexdigest())
 
 

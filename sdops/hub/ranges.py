@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import threading
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from sdops import hub
 from sdops.core.source import aligned
 from sdops.errors import HubError
-from sdops.hub.blocks import Blocks
-from sdops.hub.download import download
+from sdops.hub.blocks import Blocks, damaged
+from sdops.hub.download import content_hash, download
 from sdops.hub.listing import Listing
 from sdops.hub.session import library, patiently, utilities
 
@@ -104,6 +105,19 @@ class HubFile:
             if self._here < 0:
                 self._here, self._holder = os.open(path, os.O_RDONLY | os.O_CLOEXEC), hub.holder()
         return path
+
+    def content(self) -> bytes:
+        """All of a small file, checked, and kept in the cache unless it is streamed.
+
+        Raises:
+            HubError: the Hub does not give it, or gives something else.
+        """
+        if not self.stream:
+            return self.fetch().read_bytes()
+        data = bytes(self._ask(0, self._entry.size))
+        if content_hash(BytesIO(data), len(data), self._entry) != self._entry.blob:
+            raise damaged(self.reference)
+        return data
 
     def let_go(self) -> None:
         """Close the file if it is only here for a while."""

@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings
@@ -13,6 +14,7 @@ from warnings import catch_warnings
 from sdops import hub
 from sdops.core.hashing import sha256
 from sdops.errors import HubError
+from sdops.hub.download import git_hash
 from sdops.hub.listing import Listing, listing
 from sdops.hub.reference import Reference
 from sdops.hub.session import (
@@ -73,8 +75,8 @@ def _is_there(found: Listing | None, path: str, content: Content) -> bool:
     if entry.sha256:
         own = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256(content)
         return own == entry.sha256
-    data = content if isinstance(content, bytes) else content.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == entry.blob
+    with BytesIO(content) if isinstance(content, bytes) else content.open("rb") as data:
+        return git_hash(data, entry.size) == entry.blob
 
 
 def check_token(what: Reference) -> None:

@@ -299,7 +299,7 @@ def small_files(reference: Path, components: Collection[str]) -> dict[str, bytes
         absent = (folder / "config.json").is_file() and part not in components
         wanted = path.suffix in _SMALL_FILES and not name.endswith((".index.json", "model_index.json"))
         if wanted and not absent and path.is_file() and path.stat().st_size <= _SMALL:
-            found[name] = standin.real(path).read_bytes()
+            found[name] = standin.content(path)
     return found
 
 

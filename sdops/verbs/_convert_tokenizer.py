@@ -67,4 +67,4 @@ def _kind(data: bytes) -> str:
 
 
 def _read(path: Path) -> bytes:
-    return standin.real(path).read_bytes()
+    return standin.content(path)

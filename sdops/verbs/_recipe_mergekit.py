@@ -123,7 +123,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise yaml.YAMLError("it is too large")
-        data = standin.real(path).read_bytes()
+        data = standin.content(path)
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, yaml.SafeLoader)):
             raise yaml.YAMLError("aliases are not read")
         document = yaml.safe_load(data)

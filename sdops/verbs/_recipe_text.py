@@ -143,8 +143,7 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         is_small = path.stat().st_size <= MOST_BYTES  # nothing large is downloaded to be refused
-        with (standin.real(path) if is_small else path).open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+        data = standin.content(path, MOST_BYTES + 1) if is_small else b"\0"
     except OSError as error:
         raise SdopsError(
             f"`{path}` cannot be read: {(error.strerror or str(error)).lower()}",
@@ -284,6 +283,15 @@ def _kind(value: object) -> str:
 def shown(value: object) -> str:
     """A value as messages show it: as in TOML, on one line, and never long."""
     return shorten(str(value).lower() if isinstance(value, bool) else on_one_line(str(value)), 60)
+
+
+def spelled(value: Scalar) -> str:
+    """A parameter's value as people type it: as few digits as tell it from all others."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return short if float(short := f"{value:g}") == value else repr(value)
+    return str(value)
 
 
 def _input(path: str, name: str, value: object) -> Input:

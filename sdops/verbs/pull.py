@@ -120,8 +120,7 @@ def _checked(file: Path) -> Path:
     if file.is_symlink() and os.path.isabs(os.readlink(file)):  # a stand-in of what was there already
         file = Path(os.readlink(file))
     blob = file.resolve()
-    digits = len(blob.name)
-    if digits in (_SHA256, _SHA1) and blob.name != (hashing.sha256(blob) if digits == _SHA256 else git_hash(blob)):
+    if blob.name != _hash_like(blob.name, blob):
         blob.unlink()
         file.unlink(missing_ok=True)
         raise HubError(
@@ -130,6 +129,14 @@ def _checked(file: Path) -> Path:
             reason="damaged",
         )
     return file
+
+
+def _hash_like(digest: str, blob: Path) -> str:
+    """The hash of a file, of the same kind as another."""
+    if len(digest) == _SHA256:
+        return hashing.sha256(blob)
+    with blob.open("rb") as content:
+        return git_hash(content, blob.stat().st_size) if len(digest) == _SHA1 else digest
 
 
 def _in_cache(here: dict[str, Path], *, is_folder: bool) -> Path:

@@ -10,6 +10,7 @@ from sdops.core.sink import in_safetensors_order
 from sdops.verbs._convert_checkpoint import Conversion, open_all
 from sdops.verbs._convert_order import as_inputs_lie
 from sdops.verbs._convert_wish import Wish
+from tests.hub.server import Fault
 
 INPUTS = """
 [inputs]
@@ -76,6 +77,27 @@ def test_a_build_takes_every_byte_once_and_keeps_nothing(hub, sdops, home, tmp_p
     assert sdops("build", f"{recipe}.toml", "-o", "kept.safetensors").code == 0
     assert len(list(home.rglob("blobs/*"))) == 2
     assert (tmp_path / "streamed.safetensors").read_bytes() == (tmp_path / "kept.safetensors").read_bytes()
+
+
+def test_a_recipe_of_the_hub_is_not_kept_either(hub, sdops, home, tmp_path, remote):
+    hub.add("ann/recipes", {"chain.toml": CHAIN.encode()})
+    done = sdops("build", "hf://ann/recipes/chain.toml", "--stream", "-o", "streamed.safetensors")
+    assert done.code == 0, done.err
+    assert not left(home, tmp_path)
+    hub.faults.append(Fault("GET /ann/recipes/resolve", flip=True))
+    damaged = sdops("build", "hf://ann/recipes/chain.toml", "--stream", "-o", "two.safetensors")
+    assert damaged.code == 1
+    assert "arrived damaged" in damaged.err
+
+
+def test_configurations_of_a_folder_are_not_kept(hub, sdops, home, tmp_path, small_checkpoint):
+    folder = small_checkpoint("sd15-diffusers")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.add("ann/pipe", {**files, "tokenizer/merges.txt": b"#version: 0.2"})
+    words = ("--to", "diffusers", "--dtype", "fp16", "--reference", "hf://ann/pipe", "--stream", "-o", "made")
+    done = sdops("convert", "hf://ann/pipe", *words)
+    assert done.code == 0, done.err
+    assert not left(home, tmp_path)
 
 
 @pytest.mark.parametrize("words", [["chain.toml", "--set", "alpha=0.1,0.2"], ["."]], ids=["sweep", "folder"])
