@@ -16,6 +16,7 @@ from sdops.report import Progress, Report, Section, silent
 from sdops.text import count, duration, size, suggest
 from sdops.verbs._recipe_inputs import FilePath
 from sdops.verbs._recipe_text import Recipe
+from sdops.verbs._recipe_told import of_recipe
 
 if TYPE_CHECKING:
     from sdops.verbs._many_jobs import Build
@@ -35,7 +36,11 @@ def recipes_in(folder: Path) -> list[Recipe]:
     files = sorted(folder.glob("*.toml"))
     if not files:
         raise SdopsError(f"`{folder}` holds no recipes", hint="recipes are `.toml` files; `sdops recipe cp` copies one")
-    return [find_recipe(file) for file in files]
+    found = []
+    for file in files:
+        with of_recipe(file):
+            found.append(find_recipe(file))
+    return found
 
 
 def build_folder(
@@ -74,6 +79,10 @@ def build_folder(
 
     recipes = recipes_in(Path(folder))
     given, settings = dict(inputs or {}), dict(set_ or {})
+    several = next((name for name, value in settings.items() if isinstance(value, list | tuple)), None)
+    if several is not None:
+        hint = f"`sdops build RECIPE --set {several}=...` builds one recipe for several values"
+        raise UsageError(f"`{several}` has several values, but recipes of a folder are built once each", hint=hint)
     _check_names(settings, {name for one in recipes for name in one.parameters}, "parameter", folder)
     _check_names(given, {name for one in recipes for name in one.inputs}, "input", folder)
     place = Path() if output is None else Path(output)
@@ -83,16 +92,19 @@ def build_folder(
         files = {name: os.fspath(file) for name, file in given.items() if name in one.inputs}
         how = {**options, "root": tuple(os.fspath(each) for each in options.get("root", ()))}
         build_ = Build(one, own, files, "", stream=hub.is_streaming(), **how)
-        builds.append(replace(build_, output=str(place / derived_name(build_.checked(), own, files))))
+        with of_recipe(one.name):
+            builds.append(replace(build_, output=str(place / derived_name(build_.checked(), own, files))))
     begin = time.monotonic()
     with results_folder(place, keep=not dry_run):
         if dry_run:
-            done: list[Report | SdopsError] = [
-                Report("build", data={"kept": True})
-                if is_there(one, progress)
-                else build(one.recipe, set_=one.settings, inputs=one.inputs, output=one.output, dry_run=True, **options)
-                for one in builds
-            ]
+            done: list[Report | SdopsError] = []
+            for each in builds:
+                how = {**options, "set_": each.settings, "inputs": each.inputs, "output": each.output}
+                with of_recipe(each.recipe.name):
+                    is_kept = is_there(each, progress)
+                    done.append(
+                        Report("build", data={"kept": True}) if is_kept else build(each.recipe, dry_run=True, **how)
+                    )
         else:
             done = build_many(builds, workers=workers, cluster=cluster, progress=progress)
     return many_report(builds, done, time.monotonic() - begin, dry_run=dry_run)
@@ -105,6 +117,8 @@ def results_folder(path: Path, *, keep: bool) -> Iterator[None]:
     Raises:
         OutputError: it is not there and cannot be made.
     """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"several results need a folder, `{path}` is a file", hint="`-o FOLDER`")
     new = not path.exists()
     if new:
         try:

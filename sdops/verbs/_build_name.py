@@ -9,6 +9,7 @@ from pathlib import Path
 from sdops.verbs._adapter_peek import is_adapter
 from sdops.verbs._recipe_check import Checked, CheckedStep
 from sdops.verbs._recipe_inputs import FilePath
+from sdops.verbs._recipe_text import Scalar, spelled
 
 _ENDINGS = {"ckpt": ".ckpt", "gguf": ".gguf", "diffusers": "", "peft": ".peft"}  # what is no safetensors file
 _MADE_OF = {"merge": "models", "convert": "file"}  # these make LoRAs of LoRAs
@@ -32,9 +33,8 @@ def derived_name(checked: Checked, settings: Mapping[str, object], inputs: Mappi
     return ".".join([stem, *set_]) + (Path(own).suffix if isinstance(own, str) else _ending(checked, inputs))
 
 
-def _short(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return "".join(sign if sign.isalnum() or sign in "+-._" else "_" for sign in text)[:60]
+def _short(value: Scalar) -> str:
+    return "".join(sign if sign.isalnum() or sign in "+-._" else "_" for sign in spelled(value))[:60]
 
 
 def _ending(checked: Checked, inputs: Mapping[str, FilePath]) -> str:

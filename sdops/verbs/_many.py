@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,7 @@ from sdops.verbs._many_jobs import Build, Failed, PlannedWithStored, guarded, ru
 from sdops.verbs._recipe_check import Checked
 from sdops.verbs._recipe_check_embed import is_embed
 from sdops.verbs._recipe_plan import Planned
+from sdops.verbs._recipe_told import of_recipe
 
 Result = Report | str | Failed
 
@@ -126,8 +127,15 @@ def _checked(builds: Sequence[Build], progress: Progress) -> tuple[list[Build], 
     targets = Counter(os.path.realpath(build.output) for build in builds)
     twice = next((build.output for build in builds if targets[os.path.realpath(build.output)] > 1), None)
     if twice is not None:
-        raise OutputError(f"`{twice}` would be written by {targets[os.path.realpath(twice)]} builds", hint="rename one")
-    found = [_checked_one(build, progress) for build in builds]
+        raise OutputError(
+            f"`{twice}` would be written by {targets[os.path.realpath(twice)]} builds",
+            hint="give their recipes other names",
+        )
+    are_alike = len({build.recipe.name for build in builds}) == 1  # a sweep
+    found = []
+    for build in builds:
+        with nullcontext() if are_alike else of_recipe(build.recipe.name):
+            found.append(_checked_one(build, progress))
     return [build for build, _ in found], [nbytes for _, nbytes in found]
 
 

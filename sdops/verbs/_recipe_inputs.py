@@ -7,7 +7,7 @@ addresses. Whatever lies elsewhere, whoever builds it has to name on the command
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,12 +33,14 @@ class Found:
         input: What the recipe says.
         address: A path, or `hf://...`.
         given: Whether the caller named it.
+        root: The folder that all of it has to lie below; None = anywhere.
         checked: Whether it hashes to what the recipe expects.
     """
 
     input: Input
     address: str
     given: bool
+    root: Path | None = None
     checked: bool = False
     _opened: FileSource | None = field(default=None, repr=False)
 
@@ -47,13 +49,18 @@ class Found:
 
         Raises:
             SdopsError: it cannot be read.
+            UsageError: part of it is a link that leads outside.
         """
         if self._opened is None:
             from sdops.formats import open_source
             from sdops.verbs._adapter_peek import is_adapter, open_adapter_file
 
             adapter = is_adapter(self.address)
-            self._opened = open_adapter_file(Path(self.address)) if adapter else open_source(self.address)
+            opened = open_adapter_file(Path(self.address)) if adapter else open_source(self.address)
+            self._opened = opened
+            if self.root is not None:  # what an index names, is known only now
+                for file in opened.files:
+                    _check_inside(file, self.root, self.input)
         return self._opened
 
     def files(self) -> list[Path]:
@@ -98,9 +105,7 @@ def find_inputs(
         raise UsageError(f"`{recipe.name}` has to be given {names}", hint=told, inputs=[one.name for one in lacking])
     folders = [folder for folder in (recipe.folder, Path(), *map(Path, roots)) if folder is not None]
     return {
-        name: Found(one, os.fspath(given[name]), given=True)
-        if name in given
-        else Found(one, _locate(one, folders), given=False)
+        name: Found(one, os.fspath(given[name]), given=True) if name in given else _locate(one, folders)
         for name, one in recipe.inputs.items()
         if name in wanted
     }
@@ -110,7 +115,7 @@ def _option(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _locate(one: Input, folders: Sequence[Path]) -> str:
+def _locate(one: Input, folders: Sequence[Path]) -> Found:
     """A file below one of the folders.
 
     Raises:
@@ -118,13 +123,14 @@ def _locate(one: Input, folders: Sequence[Path]) -> str:
         SdopsError: it is in none of them.
     """
     if one.file.startswith(HUB):
-        return one.file
+        return Found(one, one.file, given=False)
     check_relative(one.file, f"inputs.{one.name}.file")
     for folder in folders:
         path = folder / one.file
-        if path.exists():
-            _check_inside(path, folder, one)
-            return str(path)
+        if os.path.exists(path):  # false for names that no file can have, where Path.exists raises an error
+            for part in (path, *_links(path)):
+                _check_inside(part, folder, one)
+            return Found(one, str(path), given=False, root=folder)
     looked = dict.fromkeys("this folder" if folder.resolve() == Path.cwd() else f"`{folder}`" for folder in folders)
     raise SdopsError(
         f"`inputs.{one.name}`: `{shorten(one.file)}` is {'neither' if len(looked) > 1 else 'not'} in "
@@ -135,13 +141,19 @@ def _locate(one: Input, folders: Sequence[Path]) -> str:
     )
 
 
+def _links(path: Path) -> Iterator[Path]:
+    """The links in a folder, such as diffusers saves."""
+    for folder, folders, files in os.walk(path):
+        yield from (link for name in (*folders, *files) if (link := Path(folder, name)).is_symlink())
+
+
 def _check_inside(path: Path, folder: Path, one: Input) -> None:
     """Refuse links that lead out of the folder."""
     real, root = path.resolve(), folder.resolve()
     if root not in (real, *real.parents):
         raise UsageError(
-            f"`inputs.{one.name}.file`: `{one.file}` is a link that leads outside",
-            hint=f"`--{_option(one.name)} {path}` allows it",
+            f"`inputs.{one.name}.file`: `{shorten(str(path))}` is a link that leads outside",
+            hint=f"`--{_option(one.name)} {folder / one.file}` allows it",
             path=f"inputs.{one.name}.file",
         )
 

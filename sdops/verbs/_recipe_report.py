@@ -10,6 +10,7 @@ from sdops.report import Report, Section
 from sdops.text import duration, shorten, size
 from sdops.verbs._recipe_check import CheckedStep
 from sdops.verbs._recipe_plan import Planned
+from sdops.verbs._recipe_text import spelled
 
 
 def build_report(
@@ -44,7 +45,7 @@ def build_report(
         (verb, f"{output}{_size(output, done, dry_run=dry_run)}" + ("" if dry_run else f" in {duration(seconds)}")),
     ]
     if checked.values:
-        rows.append(("parameters", ", ".join(f"{name} {value}" for name, value in checked.values.items())))
+        rows.append(("parameters", ", ".join(f"{name} {spelled(value)}" for name, value in checked.values.items())))
     report.sections = [
         Section("", rows),
         Section("Inputs", [(name, _described(planned, name)) for name in planned.found]),

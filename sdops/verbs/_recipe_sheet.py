@@ -17,7 +17,7 @@ from sdops.formats import open_source
 from sdops.report import HEAT, Progress, Report, Section
 from sdops.text import count, duration
 from sdops.verbs._recipe_inputs import Found
-from sdops.verbs._recipe_text import Scalar
+from sdops.verbs._recipe_text import Scalar, spelled
 
 FARTHEST = 1.0  # the relative distance that is shown hottest at most
 
@@ -168,11 +168,6 @@ def _numbers(cell: Cell) -> list[str]:
     if not cell.distances:
         return []
     return [f"{cell.norm:.6g}", *(f"{blocks['']:.4g}" for blocks in cell.distances.values())]
-
-
-def spelled(value: Scalar) -> str:
-    """A parameter's value for people."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _blocks(found: Sequence[Cell], name: str) -> Section:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sdops.text import count
 from sdops.verbs import _html
-from sdops.verbs._recipe_sheet import Cell, spelled
-from sdops.verbs._recipe_text import Recipe
+from sdops.verbs._recipe_sheet import Cell
+from sdops.verbs._recipe_text import Recipe, spelled
 
 
 def write_page(path: Path, recipe: Recipe, found: Sequence[Cell]) -> None:

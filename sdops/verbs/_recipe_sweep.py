@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from itertools import product
 from math import prod
 
@@ -30,6 +30,7 @@ def read_settings(recipe: Recipe, words: Sequence[str]) -> dict[str, object]:
         UsageError: a text has no `=`, or its value is of another type than the parameter.
     """
     found: dict[str, list[object]] = {}
+    ranges: set[str] = set()  # one value of which is a sweep, too
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
@@ -37,15 +38,19 @@ def read_settings(recipe: Recipe, words: Sequence[str]) -> dict[str, object]:
         name = name.strip().replace("-", "_")
         one = recipe.parameters.get(name)
         found.setdefault(name, []).extend([text] if one is None else _values(one, text))
-    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+        ranges |= {name} if one is not None and _is_number(one) and ":" in text else set()
+    return {name: values[0] if len(values) == 1 and name not in ranges else values for name, values in found.items()}
+
+
+def _is_number(one: Parameter) -> bool:
+    return isinstance(one.default, int | float) and not isinstance(one.default, bool)
 
 
 def _values(one: Parameter, text: str) -> Iterator[Scalar]:
     """The values that a text stands for."""
-    is_number = isinstance(one.default, int | float) and not isinstance(one.default, bool)
-    if is_number and ":" in text:
+    if _is_number(one) and ":" in text:
         yield from (read_value(one, number) for number in _steps(one, text))
-    elif is_number or one.choices:
+    elif _is_number(one) or one.choices:
         yield from (read_value(one, part) for part in text.split(","))
     else:
         yield read_value(one, text)
@@ -60,7 +65,7 @@ def _steps(one: Parameter, text: str) -> Iterator[str]:
     try:
         start, end, by = map(Decimal, span.groups())
         number = int((end - start) / by) if by else -1
-    except (InvalidOperation, OverflowError):
+    except ArithmeticError:  # thousands of digits
         number = -1
     if number < 0 or (end - start) * by < 0:
         raise wrong(path, f"`{text}` never ends", "a step that leads from the first to the last, e.g. 0.1:0.9:0.1")

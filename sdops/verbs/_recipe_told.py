@@ -29,6 +29,18 @@ def told(step: Step, arguments: Mapping[str, Any]) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def of_recipe(name: object) -> Iterator[None]:
+    """Let errors say which of many recipes they come from."""
+    try:
+        yield
+    except SdopsError as error:
+        if str(name) not in error.message:
+            error.message = f"`{name}`: {error.message}"
+            error.args = (error.message,)
+        raise
+
+
 def _key_of(error: SdopsError, arguments: Mapping[str, Any]) -> str:
     """The key that an error speaks of, or an empty text."""
     said = [str(error.data[name]) for name in ("knob", "option") if name in error.data]

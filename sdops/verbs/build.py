@@ -81,6 +81,8 @@ def build(
     if not isinstance(recipe, Recipe) and (folder := hub.located(recipe)).is_dir():
         from sdops.verbs._build_folder import build_folder
 
+        if html is not None:
+            raise _no_sweep()
         how: dict[str, Any] = {
             "root": root,
             "ignore_hashes": ignore_hashes,
@@ -104,13 +106,17 @@ def build(
     if any(isinstance(value, list | tuple) for value in settings.values()):
         return _sweep(text, settings, given, output, tuple(root), html, running, ignore_hashes=ignore_hashes)
     if html is not None:
-        raise UsageError("a page shows a sweep", hint="give a parameter several values: `--set NAME=0.1:0.9:0.1`")
+        raise _no_sweep()
     checked = check_recipe(text, settings)
     from sdops.verbs._build_name import derived_name
     from sdops.verbs._recipe_build import Job, build_job
 
     path = Path(output) if output is not None else Path(derived_name(checked, settings, given))
     return build_job(Job(text, checked.values, given, path, tuple(root), ignore_hashes), running)
+
+
+def _no_sweep() -> UsageError:
+    return UsageError("a page shows a sweep", hint="give a parameter of a recipe several values: `--set NAME=0:1:0.1`")
 
 
 def _sweep(

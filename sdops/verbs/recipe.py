@@ -96,19 +96,21 @@ def ls(folder: FilePath = ".") -> Report:
     from sdops.errors import SdopsError
     from sdops.presets import names, preset_file
 
-    rows, data = [], []
+    rows, data, broken = [], [], []
     files = [*sorted(hub.located(folder).glob("*.toml")), *(preset_file(name) for name in names())]
     for file in files:
         is_preset = file.parent == preset_file("x").parent
         try:
             one = find_recipe(file)
-        except SdopsError:
+        except SdopsError as error:
+            broken.append(f"`{file}` is left out: {error.message}")
             continue
         name = one.name if is_preset else str(file)
         roles = [f"--{key.replace('_', '-')}" for key, each in one.inputs.items() if not each.file]
         rows.append((name, one.about, " ".join(roles)))
         data.append({"recipe": name, "about": one.about, "inputs": list(one.inputs), "preset": is_preset})
     report = Report("recipe ls", {"recipes": data}, result=[row[0] for row in rows])
+    report.warnings = broken
     report.sections = [Section("", rows, ("recipe", "what it is for", "to give"))]
     return report
 
@@ -213,6 +215,7 @@ def _text_report(verb: str, text: str) -> Report:
 def _write(path: Path, text: str, *, force: bool) -> None:
     if path.exists() and not force:
         raise OutputError(f"`{path}` exists already", hint="`--force` replaces it; `-o` names another file", path=path)
+    check_parent(path)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,26 @@ def test_links_that_lead_outside_are_refused_unless_given(recipe, models, tmp_pa
     with pytest.raises(UsageError, match="leads outside"):
         sdops.build(made, inputs={"model": "m1.safetensors"})
     sdops.build(made, inputs={"model": "m1.safetensors", "other": "link.safetensors"})
+
+
+@pytest.mark.parametrize("file", ["folder", "m.safetensors.index.json"])
+def test_what_an_input_consists_of_cannot_lie_elsewhere(recipe, models, tmp_path_factory, file):
+    tensors = tiny.checkpoint(2)
+    outside = tiny.write(tmp_path_factory.mktemp("outside") / "secret.safetensors", tensors)
+    Path("link.safetensors").symlink_to(outside)
+    Path("m.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "link.safetensors")}))
+    Path("folder/unet").mkdir(parents=True)
+    Path("folder/unet/diffusion_pytorch_model.safetensors").symlink_to(outside)
+    made = recipe(ONE.format(f'"{file}"'))
+    with pytest.raises(UsageError, match=r"`inputs.other.file`: `.*` is a link that leads outside"):
+        sdops.build(made, inputs={"model": "m1.safetensors"}, dry_run=True)
+    if file != "folder":
+        sdops.build(made, inputs={"model": "m1.safetensors", "other": file}, dry_run=True)
+
+
+def test_a_name_that_no_file_can_have_is_told(recipe, models):
+    with pytest.raises(SdopsError, match=r"`inputs.other`: `x+… .*is not in"):
+        sdops.build(recipe(ONE.format(f'"{"x" * 5000}"')), inputs={"model": "m1.safetensors"})
 
 
 @pytest.mark.parametrize("file", ["https://example.com/x.safetensors", "file:///etc/passwd", "s3://b/x"])

@@ -50,6 +50,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["alpha=0.1, 0.5,0.9"], {"alpha": [0.1, 0.5, 0.9]}),
         (["alpha=0.1", "alpha=0.5"], {"alpha": [0.1, 0.5]}),
         (["alpha=0.3"], {"alpha": 0.3}),
+        (["alpha=0.3:0.3:0.1"], {"alpha": [0.3]}),
         (["method=slerp,weighted-sum"], {"method": ["slerp", "weighted-sum"]}),
         (["note=0.1, IN00=0.2"], {"note": "0.1, IN00=0.2"}),
     ],
@@ -58,7 +59,10 @@ def test_values_are_read(recipe, words, values):
     assert read_settings(recipe, words) == values
 
 
-@pytest.mark.parametrize("word", ["alpha=0:1:0", "alpha=0:1:-0.1", "alpha=0:1:1e-9", "alpha=x", "alpha", "alpha=0:1"])
+WRONG = ["alpha=0:1:0", "alpha=0:1:-0.1", "alpha=0:1:1e-9", "alpha=x", "alpha", "alpha=0:1", "alpha=0:1e9999999:1"]
+
+
+@pytest.mark.parametrize("word", WRONG)
 def test_what_is_no_value_is_refused(recipe, word):
     with pytest.raises(UsageError):
         read_settings(recipe, [word])
@@ -128,3 +132,8 @@ def test_nothing_is_built_if_one_cell_cannot_be(recipe):
         sdops.build(recipe, set_={"alpha": [0.1, 0.5]}, output="x.safetensors")
     with pytest.raises(UsageError, match="shows a sweep"):
         sdops.build(recipe, html="x.html", output="y.safetensors")
+
+
+def test_values_that_are_close_have_names_of_their_own(recipe):
+    trial = sdops.build(recipe, set_={"alpha": [0.1234567, 0.1234568]}, output="out", dry_run=True)
+    assert trial.result == ["out/mix.alpha0.1234567.safetensors", "out/mix.alpha0.1234568.safetensors"]
