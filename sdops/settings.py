@@ -32,11 +32,16 @@ def cache_directory() -> Path:
 
 def hub_cache_directory() -> Path:
     """Where huggingface_hub keeps downloads, by its own rules and without importing it."""
-    if own := os.environ.get("HF_HUB_CACHE"):
-        return Path(own).expanduser()
-    home = os.environ.get("HF_HOME")
+    if own := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(os.path.expandvars(os.path.expanduser(own)))
     xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home or Path(xdg) / "huggingface").expanduser() / "hub"
+    home = os.environ.get("HF_HOME") or os.path.join(xdg, "huggingface")
+    return Path(os.path.expandvars(os.path.expanduser(home))) / "hub"
+
+
+def hub_endpoint() -> str:
+    """The Hub's address, if it is another than huggingface.co."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/")
 
 
 def hub_retries() -> int:

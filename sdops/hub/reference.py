@@ -17,7 +17,7 @@ _REFERENCE = re.compile(
     rf"hf:/{{1,2}}(?:models/)?(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
 )
 _LINK = re.compile(
-    rf"https?:/{{1,2}}(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>{_NAME}/{_NAME})(?:/(?:resolve|blob|tree)/(?P<rest>.+?)(?:\?.*)?)?/?"
+    rf"https?:/{{1,2}}(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>{_NAME}/{_NAME})(?:/(?:resolve|blob|tree)/(?P<rest>.+?))?/?(?:\?.*)?"
 )
 _EXAMPLE = "hf://owner/repo/model.safetensors"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -56,25 +56,37 @@ def parse(text: str) -> Reference:
     if text.startswith(("https:/", "http:/")):
         return _parse_link(text)
     if re.match(r"hf:/{1,2}(datasets|spaces|buckets|kernels)/", text):
-        raise UsageError(f"`{text}` is no repository of models", hint=f"a model is called `{_EXAMPLE}`")
+        raise UsageError(f"`{_harmless(text)}` is no repository of models", hint=f"a model is called `{_EXAMPLE}`")
     found = _REFERENCE.fullmatch(text)
     if found is None:
-        raise UsageError(f"`{text}` is no reference to the Hub", hint=f"write it as `{_EXAMPLE}`")
+        raise UsageError(f"`{_harmless(text)}` is no reference to the Hub", hint=f"write it as `{_EXAMPLE}`")
     path = found["path"] or ""
     _check_path(text, path)
     return Reference(found["repo"], unquote(found["revision"] or ""), path)
 
 
 def _parse_link(text: str) -> Reference:
-    found = _LINK.fullmatch(text)
+    found = _LINK.fullmatch(_at_home(text))
     if found is None:
-        raise UsageError(f"`{text}` is no link to a model on the Hub", hint=f"write it as `{_EXAMPLE}`")
+        raise UsageError(f"`{_harmless(text)}` is no link to a model on the Hub", hint=f"write it as `{_EXAMPLE}`")
     rest = found["rest"] or ""
     match = re.match(r"refs/(?:pr|convert)/[^/]+|refs%2F[^/]+|[^/]+", rest)
     revision = unquote(match[0]) if match else ""
     path = unquote(rest[match.end() :].lstrip("/")) if match else ""
     _check_path(text, path)
     return Reference(found["repo"], "" if revision == MAIN else revision, path)
+
+
+def _at_home(link: str) -> str:
+    """A link to the Hub that HF_ENDPOINT names, as if it led to huggingface.co."""
+    slashes = re.sub(r"(https?):/+", r"\1://", link, count=1)
+    home = settings.hub_endpoint()
+    return f"https://huggingface.co{slashes.removeprefix(home)}" if home and slashes.startswith(f"{home}/") else link
+
+
+def _harmless(text: str) -> str:
+    """A text for messages, without secrets: before the host of a link, behind a question mark, or tokens."""
+    return re.sub(r"(?<=/)[^/@\s]*:[^/@\s]*@|(?<=\?).*|\bhf_\w{8,}", "...", text)
 
 
 def cached_reference(path: Path) -> str:
@@ -99,4 +111,4 @@ def _check_path(text: str, path: str) -> None:
     """No way out of the repository: dots would be resolved by the server, with the user's token."""
     parts = path.rstrip("/").split("/") if path else []
     if any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts):
-        raise UsageError(f"`{text}` names no file of a repository", hint=f"write it as `{_EXAMPLE}`")
+        raise UsageError(f"`{_harmless(text)}` names no file of a repository", hint=f"write it as `{_EXAMPLE}`")

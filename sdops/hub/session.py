@@ -133,12 +133,12 @@ def is_local(error: BaseException) -> bool:
     return type(error).__module__ == "builtins" and isinstance(error, OSError) and not is_transport(error)
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     return getattr(response, "status_code", None)
 
 
-def _retry_after(error: Exception) -> float | None:
+def _retry_after(error: BaseException) -> float | None:
     """Seconds that a busy Hub asks for."""
     headers: Any = getattr(getattr(error, "response", None), "headers", {})
     text = str(headers.get("Retry-After") or "")
@@ -146,7 +146,7 @@ def _retry_after(error: Exception) -> float | None:
     return float(text) if text.isdigit() else float(limit[1]) if limit else None
 
 
-def explained(what: Reference, error: Exception) -> HubError:
+def explained(what: Reference, error: BaseException) -> HubError:
     """A failure of huggingface_hub, or of the connection, in our words. Told by status and code, not by its text."""
     kind, status = type(error).__name__, _status(error)
     headers: Any = getattr(getattr(error, "response", None), "headers", {})
@@ -166,7 +166,7 @@ def explained(what: Reference, error: Exception) -> HubError:
     return HubError(f"the request for `{what}` failed ({kind})", hint=_look(what), reason="refused")
 
 
-def _refused(what: Reference, error: Exception, status: int) -> HubError:
+def _refused(what: Reference, error: BaseException, status: int) -> HubError:
     """What an answer other than success says."""
     if status in _BY_STATUS:
         return _BY_STATUS[status](what) if status != 429 else _busy(what, _retry_after(error))
@@ -180,16 +180,16 @@ def _refused(what: Reference, error: Exception, status: int) -> HubError:
     return HubError(f"the Hub refuses the request for `{what}` ({status})", hint=_look(what), reason="refused")
 
 
-def _unreachable(error: Exception) -> HubError:
+def _unreachable(error: BaseException) -> HubError:
     """What a connection did, by the name of the client's error and what is behind it."""
-    kind, causes = type(error).__name__, _causes(error)
-    if any(isinstance(cause, ssl.SSLError) for cause in causes):
+    kind, reasons = type(error).__name__, causes(error)
+    if any(isinstance(cause, ssl.SSLError) for cause in reasons):
         return HubError(
             f"no secure connection to `{endpoint()}` can be made: its certificate is not trusted, or it speaks no TLS",
             hint="check HF_ENDPOINT and the clock; SSL_CERT_FILE names the certificates of a company's proxy",
             reason="unreachable",
         )
-    if any(isinstance(cause, socket.gaierror) for cause in causes):
+    if any(isinstance(cause, socket.gaierror) for cause in reasons):
         return HubError(
             f"there is no host `{urlsplit(endpoint()).hostname}`, or no network to ask for it",
             hint="check the network and HF_ENDPOINT; what was downloaded before is found with HF_HUB_OFFLINE=1",
@@ -214,7 +214,7 @@ def _unreachable(error: Exception) -> HubError:
     )
 
 
-def _causes(error: BaseException | None) -> list[BaseException]:
+def causes(error: BaseException | None) -> list[BaseException]:
     """An error and what led to it."""
     found: list[BaseException] = []
     while error is not None and error not in found:

@@ -19,6 +19,7 @@ from sdops.hub.listing import Listing, listing
 from sdops.hub.reference import Reference
 from sdops.hub.session import (
     api,
+    causes,
     client,
     endpoint,
     explained,
@@ -143,7 +144,8 @@ def upload(
         return Uploaded(f"{endpoint()}/{what.repo}", found.commit, ())
     try:
         done = _commit(what, files, found, message=message, pull_request=pull_request)
-    except Exception as error:  # noqa: BLE001 -- all that a foreign library raises becomes a HubError
+    except Exception as raised:  # noqa: BLE001 -- all that a foreign library raises becomes a HubError
+        error = next((cause for cause in causes(raised) if is_transport(cause) or hasattr(cause, "response")), raised)
         if not is_transport(error):
             raise _refused(what, error) from None
         done = None
@@ -191,7 +193,7 @@ def _commit(
     return done
 
 
-def _refused(what: Reference, error: Exception) -> HubError:
+def _refused(what: Reference, error: BaseException) -> HubError:
     if getattr(getattr(error, "response", None), "status_code", None) == 412:
         return HubError(
             f"`{what.repo}` changed while the files were uploaded: nothing was added",

@@ -26,6 +26,7 @@ from sdops.verbs._model_card import MARK, Published
 _CARD = "README.md"
 _MODELS = (".safetensors", ".gguf")
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _ZIP, _PICKLE = b"PK\3\4", re.compile(rb"\x80[\x02-\x05]")
 
 
@@ -66,7 +67,7 @@ def push(
 
     Raises:
         UsageError: `repo` is no name of a repository.
-        FormatError: a file is damaged, or a pickle.
+        FormatError: a file is damaged, a pickle, or holds a token.
         HubError: the Hub does not take it, for whatever reason; `data["reason"]` tells which.
     """
     hub.show_progress(progress)
@@ -84,6 +85,8 @@ def push(
         upload.check_token(what)
     facts = {name: (file.stat().st_size, sha256(file, progress)) for name, file in files.items()}
     model = _describe(hub.located(path), what.repo, files, facts)
+    if model is not None:
+        _check_secrets(model)
     report = Report("push")
     contents: dict[str, Path | bytes] = dict(files)
     found = upload.existing(what)
@@ -197,6 +200,17 @@ def _describe(
         if not found.main:  # a folder that is one model
             break
     return found
+
+
+def _check_secrets(model: Published) -> None:
+    """Raises FormatError if metadata hold what gives others the owner's rights."""
+    for name, metadata in model.models.items():
+        for key, text in metadata.items():
+            if _TOKEN.search(text):
+                raise FormatError(
+                    f"the metadata `{key}` hold what looks like a token of the Hub",
+                    hint=f"`sdops meta {name or 'FILE'} --unset {key}` removes it; revoke the token if others saw it",
+                )
 
 
 def _models_of(found: Listing | None) -> dict[str, tuple[int, str]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sdops import hub, standin
+from sdops.core.sink import check_parent
 from sdops.errors import FormatError, OutputError
 from sdops.report import Progress, Report, Section, silent
 from sdops.text import count

@@ -123,6 +123,39 @@ def test_a_card_that_somebody_wrote_is_kept(hub, sdops, merged, model):
     assert at(hub, "ann/old")["a.safetensors"].data == model
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault("PUT /", times=99, status=403), "your token is not allowed"),
+        (Fault("PUT /", times=99, status=418), "refuses the request for `hf://ann/mix` (418)"),
+    ],
+    ids=["forbidden", "refused"],
+)
+def test_contents_that_are_not_taken_leave_nothing(hub, sdops, merged, fault, message):
+    hub.contents.clear()
+    hub.faults.append(fault)
+    done = sdops("push", merged, "ann/mix", "--private", **WRITER)
+    assert done.code == 1
+    assert message in done.err
+    assert list(at(hub, "ann/mix")) == [".gitattributes"]
+    hub.faults.clear()
+    assert sdops("push", merged, "ann/mix", "--private", **WRITER).code == 0
+
+
+def test_tokens_are_not_published(hub, sdops, tmp_path, model):
+    token = f"hf_{'aB3' * 12}"
+    size = int.from_bytes(model[:8], "little")
+    header = json.loads(model[8 : 8 + size])
+    header["__metadata__"] = {"note": f"wget https://u:{token}@huggingface.co"}
+    text = json.dumps(header).encode()
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + model[8 + size :])
+    for words in ((), ("--dry-run",)):
+        done = sdops("push", "m.safetensors", "ann/m", *words, **WRITER)
+        assert done.code == 1
+        assert "the metadata `note` hold what looks like a token" in done.err
+    assert not hub.requests()
+
+
 def test_nothing_is_published_that_was_not_asked_for(hub, sdops, merged):
     hub.add("ann/open", {"x.txt": b"x"})
     refused = {

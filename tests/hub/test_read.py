@@ -253,6 +253,31 @@ def test_malformed_references_ask_nobody(hub, sdops, text):
     assert not hub.log
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://ann:hf_reader@huggingface.co/ann/m",
+        "https://huggingface.co/spaces/ann/m?token=hf_reader",
+        "hf://ann:hf_reader@ann/m",
+        "hf://datasets/ann/hf_reader12345",
+    ],
+)
+def test_no_secret_of_a_link_is_shown(sdops, text):
+    done = sdops("inspect", text)
+    assert done.code == 2
+    assert "..." in done.err  # and no token, as `sdops` itself compares
+
+
+def test_links_of_the_hub_in_use(hub, sdops, model):
+    """As `push` prints them, and browsers show them."""
+    hub.add("ann/m", {"my m.safetensors": model})
+    for link in (f"{hub.url}/ann/m", f"{hub.url}/ann/m/blob/main/my%20m.safetensors?download=true"):
+        assert sdops("inspect", link, "-q").out.startswith("hf://ann/m/my m.safetensors: ")
+    done = sdops("recipe", "cp", "anime", "-o", "hf://ann/m/r.toml")
+    assert done.code == 1
+    assert "outputs are written to this disk" in done.err
+
+
 def _header(path: Path) -> dict:
     data = path.read_bytes()
     return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sdops.settings import hub_cache_directory
 from tests.custom_diffusion import files as custom_files
 from tests.embeddings import files as embedding_files
 from tests.hypernetworks import files as hypernetwork_files
@@ -107,3 +108,15 @@ def test_personalisation_files_of_the_hub(hub, sdops, tmp_path):
     assert sorted(path.name for path in Path(tmp_path).glob("*.*") if path.name[0] != ".") == [
         "half.safetensors", "inner.safetensors", "linear.safetensors", "two.pt",
     ]  # fmt: skip
+
+
+def test_the_cache_is_where_huggingface_hub_has_it(monkeypatch):
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("DISK", "/disk")
+    assert hub_cache_directory() == Path("/home/ann/.cache/huggingface/hub")
+    for name, text, place in (("HF_HOME", "$DISK/hf", "/disk/hf/hub"), ("HUGGINGFACE_HUB_CACHE", "~/old", "/home/ann/old"),
+                              ("HF_HUB_CACHE", "$DISK/cache", "/disk/cache")):  # fmt: skip
+        monkeypatch.setenv(name, text)
+        assert hub_cache_directory() == Path(place)
