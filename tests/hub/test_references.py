@@ -116,7 +116,11 @@ def test_the_cache_is_where_huggingface_hub_has_it(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.setenv("DISK", "/disk")
     assert hub_cache_directory() == Path("/home/ann/.cache/huggingface/hub")
-    for name, text, place in (("HF_HOME", "$DISK/hf", "/disk/hf/hub"), ("HUGGINGFACE_HUB_CACHE", "~/old", "/home/ann/old"),
-                              ("HF_HUB_CACHE", "$DISK/cache", "/disk/cache")):  # fmt: skip
+    places = {
+        "HF_HOME": ("$DISK/hf", "/disk/hf/hub"),
+        "HUGGINGFACE_HUB_CACHE": ("~/old", "/home/ann/old"),
+        "HF_HUB_CACHE": ("$DISK/cache", "/disk/cache"),
+    }
+    for name, (text, place) in places.items():
         monkeypatch.setenv(name, text)
         assert hub_cache_directory() == Path(place)
