@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from sdops.errors import UsageError
-from sdops.text import suggest
+from sdops.text import instead_of
 from sdops.verbs._recipe_text import Step
 from sdops.verbs._recipe_told import told
 
@@ -23,9 +25,66 @@ def check_values(step: Step, arguments: Mapping[str, Any]) -> None:
     Raises:
         UsageError: with the path of the key.
     """
-    if check := _CHECKS.get(step.verb):
-        with told(step, arguments):
+    with told(step, arguments):
+        for key in arguments.keys() & _NAMES.keys():
+            _NAMES[key](step.verb, arguments[key])
+        if check := _CHECKS.get(step.verb):
             check(arguments)
+
+
+def _device(verb: str, word: str) -> None:
+    del verb
+    from sdops.core.accel import DEVICES
+
+    _check_known("device", word, DEVICES)
+
+
+def _architecture(verb: str, word: str) -> None:
+    del verb
+    from sdops.verbs._adapter_names import ARCHITECTURES
+
+    _check_known("architecture", word, dict.fromkeys(one.family for one in ARCHITECTURES))
+
+
+def _layout(verb: str, word: str) -> None:
+    if verb in ("extract", "resize"):
+        from sdops.dialects import ORDER
+
+        _check_known("to", word, ORDER)
+    elif verb.startswith("embed "):
+        from sdops.verbs._embed_write import check_layout
+
+        check_layout(word)
+
+
+def _mode(verb: str, word: str) -> None:
+    from sdops.verbs._embed_merge import MODES
+
+    if verb == "embed merge":
+        _check_known("mode", word, MODES)
+
+
+def _loras(verb: str, items: Sequence[Any]) -> None:
+    """What is a number for any model; blocks are read when the model is known."""
+    del verb
+    for item in items:
+        strength = item[1] if isinstance(item, list) else item.partition(":")[2]
+        words = re.findall(r"(?:^|:(?:te|unet)=)\s*([^:,\s]+)\s*(?=:|$)", str(strength))
+        for word in [strength] if isinstance(strength, float) else words:
+            if _is_no_strength(word):
+                raise UsageError(f"`{word}` is no strength", hint='`"style:0.8"` or `["style", 0.8]`', option="lora")
+
+
+def _is_no_strength(word: object) -> bool:
+    try:
+        return not isfinite(float(str(word)))
+    except ValueError:
+        return False  # rules or block weights
+
+
+def _check_known(key: str, word: str, known: Iterable[str]) -> None:
+    if word not in (words := list(known)):
+        raise UsageError(f"cannot be `{word}`", hint=instead_of(word, words), option=key)
 
 
 def _ranks(arguments: Mapping[str, Any]) -> None:
@@ -40,10 +99,7 @@ def _conversion(arguments: Mapping[str, Any]) -> None:
     from sdops.verbs._convert_wish import TARGETS, check, parse_dtypes
 
     to = arguments.get("to", "safetensors")
-    if to not in (*TARGETS, *ORDER):
-        close = suggest(to, (*TARGETS, *ORDER))
-        hint = f"did you mean `{close}`?" if close else f"choose one of {', '.join((*TARGETS, *ORDER))}"
-        raise UsageError(f"cannot be `{to}`", hint=hint, option="to")
+    _check_known("to", to, (*TARGETS, *ORDER))
     if to in TARGETS:
         check(to, arguments.get("ema", "keep"), arguments.get("shard"))
         try:
@@ -53,6 +109,13 @@ def _conversion(arguments: Mapping[str, Any]) -> None:
             raise
 
 
+_NAMES: Mapping[str, Callable[[str, Any], None]] = {
+    "device": _device,
+    "architecture": _architecture,
+    "to": _layout,
+    "mode": _mode,
+    "lora": _loras,
+}
 _CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
     "extract": _ranks,
     "resize": _ranks,

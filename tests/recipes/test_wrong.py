@@ -17,6 +17,7 @@ from tests import tiny
 INPUTS = '[inputs]\na = "hf://owner/repo/a.safetensors"\nb = "hf://owner/repo/b.safetensors"\n'
 MERGE = '[[steps]]\nverb = "merge"\nmodels = ["a", "b"]\n'
 EXTRACT = '[[steps]]\nverb = "extract"\ntuned = "a"\nbase = "b"\n'
+APPLY = '[[steps]]\nverb = "apply"\nmodel = "a"\nlora = '
 CONVERT = '[[steps]]\nverb = "convert"\nfile = "a"\n'
 DEEP = "[" * 30 + "]" * 30
 
@@ -54,6 +55,14 @@ WRONG = {
     EXTRACT + "rank = 4\nenergy = 0.9": ("steps.1.rank", "exclude each other", "one rule"),
     EXTRACT + "energy = 2.0": ("steps.1.energy", "from 0 to 1, not 2", "energy = 0.9"),
     EXTRACT + 'dtype = "fp17"': ("steps.1.dtype", "cannot be `fp17`", "`fp16`"),
+    EXTRACT + 'to = "kohja"': ("steps.1.to", "cannot be `kohja`", "`kohya`"),
+    EXTRACT + 'device = "cda"': ("steps.1.device", "cannot be `cda`", "`cuda`"),
+    APPLY + '["b:nan"]': ("steps.1.lora", "`nan` is no strength", '"style:0.8"'),
+    APPLY + '["b:0.5:te=inf"]': ("steps.1.lora", "`inf` is no strength", '"style:0.8"'),
+    APPLY + '[["b", inf]]': ("steps.1.lora", "`inf` is no strength", '"style:0.8"'),
+    APPLY + '["b"]\narchitecture = "sd11"': ("steps.1.architecture", "cannot be `sd11`", "did you mean"),
+    '[[steps]]\nverb = "embed merge"\nfiles = ["a", "b"]\nmode = "averag"': ("steps.1.mode", "`averag`", "`average`"),
+    '[[steps]]\nverb = "embed convert"\nfile = "a"\nto = "a11"': ("steps.1", "`a11`", ""),
     CONVERT + 'to = "saftensors"': ("steps.1.to", "cannot be `saftensors`", "`safetensors`"),
     CONVERT + 'dtype = "fp17"': ("steps.1.dtype", "no dtype `fp17`", "choose one of"),
     CONVERT + 'ema = "plain"': ("steps.1.ema", "cannot be `plain`", "choose one of"),
@@ -182,3 +191,10 @@ def test_messages_stay_short() -> None:
 def test_no_more_inputs_than_anybody_merges() -> None:
     with pytest.raises(UsageError, match="1,001 inputs are too many"):
         check("[inputs]\n" + "".join(f'i{n} = "f"\n' for n in range(1001)) + MERGE)
+
+
+@pytest.mark.parametrize(
+    "strength", ["", ":0.5", ":-1e-3", ":GRAD_V", ":0.5, IN00=0.1", ":0.3:te=0.2:lbw=ALL", ":1 0 1"]
+)
+def test_strengths_that_a_model_has_to_settle_pass(strength: str) -> None:
+    check(INPUTS + APPLY + f'["b{strength}"]')
