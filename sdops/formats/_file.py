@@ -105,6 +105,11 @@ class InputFile:
                 f"`{self.path}` went away while it was being read: {error.strerror}", hint=_AGAIN, path=self.path
             ) from None
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether every read may be a request to another machine."""
+        return self._elsewhere is not None
+
     def close(self) -> None:
         """Release the file descriptor."""
         if self.fd >= 0:

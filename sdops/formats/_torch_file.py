@@ -31,6 +31,7 @@ class TorchFile:
         file: Open; closed with this Source.
         root: The object in the pickle.
         big_endian: Whether the storages are.
+        check: Called with a storage's position before its content is read.
 
     Attributes:
         name: The file's name.
@@ -48,9 +49,11 @@ class TorchFile:
         FormatError: there are no named tensors, or they are absurdly large.
     """
 
-    def __init__(self, file: InputFile, root: Any, *, big_endian: bool = False) -> None:
+    def __init__(
+        self, file: InputFile, root: Any, *, big_endian: bool = False, check: Callable[[int], None] = lambda _: None
+    ) -> None:
         found = state_dict(file.path, root)
-        self._file = file
+        self._file, self._check = file, check
         self._big_endian = big_endian
         self._tensors = dict(sorted(found.tensors.items(), key=lambda item: item[1].position))
         self._gathered: tuple[str, bytes] = ("", b"")
@@ -73,6 +76,7 @@ class TorchFile:
         Raises:
             ChangedError: the file was cut short or written to since it was opened.
         """
+        self._check(self._tensors[key].storage.position)
         if key in self.offsets:
             self._file.read_into(self.offsets[key] + start, buffer)
             return

@@ -32,6 +32,8 @@ _MEMBER = re.compile(
 _LOCAL = "<4sHHHHHIIIHH"  # a member's own header, 30 bytes
 _LOCAL_BYTES = 30
 _ENCRYPTED = 0x1
+_ALIGNMENT, _ZIP32 = 64, 0xFFFFFFFF
+_DESCRIPTORS = (0, 12, 16, 20, 24)  # bytes behind a member: none, or its size once more
 
 
 def sniff(path: Path, head: bytes) -> bool:
@@ -63,8 +65,9 @@ def open_named(path: Path, named: Naming) -> TorchFile:
     """
     file = InputFile(path)
     try:
-        members = _members(file)
-        return TorchFile(file, named(_read_object(file, members)), big_endian=_is_big_endian(file, members))
+        members = _members(file, lazy=file.is_elsewhere)
+        root, big_endian = named(_read_object(file, members)), _is_big_endian(file, members)
+        return TorchFile(file, root, big_endian=big_endian, check=members.check)
     except BaseException:
         file.close()
         raise
@@ -83,8 +86,44 @@ def load(path: Path) -> Any:
         file.close()
 
 
-# A member: position of its first byte, size, CRC.
-_Members = dict[str, tuple[int, int, int]]
+class _Members(dict[str, tuple[int, int, int]]):
+    """Members by name: position of the first byte, size, CRC.
+
+    A member's position stands in its own header. Of a file elsewhere these would be thousands of requests: `lazy`, a
+    storage is expected where torch puts it, and `check` reads its header before its content is read.
+    """
+
+    def __init__(self, file: InputFile, *, lazy: bool) -> None:
+        super().__init__()
+        self._file, self._lazy = file, lazy
+        self._expected: dict[int, ZipInfo] = {}
+
+    def start(self, entry: ZipInfo, following: int) -> int:
+        """The position of a member's first byte; `following` is that of the next header."""
+        start = _expected_start(entry)
+        rest = following - start - entry.file_size
+        if not self._lazy or "/data/" not in entry.filename or rest not in _DESCRIPTORS:
+            return _data_start(self._file, entry)
+        self._expected[start] = entry
+        return start
+
+    def check(self, position: int) -> None:
+        """See that a storage begins there.
+
+        Raises:
+            FormatError: its own header says something else.
+        """
+        entry = self._expected.pop(position, None)
+        if entry is not None and _data_start(self._file, entry) != position:
+            _damaged(self._file, "its zip archive contradicts itself")
+
+
+def _expected_start(entry: ZipInfo) -> int:
+    """Where torch puts a member's bytes: behind a header that is filled up to a multiple of 64."""
+    start = entry.header_offset + _LOCAL_BYTES + len(entry.orig_filename.encode()) + 4
+    if max(entry.file_size, entry.header_offset) >= _ZIP32:
+        start += 4 + 16 * (entry.file_size >= _ZIP32) + 8 * (entry.header_offset >= _ZIP32)
+    return -(-start // _ALIGNMENT) * _ALIGNMENT
 
 
 def _read_object(file: InputFile, members: _Members) -> Any:
@@ -122,7 +161,7 @@ def _is_big_endian(file: InputFile, members: _Members) -> bool:
     return order == b"big"
 
 
-def _members(file: InputFile) -> _Members:
+def _members(file: InputFile, *, lazy: bool = False) -> _Members:
     """All members, with or without the folder's name: none twice, none compressed, none overlapping another."""
     entries = _directory(file)
     roots = {entry.filename.partition("/")[0] for entry in entries}
@@ -132,15 +171,16 @@ def _members(file: InputFile) -> _Members:
             hint="export the weights where it runs: `torch.save(model.state_dict(), 'weights.pt')`",
             path=file.path,
         )
-    members: _Members = {}
+    members = _Members(file, lazy=lazy)
     end = 0
-    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+    entries.sort(key=lambda entry: entry.header_offset)
+    for entry, following in zip(entries, [*(entry.header_offset for entry in entries[1:]), -1], strict=True):
         match = _MEMBER.fullmatch(entry.filename)
         if match is None or len(roots) > 1 or match["member"] in members:
             _damaged(file, "its zip archive holds what torch does not write, or one thing twice")
         if entry.compress_type or entry.compress_size != entry.file_size or entry.flag_bits & _ENCRYPTED:
             _damaged(file, "its zip archive is compressed or encrypted, which torch's never is")
-        start = _data_start(file, entry)
+        start = members.start(entry, following)
         if entry.header_offset < end or start + entry.file_size > file.size:
             _damaged(file, "members of its zip archive overlap")
         end = start + entry.file_size

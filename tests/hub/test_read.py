@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -315,3 +316,32 @@ def test_fix_finds_no_fault_with_a_sound_file_of_the_hub(hub, sdops, tmp_path, m
     assert "`fixed.safetensors` was not written" in done.err
     assert not (tmp_path / "fixed.safetensors").exists()
     assert sdops("fix", "hf://ann/one/m.safetensors", "--in-place").code == 2
+
+
+def test_a_checkpoint_of_torch_takes_a_few_requests(hub, sdops, tmp_path):
+    """Every storage has a header of its own: it is read with the storage, and must say what the directory says."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    tensors = {f"model.diffusion_model.x{i}.{end}": np.full(size, i, np.float16) for i in range(30)
+               for end, size in (("weight", 100_000), ("bias", 40))}  # fmt: skip
+    save_file(tensors, tmp_path / "local.safetensors")
+    assert sdops("convert", "local.safetensors", "--to", "ckpt", "--keep-unknown", "-o", "m.ckpt").code == 0
+    data = (tmp_path / "m.ckpt").read_bytes()
+    hub.add("ann/m", {"m.ckpt": data})
+    convert = ("convert", "hf://ann/m", "--to", "safetensors", "--keep-unknown")
+    assert sdops("inspect", "hf://ann/m").code == 0
+    assert sdops(*convert, "--dry-run").code == 0
+    assert len(hub.requests("GET /[0-9a-f]{64}")) <= 8
+    assert hub.sent() < 1_000_000
+    assert sdops(*convert, "--stream", "-o", "made.safetensors").code == 0
+    assert _tensors(tmp_path / "made.safetensors") == _tensors(tmp_path / "local.safetensors")
+    with ZipFile(tmp_path / "m.ckpt") as archive:
+        (header,) = (entry.header_offset for entry in archive.infolist() if entry.filename.endswith("/data/20"))
+    place = data.index(b"/data/20", header)
+    hub.add("ann/evil", {"m.ckpt": data[:place] + b"/data/66" + data[place + 8 :]})
+    for words in (("--stream",), ()):
+        refused = sdops("convert", "hf://ann/evil", *convert[2:], "-o", "evil.safetensors", *words)
+        assert refused.code == 1
+        assert "contradicts itself" in refused.err
+    assert not (tmp_path / "evil.safetensors").exists()
