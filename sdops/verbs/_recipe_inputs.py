@@ -63,6 +63,11 @@ class Found:
                     _check_inside(file, self.root, self.input)
         return self._opened
 
+    @property
+    def opened(self) -> FileSource | None:
+        """The file if it is open."""
+        return self._opened
+
     def files(self) -> list[Path]:
         """Where it lies on this disk, as far as it has been opened."""
         return (

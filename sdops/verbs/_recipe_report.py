@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def build_report(
         ("recipe", checked.recipe.name + (f": {checked.recipe.about}" if checked.recipe.about else "")),
         (verb, f"{output}{_size(output, done, dry_run=dry_run)}" + ("" if dry_run else f" in {duration(seconds)}")),
     ]
+    rows += [(verb, f"{path}, step `{name}`") for name, path in planned.outputs().items()]
     if checked.values:
         rows.append(("parameters", ", ".join(f"{name} {spelled(value)}" for name, value in checked.values.items())))
     report.sections = [
@@ -58,7 +59,7 @@ def build_report(
         if section.heading == str(output):
             section.heading = "Last step"
     report.sections += own
-    warnings = [*checked.warnings, *planned.warnings(), *done.warnings]
+    warnings = [*checked.warnings, *_foreign(planned), *planned.warnings(), *done.warnings]
     report.warnings = list(dict.fromkeys(planned.by_id(text) for text in warnings))
     if planned.is_trial and dry_run:
         report.warnings.append(
@@ -74,6 +75,20 @@ def _size(output: Path, done: Report, *, dry_run: bool) -> str:
     if not dry_run and output.is_file():
         nbytes = output.stat().st_size
     return f", {size(nbytes)}" if isinstance(nbytes, int) else ""
+
+
+def _foreign(planned: Planned) -> Iterator[str]:
+    """Models of families that the recipe's tags do not name, where they name some."""
+    from sdops.archs.detect import detect
+    from sdops.archs.tables import tables
+
+    recipe = planned.checked.recipe
+    if not (families := {table.family for table in tables() if table.kind == "model"} & {*recipe.tags}):
+        return
+    for name, one in planned.found.items():
+        found = detect(one.opened.specs) if one.opened else None
+        if found and found.main and found.main.kind == "model" and found.family not in families:
+            yield f"`{recipe.name}` is for {' and '.join(sorted(families))}, but `{name}` is {found.title}"
 
 
 def _described(planned: Planned, name: str) -> str:

@@ -102,3 +102,12 @@ def test_a_preset_is_planned_and_built(
     (written,) = tmp_path.iterdir()
     assert report.result == [written.name]
     assert sdops.verify(written).failed is False
+
+
+def test_a_model_of_another_family_is_told(folder: Path, tmp_path: Path) -> None:
+    wrong, right = model(folder, "sd1", None), model(folder, "sdxl", None)
+    given = {"model": model(folder, "sd1", 1), "base": wrong, "turbo": model(folder, "sd1", 2)}
+    trial = sdops.build("turbo", inputs=given, output=tmp_path / "x.safetensors", dry_run=True)
+    assert "`turbo` is for sdxl, but `model` is Stable Diffusion 1.x" in trial.warnings
+    given = {"model": right, "base": right, "turbo": right}
+    assert not sdops.build("turbo", inputs=given, output=tmp_path / "x.safetensors", dry_run=True).warnings
