@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sdops.core.sink import check_inputs, check_target
 from sdops.core.source import Source
+from sdops.errors import OutputError
 from sdops.report import Report
 from sdops.verbs._recipe_calls import Call, File
 from sdops.verbs._recipe_check import Checked, CheckedStep
@@ -120,7 +121,7 @@ class Planned:
         """Refuse outputs that exist or are inputs, before anything is computed.
 
         Raises:
-            OutputError: naming the file.
+            OutputError: naming the file; or a step on the way would write the result's.
             UsageError: a link leads a step's own output elsewhere.
         """
         files = [file for one in self.found.values() for file in one.files()]
@@ -128,6 +129,10 @@ class Planned:
             folder = Path() if call is self.result else self.folder
             if call.output and (call is not self.result or output.resolve() == Path(call.output).resolve()):
                 check_stays(call.output, folder, call.step.step.path)
+        for name, path in self.outputs().items():
+            if path.resolve() == output.resolve():
+                hint = f"`-o` names another file; `{output}` is what the step `{name}` writes"
+                raise OutputError(f"`{output}` would be written twice", hint=hint, path=output)
         for target in (output, *self.outputs().values()):
             check_inputs(target, files)
             check_target(target, force=force)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import sdops
-from sdops.errors import MismatchError, SdopsError, UsageError
+from sdops.errors import MismatchError, OutputError, SdopsError, UsageError
 from tests import tiny
 
 HEAD = """
@@ -226,6 +226,15 @@ def test_outputs_of_steps_stay_below(recipe, models, output):
     text = DIAMOND.format("weighted-sum", "slerp").replace('id = "left"', f'id = "left"\noutput = "{output}"')
     with pytest.raises(UsageError, match=r"`steps.2.output`: `.*` leads outside"):
         sdops.build(recipe(text))
+
+
+def test_the_result_does_not_take_the_place_of_a_step_s_output(recipe, models):
+    steps = '[[steps]]\nid = "one"\nverb = "merge"\nmodels = ["a", "b"]\noutput = "x.safetensors"\n'
+    made = recipe(HEAD + steps + '[[steps]]\nverb = "merge"\nmodels = ["one", "b"]\n')
+    with pytest.raises(OutputError, match="written twice"):
+        sdops.build(made, output="./x.safetensors", force=True)
+    report = sdops.build(made, output="y.safetensors", force=True)
+    assert ["wrote", "x.safetensors, step `one`"] in [list(row) for row in report.sections[0].rows]
 
 
 @pytest.mark.parametrize("last", [True, False])
