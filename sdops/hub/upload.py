@@ -145,7 +145,7 @@ def upload(
     try:
         done = _commit(what, files, found, message=message, pull_request=pull_request)
     except Exception as raised:  # noqa: BLE001 -- all that a foreign library raises becomes a HubError
-        error = next((cause for cause in causes(raised) if is_transport(cause) or hasattr(cause, "response")), raised)
+        error = _behind(raised)
         if not is_transport(error):
             raise _refused(what, error) from None
         done = None
@@ -191,6 +191,13 @@ def _commit(
             )
         advance(total)
     return done
+
+
+def _behind(error: BaseException) -> BaseException:
+    """Of a content that could not be sent, huggingface_hub says only that; what happened is behind it."""
+    if type(error) is not RuntimeError:
+        return error
+    return next((cause for cause in causes(error) if is_transport(cause) or hasattr(cause, "response")), error)
 
 
 def _refused(what: Reference, error: BaseException) -> HubError:

@@ -113,12 +113,12 @@ def test_personalisation_files_of_the_hub(hub, sdops, tmp_path):
 def test_the_cache_is_where_huggingface_hub_has_it(monkeypatch):
     for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("HOME", "/ann")
     monkeypatch.setenv("DISK", "/disk")
-    assert hub_cache_directory() == Path("/home/ann/.cache/huggingface/hub")
+    assert hub_cache_directory() == Path("/ann/.cache/huggingface/hub")
     places = {
         "HF_HOME": ("$DISK/hf", "/disk/hf/hub"),
-        "HUGGINGFACE_HUB_CACHE": ("~/old", "/home/ann/old"),
+        "HUGGINGFACE_HUB_CACHE": ("~/old", "/ann/old"),
         "HF_HUB_CACHE": ("$DISK/cache", "/disk/cache"),
     }
     for name, (text, place) in places.items():
