@@ -6,7 +6,10 @@
 #include "product.h"
 #include "native.h"
 
-enum { ROWS = 4, COLUMNS = 8 }; /* whose sums stay in registers */
+enum {
+    ROWS = 4, COLUMNS = 8, /* whose sums stay in registers */
+    RANKS = 2048           /* of all terms together, whose numbers are made double once for all columns */
+};
 
 typedef double quad __attribute__((vector_size(32)));
 typedef float quad_of_singles __attribute__((vector_size(16)));
@@ -38,9 +41,23 @@ static inline int has_row(const product_term *term, int64_t row) {
     return row >= term->first && row < term->first + term->rows;
 }
 
-/* COLUMNS columns of some rows, all of which have the same terms. */
-static inline __attribute__((always_inline)) void tile(const int rows, const product_term *terms, int count,
-                                                       size_t columns, int64_t row, size_t column, float *out) {
+/* What rows multiply, of all terms one after the other, ROWS numbers for each of their ranks; 0 if there is no room. */
+static int widen_ups(int rows, const product_term *terms, int count, int64_t row, double *ups) {
+    int64_t ranks = 0;
+    for (const product_term *term = terms; term < terms + count; term++) {
+        if (!has_row(term, row)) continue;
+        if (term->rank > RANKS - ranks) return 0;
+        const float *up = term->up + (row - term->first) * term->rank;
+        for (int64_t k = 0; k < term->rank; k++, ranks++)
+            for (int r = 0; r < rows; r++) ups[ranks * ROWS + r] = up[r * term->rank + k];
+    }
+    return 1;
+}
+
+/* COLUMNS columns of some rows, all of which have the same terms; `ups` as `widen_ups` makes them, if `is_wide`. */
+static inline __attribute__((always_inline)) void tile(const int rows, const int is_wide, const double *ups,
+                                                       const product_term *terms, int count, size_t columns,
+                                                       int64_t row, size_t column, float *out) {
     quad low[ROWS] = {0}, high[ROWS] = {0};
     for (const product_term *term = terms; term < terms + count; term++) {
         if (!has_row(term, row)) continue;
@@ -49,9 +66,11 @@ static inline __attribute__((always_inline)) void tile(const int rows, const pro
         for (int64_t k = 0; k < term->rank; k++, down += columns) {
             quad first = load(down), second = load(down + 4);
             for (int r = 0; r < rows; r++) {
-                low[r] = add_product(up[r * term->rank + k], first, low[r]);
-                high[r] = add_product(up[r * term->rank + k], second, high[r]);
+                double a = is_wide ? ups[r] : up[r * term->rank + k];
+                low[r] = add_product(a, first, low[r]);
+                high[r] = add_product(a, second, high[r]);
             }
+            if (is_wide) ups += ROWS;
         }
     }
     for (int r = 0; r < rows; r++) {
@@ -73,12 +92,17 @@ static float element(const product_term *terms, int count, size_t columns, int64
 /* Some columns of some rows, all of which have the same terms; `out` is the first element. */
 static void strip(int rows, const product_term *terms, int count, size_t columns, int64_t row, size_t column,
                   size_t size, float *out) {
+    double ups[RANKS * ROWS];
+    int is_wide = widen_ups(rows, terms, count, row, ups);
     size_t done = 0;
-    for (; done + COLUMNS <= size; done += COLUMNS) switch (rows) {
+    for (; done + COLUMNS <= size; done += COLUMNS) switch (is_wide ? rows : 0) {
 #define TILE(number) \
-    case number: tile(number, terms, count, columns, row, column + done, out + done); break
+    case number: tile(number, 1, ups, terms, count, columns, row, column + done, out + done); break
             TILE(1); TILE(2); TILE(3); TILE(4);
 #undef TILE
+            default:
+                for (int r = 0; r < rows; r++)
+                    tile(1, 0, ups, terms, count, columns, row + r, column + done, out + (size_t)r * columns + done);
         }
     for (; done < size; done++)
         for (int r = 0; r < rows; r++)

@@ -70,15 +70,17 @@ def test_any_elements_are_those_of_the_formula_bit_for_bit(seed: int, way: str, 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("columns", [5, 320, 1000])
-def test_high_ranks(way: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where sums in single precision, or in another order, would be off."""
-    own = term(np.random.default_rng(3), 0, 9, 300, columns)
-    wanted = one_by_one([own], 9, 7 if columns > 7 else columns).reshape(9, -1)
-    found = made(only([own]), 0, 9 * columns, way, monkeypatch).reshape(9, columns)
+@pytest.mark.parametrize("ranks", [(300,), (2040, 20)])
+def test_high_ranks(way: str, columns: int, ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sums in single precision, or in another order, would be off; and beyond what compiled code prepares."""
+    terms = [term(np.random.default_rng(3), 2 * i, 9 - 2 * i, rank, columns) for i, rank in enumerate(ranks)]
+    wanted = one_by_one(terms, 9, 7 if columns > 7 else columns).reshape(9, -1)
+    found = made(only(terms), 0, 9 * columns, way, monkeypatch).reshape(9, columns)
     assert np.array_equal(found[:, : wanted.shape[1]], wanted)
     singles = np.zeros((9, columns), np.float32)
-    for factors, row in zip(own.up.T, own.down, strict=True):
-        singles += np.multiply.outer(factors, row)
+    for first, up, down in terms:
+        for factors, row in zip(up.T, down, strict=True):
+            singles[first:] += np.multiply.outer(factors, row)
     assert not np.array_equal(found, singles)
 
 
