@@ -7,6 +7,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from sdops import __version__
 from sdops.core.patch import Adapter, Patch
@@ -50,7 +51,7 @@ def check_dialect(pairs: Sequence[Pair], model: Opened, to: str) -> tuple[str, .
 
 
 def rank_one(pairs: Sequence[Pair], model: Opened) -> Adapter:
-    """The adapter as it would be with rank 1 everywhere and zeros in it: what is known before the work.
+    """The adapter as it would be with rank 1 everywhere, made-up numbers in it: what is known before the work.
 
     Args:
         pairs: The layers.
@@ -74,16 +75,21 @@ def rank_one(pairs: Sequence[Pair], model: Opened) -> Adapter:
 
 
 class _Blank:
-    """Tensors of zeros, and alphas of one."""
+    """Tensors of one number each, and alphas of one.
+
+    The number depends on the model's name: LoRAs that others merge on trial neither vanish nor cancel out.
+    """
 
     def __init__(self, name: str, specs: Mapping[str, Spec]) -> None:
         self.name, self.specs = name, specs
         self.metadata: Mapping[str, str] = {}
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        """Zeros, or the one number of an alpha."""
-        del start
-        buffer[:] = struct.pack("<f", 1.0) if self.specs[key].dtype == "F32" else bytes(len(buffer))
+        """The number of a tensor, or that of an alpha."""
+        number = 0.5 + crc32(self.name.encode()) % 1024 / 2048
+        one = struct.pack("<f", 1.0) if self.specs[key].dtype == "F32" else struct.pack("<e", number)
+        begin = start % len(one)
+        buffer[:] = (one * (len(buffer) // len(one) + 2))[begin : begin + len(buffer)]
 
     def close(self) -> None:
         """Nothing to release."""

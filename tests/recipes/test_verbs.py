@@ -43,6 +43,31 @@ models = ["wide", "c", "small"]
 method = "add-difference"
 alpha = 0.5
 """
+BLEND = """
+[inputs]
+base = "m0.safetensors"
+one = "m1.safetensors"
+two = "m2.safetensors"
+[[steps]]
+id = "first"
+verb = "extract"
+tuned = "one"
+base = "base"
+rank = 2
+include = ["*attn2.to_k.weight"]
+[[steps]]
+id = "second"
+verb = "extract"
+tuned = "two"
+base = "base"
+rank = 2
+include = ["*attn2.to_k.weight"]
+[[steps]]
+verb = "merge"
+models = ["first", "second"]
+method = "concat"
+weights = [1.0, -1.0]
+"""
 EMBED = """
 [inputs]
 one = "first.pt"
@@ -188,3 +213,17 @@ def test_training_is_refused(folder):
     with pytest.raises(UsageError, match=r"`steps\.1\.verb`: recipes do not train") as caught:
         sdops.build("r.toml")
     assert "sdops train" in caught.value.hint
+
+
+def test_loras_that_steps_make_are_merged(folder: Path) -> None:
+    Path("r.toml").write_text(BLEND)
+    assert sdops.build("r.toml", dry_run=True).data["dry_run"]
+    sdops.build("r.toml", output="blend.safetensors")
+    extracted = {"base": "m0.safetensors", "rank": 2, "include": ["*attn2.to_k.weight"]}
+    loras = [sdops.extract(f"m{n}.safetensors", **extracted, output=f"l{n}.safetensors").result[0] for n in (1, 2)]
+    sdops.merge(*loras, method="concat", weights=[1.0, -1.0], output="apart.safetensors")
+    assert tiny.load(Path("blend.safetensors")).keys() == tiny.load(Path("apart.safetensors")).keys()
+    for key, (dtype, values) in tiny.load(Path("apart.safetensors")).items():
+        found, there = tiny.load(Path("blend.safetensors"))[key]
+        assert found == dtype
+        assert values.tobytes() == there.tobytes()
