@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sdops.core.source import Source
 from sdops.report import Report
-from sdops.verbs._recipe_check import MARK, CheckedStep, split_lora
+from sdops.verbs._recipe_check import MARK, CheckedStep
+from sdops.verbs._recipe_check_value import split_lora
 from sdops.verbs._recipe_text import wrong
 from sdops.verbs._recipe_told import told
 from sdops.verbs._verb_card import VERBS, VerbParameter, lora_merge_card, verb_card

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sdops.errors import MismatchError, SdopsError, UsageError
 from sdops.report import Progress
 from sdops.text import shorten, suggest
-from sdops.verbs._recipe_check import check_relative
+from sdops.verbs._recipe_check_value import check_relative
 from sdops.verbs._recipe_text import Input, Recipe
 
 if TYPE_CHECKING:
