@@ -33,7 +33,7 @@ from sdops.text import shorten, suggest
 
 DialValue = float | str | Mapping[str, float] | Sequence[float]
 
-MAX_PATTERN = 200  # characters of a pattern: keeps hostile recipes from costing minutes
+MAX_PATTERN = 200  # characters of a pattern; a short one may take long, too: Ctrl-C ends it
 MAX_TEXT = 20_000
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
