@@ -150,3 +150,12 @@ def test_scales_come_with_their_weights(small_checkpoint, tmp_path):
     assert scales
     assert all(abs(order.index(key) - order.index(key.replace("_scale", ""))) <= 2 for key in scales)
     made.close()
+
+
+def test_a_block_that_models_lack_is_told_from_their_headers(hub, sdops, home, tmp_path, remote):
+    (tmp_path / "wrong.toml").write_text(CHAIN.replace('alpha = "$alpha"', 'alpha = "$alpha, BLOCK=1"'))
+    done = sdops("build", "wrong.toml", "-o", "out.safetensors")
+    assert done.code != 0
+    assert "`BLOCK`" in done.err
+    assert hub.sent() < remote / 2
+    assert not list(home.rglob("blobs/*"))
