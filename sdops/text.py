@@ -44,6 +44,17 @@ def shorten(text: str, limit: int = 200) -> str:
     return f"{text[: limit - 1]}… (+{len(text) - limit + 1:,} characters)"
 
 
+def escaped(text: str) -> str:
+    """A text with escapes, as TOML and YAML know them, for what would break its line, colour what follows, or hide."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else _escape(ord(sign)) for sign in text)
+
+
+def _escape(code: int) -> str:
+    return f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
+
+
 def suggest(word: str, choices: Iterable[str]) -> str | None:
     """The choice that a misspelt `word` most likely meant, or None."""
     from difflib import get_close_matches

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sdops.report import printable
-from sdops.text import count, duration, shorten, size, suggest
+from sdops.text import count, duration, escaped, shorten, size, suggest
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,9 @@ def test_printable_text_stays_and_the_rest_is_escaped(text):
 @pytest.mark.parametrize("bad", ["\x1b[31m", "\x9b31m", "\r", "\n", "\x00", "\u202e", "\u2066", "\udc80", "\u200b"])
 def test_what_could_act_on_the_terminal_is_escaped(bad):
     assert printable(f"a{bad}b").startswith("a\\")
+
+
+def test_escaped_text_stays_on_its_line_and_reads_back():
+    text = "a\n\x1b[31m\u202e\U000e0001 é 😀"
+    assert escaped(text) == "a\\u000a\\u001b[31m\\u202e\\U000e0001 é 😀"
+    assert tomllib.loads(f'text = "{escaped(text)}"') == {"text": text}

@@ -14,7 +14,7 @@ from sdops.archs.detect import UNKNOWN, Detection
 from sdops.errors import SdopsError, UsageError
 from sdops.hub.listing import MODELS
 from sdops.hub.reference import MAIN, Reference, parse
-from sdops.text import size
+from sdops.text import escaped, size
 from sdops.verbs._provenance import RECIPE
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # identifiers of the Hub look so
@@ -175,8 +175,7 @@ def _front(model: Published) -> list[str]:
 
 def _quoted(text: str) -> str:
     """A string in YAML: as in JSON, whose halves of letters beyond 16 bits YAML does not know."""
-    plain = json.dumps(text.encode(errors="replace").decode(), ensure_ascii=False)
-    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08X}" for letter in plain)
+    return escaped(json.dumps(text.encode(errors="replace").decode(), ensure_ascii=False))
 
 
 def _task(model: Published) -> str:

@@ -30,7 +30,7 @@ from typing import Any
 from sdops import standin
 from sdops.errors import SdopsError, UsageError
 from sdops.hub.reference import parse
-from sdops.text import shorten, suggest
+from sdops.text import escaped, shorten, suggest
 
 MOST_BYTES = 1_000_000
 MOST_STEPS = 100  # a chain of steps is read through so many Sources
@@ -131,7 +131,7 @@ class Recipe:
 
 def wrong(path: str, problem: str, hint: str | None = None, **data: Any) -> UsageError:
     """What is raised for everything that is wrong in a recipe, by its path."""
-    return UsageError(f"`{shorten(on_one_line(path), 120)}`: {problem}", hint=hint, path=path, **data)
+    return UsageError(f"`{shorten(escaped(path), 120)}`: {problem}", hint=hint, path=path, **data)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -220,13 +220,6 @@ def from_document(document: Mapping[str, Any], *, name: str, folder: Path | None
     return Recipe(own, inputs, parameters, found, **texts, tags=tags, hash_inputs=hash_inputs, folder=folder)
 
 
-def on_one_line(text: str) -> str:
-    """A text with escapes in place of what would move or colour the rest of a message."""
-    if text.isprintable():
-        return text
-    return "".join(sign if sign.isprintable() else f"\\u{ord(sign):04x}" for sign in text)
-
-
 def _check_bounds(path: str, value: object, level: int = 0) -> None:
     """Refuse numbers and nestings that only harm."""
     if level > MOST_LEVELS:
@@ -282,7 +275,7 @@ def _kind(value: object) -> str:
 
 def shown(value: object) -> str:
     """A value as messages show it: as in TOML, on one line, and never long."""
-    return shorten(str(value).lower() if isinstance(value, bool) else on_one_line(str(value)), 60)
+    return shorten(str(value).lower() if isinstance(value, bool) else escaped(str(value)), 60)
 
 
 def spelled(value: Scalar) -> str:

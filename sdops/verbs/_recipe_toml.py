@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sdops.text import escaped
 from sdops.verbs._recipe_text import Input, Parameter, Recipe
 
 
@@ -17,7 +18,7 @@ def to_toml(recipe: Recipe, comment: str = "") -> str:
         recipe: Any.
         comment: Lines for the top.
     """
-    lines = [f"# {_printable(line)}".rstrip() for line in comment.splitlines()]
+    lines = [f"# {escaped(line)}".rstrip() for line in comment.splitlines()]
     lines += [f"name = {_value(recipe.name)}"]
     texts = {"about": recipe.about, "notes": recipe.notes, "source": recipe.source}
     lines += [f"{key} = {_value(text)}" for key, text in texts.items() if text]
@@ -49,20 +50,13 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return _printable(json.dumps(re.sub("[\ud800-\udfff]", "�", value), ensure_ascii=False))
+        return escaped(json.dumps(re.sub("[\ud800-\udfff]", "�", value), ensure_ascii=False))
     if isinstance(value, Mapping):
         inside = ", ".join(f"{_key(key)} = {_value(item)}" for key, item in value.items())
         return f"{{ {inside} }}" if inside else "{}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
     return repr(value)
-
-
-def _printable(text: str) -> str:
-    """A text with TOML's escapes for what terminals and editors would obey, or hide."""
-    if text.isprintable():
-        return text
-    return "".join(sign if sign.isprintable() else f"\\U{ord(sign):08x}" for sign in text)
 
 
 def _key(key: str) -> str:
