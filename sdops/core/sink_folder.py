@@ -130,7 +130,7 @@ class FolderSink:
             folders = {self._temporary / parent for name in self._files for parent in PurePosixPath(name).parents}
             for folder in sorted(folders, reverse=True):
                 files.sync_folder(folder)
-            self._publish(self._temporary)
+            publish(self._temporary, self.target, force=self._force)
             self._finalizer.detach()
             self._temporary = None
             files.sync_folder(self.target.parent)
@@ -163,20 +163,6 @@ class FolderSink:
         limit = content.shard or sum(spec.nbytes for spec in content.specs.values())
         return create_shards(file, content.specs, content.metadata, shard=limit, force=False)
 
-    def _publish(self, temporary: Path) -> None:
-        """Give the folder its name; an old one goes when the new one is there."""
-        if not (self._force and self.target.exists()):
-            os.rename(temporary, self.target)  # fails where something is, except an empty folder
-            return
-        old = temporary.with_suffix(".old")
-        os.rename(self.target, old)
-        try:
-            os.rename(temporary, self.target)
-        except OSError:
-            os.rename(old, self.target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
     def _discard(self) -> None:
         self._stack.close()
         if self._temporary is not None:
@@ -191,6 +177,26 @@ class FolderSink:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             return OutputError(f"`{self.path}` appeared while it was being made", hint=_ANOTHER)
         return OutputError(f"writing the folder `{self.path}` failed: {error.strerror}", hint=_ANOTHER)
+
+
+def publish(draft: Path, target: Path, *, force: bool) -> None:
+    """Give a folder its name; an old one goes when the new one is there.
+
+    Raises:
+        OSError: something is there, except an empty folder, and there is no `force`; or it cannot be replaced.
+    """
+    if not (force and target.exists()):
+        os.rename(draft, target)
+        return
+    old = draft.with_suffix(".old")
+    os.rename(target, old)
+    try:
+        os.rename(draft, target)
+    except BaseException:
+        if not target.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 _ANOTHER = "name another folder with `-o`"

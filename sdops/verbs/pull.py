@@ -13,6 +13,7 @@ from sdops import hub, standin
 from sdops.core import hashing
 from sdops.core.run import PIECE_BYTES
 from sdops.core.sink import FileSink, check_parent, check_target
+from sdops.core.sink_folder import publish
 from sdops.core.source import aligned
 from sdops.core.spec import Spec
 from sdops.errors import HubError, OutputError, SdopsError, UsageError
@@ -84,7 +85,7 @@ def pull(
     if file is not None:
         path = _file_copied(here[place.name], file, progress, force=force)
     elif output is not None:
-        path = _folder_copied(here, Path(output), progress)
+        path = _folder_copied(here, Path(output), progress, force=force)
     else:
         path = _in_cache(here, is_folder=is_folder)
     return _report(str(what), place, here, path)
@@ -205,26 +206,18 @@ def _file_copied(file: Path, target: Path, progress: Progress, *, force: bool) -
     return target
 
 
-def _folder_copied(here: Mapping[str, Path], path: Path, progress: Progress) -> Path:
-    """Copy files out of the cache; the folder appears as a whole, an old one goes when the new one is there."""
+def _folder_copied(here: Mapping[str, Path], path: Path, progress: Progress, *, force: bool) -> Path:
+    """Copy files out of the cache; the folder appears as a whole."""
     target = check_parent(path)
     draft = target.with_name(f".sdops-{target.name[:40]}-{os.getpid()}.tmp")
-    old = draft.with_suffix(".old")
     try:
         with progress(f"writing {target.name}", sum(file.stat().st_size for file in here.values())) as advance:
             for name, file in here.items():
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
                 _copy(file, draft / name, advance, force=False)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(draft, target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        raise
+        publish(draft, target, force=force)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return path
 
 
