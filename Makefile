@@ -12,7 +12,7 @@ BENCH_OPTIONS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-gpu check fix bench bench-embed bench-gpu bench-train clean
+.PHONY: help setup demo test test-slow test-gpu check fix bench bench-embed bench-gpu bench-product bench-train clean
 
 help:
 	@echo "make demo        set up, make two small checkpoints and merge them"
@@ -62,11 +62,14 @@ fix: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-merge bench-apply bench-convert bench-lora bench-recipe bench-sweep bench-embed
+bench: bench-merge bench-apply bench-convert bench-lora bench-recipe bench-sweep bench-embed bench-product
 
 bench-embed: setup
 	mkdir -p $(BENCH)
 	$(BIN)/python tools/bench_embed.py $(BENCH) $(BENCH_OPTIONS)
+
+bench-product: setup
+	$(BIN)/python tools/bench_product.py $(BENCH_OPTIONS)
 
 bench-train: setup
 	$(BIN)/python tools/bench_train.py $(BENCH_OPTIONS)

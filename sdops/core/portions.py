@@ -24,8 +24,10 @@ class Room(threading.local):
         self._whole = memoryview(b"")
 
     def parts(self, sizes: Sequence[int]) -> Sequence[memoryview]:
-        """One buffer in parts of so many bytes or some more: together they take no more memory than the tensor needs
-        that needs most, as buffers do not, of which every one is as large as it ever was."""
+        """One buffer in parts of so many bytes, each from a page's beginning on.
+
+        Together they take what the most demanding tensor needs; of `buffers` each takes the most that it ever held.
+        """
         steps = [-(-size // PAGESIZE) * PAGESIZE for size in sizes]
         if len(self._whole) < sum(steps):
             self._whole = aligned(max(sum(steps), PIECE * 8))
